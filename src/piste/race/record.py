@@ -1,0 +1,311 @@
+"""What the race writes down: one record a run, and the study made from many of them.
+
+The records are plain data. They travel as JSON (``to_json``/``from_json``); numbers that JSON cannot hold
+(nan, inf) travel as the strings ``"nan"``, ``"inf"`` and ``"-inf"``, so the files stay readable by any JSON reader.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+SCHEMA: Final = 1
+
+FINISHED: Final = "finished"
+DIVERGED: Final = "diverged"
+FAILED: Final = "failed"
+OUT_OF_MEMORY: Final = "out_of_memory"
+STATUSES: Final = (FINISHED, DIVERGED, FAILED, OUT_OF_MEMORY)
+
+TUNE: Final = "tune"
+CONFIRM: Final = "confirm"
+PHASES: Final = (TUNE, CONFIRM)
+
+
+class RecordError(ValueError):
+    """A stored record cannot be trusted: it is cut off, altered, or of a schema this version does not know."""
+
+
+@dataclass(frozen=True)
+class RunKey:
+    """Everything that decides how a run goes; two runs with equal keys are the same run.
+
+    Args:
+        task: the task's name.
+        task_hash: hash of the task's source and a fingerprint of its data.
+        contender: optimizer and schedule, such as ``"ranger+flat_cosine"``.
+        optimizer: the preset's name.
+        schedule: name of a function in ``piste.schedules``.
+        hyperparameters: what was chosen for this run, ``lr`` first of all.
+        steps: number of optimizer steps.
+        seed: decides initial weights, batch order and dropout, the same for every contender.
+        phase: ``"tune"`` (its validation score may choose the lr) or ``"confirm"`` (fresh seeds, scored on the report split).
+        device: ``"cpu"``, ``"cuda:0"``, …
+        versions: of python, torch and piste.
+    """
+
+    task: str
+    task_hash: str
+    contender: str
+    optimizer: str
+    schedule: str
+    hyperparameters: dict[str, float]
+    steps: int
+    seed: int
+    phase: str
+    device: str
+    versions: dict[str, str]
+
+    @property
+    def id(self) -> str:
+        """The content address of the run: 20 hex digits."""
+        return hashlib.sha256(canonical_json(dataclasses.asdict(self)).encode()).hexdigest()[:20]
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of this run."""
+        return self.hyperparameters["lr"]
+
+
+@dataclass
+class Curve:
+    """The course of a run: parallel lists, one entry an evaluation, the first at step 0 (the untrained model).
+
+    Args:
+        step: optimizer steps taken.
+        train_seconds: wall time of training alone, without evaluation.
+        train_loss: mean training loss since the evaluation before (at step 0: of the first batch, before any step).
+        valid_loss: loss on the validation split.
+        valid_metric: the task's metric on the validation split (equal to the loss where the task has none).
+    """
+
+    step: list[int] = field(default_factory=list)
+    train_seconds: list[float] = field(default_factory=list)
+    train_loss: list[float] = field(default_factory=list)
+    valid_loss: list[float] = field(default_factory=list)
+    valid_metric: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Cost:
+    """What a run needed.
+
+    Args:
+        step_seconds: median wall time of a whole step (forward, backward, optimizer); nan if no step was timed.
+        optimizer_seconds: median wall time of ``optimizer.step()`` alone; nan if no step was timed.
+        state_bytes: bytes of all tensors in the optimizer's state.
+        peak_bytes: on CUDA the peak of allocated device memory; on CPU the peak resident memory of the whole
+            process during the run, Python and torch included. 0 where it could not be measured.
+        gradient_evaluations: forward-backward passes made in the whole run.
+        parameters: number of trained weights.
+    """
+
+    step_seconds: float
+    optimizer_seconds: float
+    state_bytes: int
+    peak_bytes: int
+    gradient_evaluations: int
+    parameters: int
+
+    @classmethod
+    def unknown(cls) -> Cost:
+        """The cost of a run that ended before anything was measured."""
+        return cls(math.nan, math.nan, 0, 0, 0, 0)
+
+
+@dataclass
+class RunRecord:
+    """One run, as stored. ``checksum`` covers all the other fields and is verified on reading.
+
+    Args:
+        schema: version of this format.
+        id: ``key.id``.
+        key: what identifies the run.
+        status: ``"finished"``, ``"diverged"``, ``"failed"`` or ``"out_of_memory"``.
+        message: one line why, or ``""``.
+        curve: losses along the way.
+        test_loss: loss on the report split at the end, or None (a tune run, or one that did not finish).
+        test_metric: the metric there, or None.
+        cost: time and memory.
+        machine: what ran it.
+        created: UTC time, ISO 8601.
+        checksum: SHA-256 over the rest.
+    """
+
+    schema: int
+    id: str
+    key: RunKey
+    status: str
+    message: str
+    curve: Curve
+    test_loss: float | None
+    test_metric: float | None
+    cost: Cost
+    machine: dict[str, str]
+    created: str
+    checksum: str = ""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run went to its last step."""
+        return self.status == FINISHED
+
+    def to_json(self) -> str:
+        """The record as JSON text, its checksum computed anew."""
+        content = _plain(dataclasses.asdict(self))
+        content["checksum"] = _checksum(content)
+        return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> RunRecord:
+        """Read a record back.
+
+        Raises:
+            RecordError: the text is no record, its checksum or its id does not match, or the schema is unknown.
+        """
+        try:
+            content = json.loads(text)
+        except ValueError as error:
+            raise RecordError(f"not valid JSON ({error})") from error
+        if not isinstance(content, dict) or "checksum" not in content:
+            raise RecordError("not a run record")
+        if content["checksum"] != _checksum(content):
+            raise RecordError("its checksum does not match its content")
+        if content.get("schema") != SCHEMA:
+            raise RecordError(f"its schema is {content.get('schema')!r}, this version reads {SCHEMA}")
+        try:
+            record = cls(**_revive(content))
+        except (TypeError, KeyError, ValueError) as error:
+            raise RecordError(f"its fields are not those of a run record ({error})") from error
+        if record.id != record.key.id:
+            raise RecordError("its id does not match its key")
+        return record
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where one contender ended on one task.
+
+    Args:
+        contender: such as ``"ranger+flat_cosine"``.
+        optimizer: the preset's name.
+        schedule: the schedule's name.
+        best_hyperparameters: chosen by the validation split of the tune runs; empty if no trial survived.
+        edge: ``"low"`` or ``"high"`` if the best lr is the lowest or highest that was tried, else ``""``.
+        trials: settings tried.
+        diverged_trials: how many of them did not finish (diverged, failed or out of memory).
+        seeds: number of confirmation runs.
+        scores: one a confirmation seed, in seed order, on the report split; a run that did not finish counts as the
+            worst score seen on the task. Empty if no trial survived.
+        mean: mean of the scores; nan if there are none.
+        low: lower end of its bootstrap interval.
+        high: upper end.
+        difference: mean of (this contender's score minus the leader's) over common seeds; 0 for the leader itself.
+        difference_low: lower end of its paired bootstrap interval.
+        difference_high: upper end.
+        tied: in the leader's group: no difference from the leader was found. True for the leader itself.
+        cost: medians over the confirmation runs.
+        failures: one line for each run that did not finish, tune and confirm.
+    """
+
+    contender: str
+    optimizer: str
+    schedule: str
+    best_hyperparameters: dict[str, float]
+    edge: str
+    trials: int
+    diverged_trials: int
+    seeds: int
+    scores: list[float]
+    mean: float
+    low: float
+    high: float
+    difference: float
+    difference_low: float
+    difference_high: float
+    tied: bool
+    cost: Cost
+    failures: list[str]
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """All contenders on one task, best first, and the verdict in one or two sentences."""
+
+    task: str
+    metric_name: str
+    higher_is_better: bool
+    standings: list[Standing]
+    verdict: str
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """A whole race, ready to be reported.
+
+    Args:
+        title: one line.
+        created: UTC time, ISO 8601.
+        results: one a task.
+        records: every run the results rest on.
+        notes: what the race holds against itself (few seeds, best lr at an edge, timings taken side by side, …).
+        machine: what ran it.
+        command: the command that repeats it.
+    """
+
+    title: str
+    created: str
+    results: list[TaskResult]
+    records: list[RunRecord]
+    notes: list[str]
+    machine: dict[str, str]
+    command: str
+
+
+def canonical_json(content: Any) -> str:
+    """One text for one content: sorted keys, no spaces, non-finite numbers as strings."""
+    return json.dumps(_plain(content), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    rest = {name: value for name, value in content.items() if name != "checksum"}
+    return hashlib.sha256(canonical_json(rest).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """Replace non-finite floats, which JSON has no notation for, by their names."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _revive(content: dict[str, Any]) -> dict[str, Any]:
+    """Turn the JSON form into constructor arguments of ``RunRecord``."""
+    numbers = {name: [float(x) for x in values] for name, values in content["curve"].items() if name != "step"}
+    cost = content["cost"]
+    return {
+        **content,
+        "key": RunKey(**content["key"]),
+        "curve": Curve(step=content["curve"]["step"], **numbers),
+        "cost": Cost(
+            **{
+                **cost,
+                "step_seconds": float(cost["step_seconds"]),
+                "optimizer_seconds": float(cost["optimizer_seconds"]),
+            }
+        ),
+        "test_loss": _number(content["test_loss"]),
+        "test_metric": _number(content["test_metric"]),
+    }
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
