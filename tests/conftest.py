@@ -1,0 +1,20 @@
+"""One thread, one seed: what every test of this folder starts from."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> Iterator[None]:
+    """A fixed seed before each test, and one thread: the tensors here are tiny and the sums must not be reordered."""
+    random.seed(0)
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,1 @@
+"""Independent expectations: formulas typed from the papers, and helpers to run other people's optimizers."""

@@ -1,0 +1,104 @@
+"""Other people's optimizers, made to run quietly and in float64.
+
+Each function builds one oracle over given parameters. What has to be arranged for a comparison to be fair is arranged
+here, once, and said in the docstring.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import sys
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+Params = Sequence[torch.Tensor]
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Both AdaBelief packages print banners from their constructors."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def adabelief(params: Params, **settings: Any) -> torch.optim.Optimizer:
+    """adabelief-pytorch 0.2.1, the authors' package. It writes L2 into `p.grad`: give it gradients of its own."""
+    from adabelief_pytorch import AdaBelief
+
+    with _quietly():
+        return AdaBelief(params, print_change_log=False, **settings)
+
+
+def ranger_adabelief(params: Params, **settings: Any) -> torch.optim.Optimizer:
+    """ranger-adabelief 0.1.0 in float64.
+
+    The package converts everything with `.float()` and so would compare in single precision only; during its step
+    `.float()` means float64 here, which leaves every formula as released.
+    """
+    from ranger_adabelief import RangerAdaBelief
+
+    class InDouble(RangerAdaBelief):
+        def step(self, closure: Any = None) -> Any:
+            with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+                return super().step(closure)
+
+    with _quietly():
+        return InDouble(params, **settings)
+
+
+def ranger(params: Params, **settings: Any) -> torch.optim.Optimizer:
+    """pytorch_optimizer's Ranger with the SGD phase switched on, which makes it lessw2020's ranger.py.
+
+    Right only where every weight has a gradient at every step (it counts steps per group) and where L2 is off (it
+    centralizes before it adds L2).
+    """
+    from pytorch_optimizer import Ranger
+
+    return Ranger(params, degenerated_to_sgd=True, foreach=False, **settings)
+
+
+def eager_lookahead(optimizer: torch.optim.Optimizer, k: int, alpha: float) -> torch.optim.Optimizer:
+    """pytorch_optimizer's Lookahead, whose slow weights start at the initial weights; it skips weights without a
+    gradient at the sync step, where the authors sync all."""
+    from pytorch_optimizer import Lookahead
+
+    return Lookahead(optimizer, k=k, alpha=alpha)
+
+
+def timm_module(name: str) -> Any:
+    """One module of `timm.optim`, without running timm's own `__init__`.
+
+    `import timm` needs an importable torchvision, which the CPU wheel of torch lacks (its custom operators do not
+    register). The optimizer files themselves need torch alone, so they are imported under two empty packages that
+    only carry timm's path.
+    """
+    full = f"timm.optim.{name}"
+    found = importlib.util.find_spec("timm")
+    if found is None or not found.submodule_search_locations:
+        raise ImportError("timm is not installed")
+    root = Path(found.submodule_search_locations[0])
+    shells = {"timm": root, "timm.optim": root / "optim"}
+    with mock.patch.dict(sys.modules):
+        for shell, path in shells.items():
+            module = types.ModuleType(shell)
+            module.__path__ = [str(path)]
+            sys.modules[shell] = module
+        return importlib.import_module(full)
+
+
+def rmsprop_tf(params: Params, **settings: Any) -> torch.optim.Optimizer:
+    """timm's RMSpropTF."""
+    return timm_module("rmsprop_tf").RMSpropTF(params, foreach=False, **settings)
+
+
+def lazy_lookahead(optimizer: torch.optim.Optimizer, k: int, alpha: float) -> Any:
+    """timm's Lookahead: its slow weights are made at the first sync, from weights that have already moved."""
+    return timm_module("lookahead").Lookahead(optimizer, alpha=alpha, k=k)
