@@ -1,1 +1,11 @@
-"""."""
+"""Race optimizers on your own problem: ``piste race my_task.py``.
+
+A task file needs two names from here, ``Task`` and ``Splits``.
+"""
+
+from __future__ import annotations
+
+from piste.race.data import Splits
+from piste.race.task import Task, TaskError, load_task
+
+__all__ = ["Splits", "Task", "TaskError", "load_task"]

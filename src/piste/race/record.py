@@ -43,7 +43,7 @@ class RunKey:
         hyperparameters: what was chosen for this run, ``lr`` first of all.
         steps: number of optimizer steps.
         seed: decides initial weights, batch order and dropout, the same for every contender.
-        phase: ``"tune"`` (its validation score may choose the lr) or ``"confirm"`` (fresh seeds, scored on the report split).
+        phase: ``"tune"`` (its validation score may choose the lr) or ``"confirm"`` (fresh seeds, report split).
         device: ``"cpu"``, ``"cuda:0"``, …
         versions: of python, torch and piste.
     """

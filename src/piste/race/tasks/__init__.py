@@ -1,0 +1,1 @@
+"""The built-in tasks: real data that comes with Python and scikit-learn, nothing to download."""

@@ -1,0 +1,101 @@
+"""Handwritten digits (scikit-learn's bundled 1,797 images of 8x8): a small CNN and a small ViT."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from piste.race.data import Splits
+from piste.race.task import Task
+
+CLASSES = 10
+_HELD_OUT = 360  # images in each of the two parts that are not trained on
+_PATCH = 2
+_WIDTH = 32
+_TOKENS = (8 // _PATCH) ** 2
+
+
+def _data() -> Splits:
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16 - 0.5
+    y = torch.tensor(labels)
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    parts = torch.split(order, [len(y) - 2 * _HELD_OUT, _HELD_OUT, _HELD_OUT])
+    train, valid, report = ((x[part], y[part]) for part in parts)
+    return Splits(train=train, valid=valid, report=report)
+
+
+def _cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1, stride=2, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(0.2),
+        nn.Linear(32 * 16, CLASSES),
+    )
+
+
+class VisionTransformer(nn.Module):
+    """2x2 patches, two encoder layers, the mean of all tokens classified."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(1, _WIDTH, _PATCH, stride=_PATCH)
+        self.positions = nn.Parameter(0.02 * torch.randn(_TOKENS, _WIDTH))
+        layer = nn.TransformerEncoderLayer(
+            _WIDTH, nhead=4, dim_feedforward=2 * _WIDTH, dropout=0.1, batch_first=True, norm_first=True
+        )
+        self.encoder = nn.TransformerEncoder(layer, num_layers=2, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(_WIDTH)
+        self.out = nn.Linear(_WIDTH, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.patches(images).flatten(2).transpose(1, 2) + self.positions
+        logits: Tensor = self.out(self.norm(self.encoder(tokens)).mean(dim=1))
+        return logits
+
+
+def _loss(model: nn.Module, batch: Any) -> Tensor:
+    images, labels = batch
+    return functional.cross_entropy(model(images), labels)
+
+
+def _accuracy(model: nn.Module, batch: Any) -> Tensor:
+    images, labels = batch
+    return (model(images).argmax(dim=1) == labels).float().mean()
+
+
+digits = Task(
+    name="digits",
+    model=_cnn,
+    data=_data,
+    loss=_loss,
+    metric=_accuracy,
+    metric_name="accuracy",
+    higher_is_better=True,
+    steps=150,
+    batch_size=32,
+    description="a small CNN reads handwritten digits (1,797 images of 8x8)",
+)
+
+digits_vit = Task(
+    name="digits_vit",
+    model=VisionTransformer,
+    data=_data,
+    loss=_loss,
+    metric=_accuracy,
+    metric_name="accuracy",
+    higher_is_better=True,
+    steps=150,
+    batch_size=32,
+    description="a small ViT reads handwritten digits (1,797 images of 8x8)",
+)
