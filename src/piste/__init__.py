@@ -1,1 +1,13 @@
-"""piste."""
+"""piste: every PyTorch optimizer worth trying, one rule on every engine, raced honestly on your own problem."""
+
+from piste.optimizer import Optimizer as Optimizer
+from piste.optimizers import SGD as SGD
+from piste.optimizers import AdaBelief as AdaBelief
+from piste.optimizers import Adam as Adam
+from piste.optimizers import AdamW as AdamW
+from piste.optimizers import RAdam as RAdam
+from piste.optimizers import Ranger as Ranger
+from piste.optimizers import RangerAdaBelief as RangerAdaBelief
+from piste.optimizers import RMSprop as RMSprop
+
+__version__ = "0.1.0"

@@ -1,0 +1,128 @@
+"""Legal ranges of hyper-parameters, and errors that name the argument, its value and the range."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["check_choice", "check_hyperparameters", "near", "refuse_unknown"]
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """`` (did you mean ...?)`` if something known is spelt nearly so, else nothing."""
+    found = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    return f" (did you mean {' or '.join(map(repr, found))}?)" if found else ""
+
+
+def refuse_unknown(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse the first name that is not known, with those that are spelt nearly so."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{owner} got an unknown option {name!r}{near(name, known)}; legal: {', '.join(known)}")
+
+
+def check_choice(name: str, value: object, legal: Iterable[str]) -> None:
+    """Refuse a value that is not among the legal ones."""
+    legal = list(legal)
+    if value not in legal:
+        hint = near(value, legal) if isinstance(value, str) else ""
+        raise ValueError(f"{name}={value!r} is not legal{hint}; legal: {', '.join(map(repr, legal))}")
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, or None."""
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        value = value.item()
+    if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    return None
+
+
+def _within(low: float, high: float = math.inf, *, open_low: bool = False, open_high: bool = False) -> Any:
+    def legal(value: Any) -> bool:
+        x = _number(value)
+        return x is not None and (low < x if open_low else low <= x) and (x < high if open_high else x <= high)
+
+    return legal
+
+
+def _pair(value: Any) -> bool:
+    legal = _within(0, 1, open_high=True)
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(map(legal, value))
+
+
+def _flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _clip(value: Any) -> bool:
+    return value is None or bool(_within(0, open_low=True)(value))
+
+
+_FLAG = (_flag, "True or False")
+
+#: hyper-parameter -> (is this value legal?, the legal range in words)
+_LEGAL: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "lr": (_within(0), "a finite number >= 0"),
+    "betas": (_pair, "two numbers, each in [0, 1)"),
+    "eps": (_within(0), "a finite number >= 0"),
+    "weight_decay": (_within(0), "a finite number >= 0"),
+    "momentum": (_within(0), "a finite number >= 0"),
+    "dampening": (_within(-math.inf), "a finite number"),
+    "alpha": (_within(0, 1), "a number in [0, 1]"),
+    "k": (_count, "a whole number >= 1"),
+    "clip_norm": (_clip, "None or a finite number > 0"),
+    **dict.fromkeys(
+        (
+            "amsgrad",
+            "centered",
+            "decoupled_weight_decay",
+            "degenerated_to_sgd",
+            "fixed_decay",
+            "gc_conv_only",
+            "gc_loc",
+            "lr_in_momentum",
+            "maximize",
+            "nesterov",
+            "rectify",
+            "tf",
+            "use_gc",
+        ),
+        _FLAG,
+    ),
+}
+
+
+def check_hyperparameters(owner: str, values: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Refuse hyper-parameters outside of their legal range, and names that are probably a slip of the pen.
+
+    Groups may carry entries of other people's (a scheduler's ``initial_lr``, a framework's ``name``), so an unknown
+    name is refused only where it is nearly that of a hyper-parameter.
+    """
+    known = set(known)
+    for name, value in values.items():
+        if name in known:
+            legal, words = _LEGAL.get(name, (lambda _: True, ""))
+            if not legal(value):
+                raise ValueError(f"{owner} got {name}={value!r}; legal: {words}")
+        elif name not in _FOREIGN:
+            similar = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+            if similar:
+                raise ValueError(f"{owner} got a group with {name!r}; did you mean {similar[0]!r}?")
+
+
+#: entries that torch, its schedulers and frameworks put into groups
+_FOREIGN = frozenset(
+    "params param_names name initial_lr max_lr min_lr lr_scale max_momentum base_momentum swap_lr foreach fused "
+    "capturable differentiable state cycle_momentum".split()
+)

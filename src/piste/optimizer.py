@@ -1,0 +1,450 @@
+"""The one optimizer class: parameter groups, state and protocol of ``torch.optim.Optimizer`` round a pipeline."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar, TypedDict, overload
+
+import torch
+from torch import Tensor
+
+from piste import execution
+from piste.checkpoint import matched
+from piste.checks import check_choice, check_hyperparameters, refuse_unknown
+from piste.execution import Weight
+from piste.slots import Pipeline, program
+from piste.storage import STATE_FORMATS, WEIGHT_FORMATS, State
+from piste.symbol import Row, Variants
+
+__all__ = ["EngineOptions", "LastStep", "Optimizer", "Options", "Params"]
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+
+class EngineOptions(TypedDict, total=False):
+    """Options that every optimizer takes.
+
+    Settings that may differ from group to group, and are written into ``param_groups``:
+
+    * ``decoupled_weight_decay`` (bool): shrink weights by ``lr * weight_decay`` instead of adding an L2 gradient.
+    * ``clip_norm`` (float or None): scale all gradients so that their global norm is at most this.
+    * ``maximize`` (bool): climb instead of descend.
+
+    Settings of the whole optimizer:
+
+    * ``engine``: ``"auto"``, ``"reference"``, ``"foreach"`` or ``"compile"``.
+    * ``state``: how states are stored; ``"fp32"`` (float64 for float64 weights).
+    * ``weights``: how weights are stored; ``"plain"``.
+    * ``nonfinite``: what to do about NaN or infinite gradients: ``"ignore"`` as torch does, ``"raise"``
+      ``FloatingPointError``, or ``"skip"`` the step. The last two look at all gradients before anything is written.
+    * ``amp_unscale`` (bool): take part in ``torch.amp.GradScaler``'s fused protocol: gradients are unscaled as they
+      are read and stay scaled in ``p.grad``. Off by default; Lightning refuses to clip gradients when it is on.
+    * ``capturable``: accepted as ``False`` only; no engine can be captured in a CUDA graph yet.
+    * ``foreach``, ``fused``: torch's names; ``foreach=True`` is ``engine="foreach"``, ``foreach=False`` is
+      ``engine="reference"``, ``fused=True`` is ``engine="auto"``.
+    """
+
+    decoupled_weight_decay: bool
+    clip_norm: float | None
+    maximize: bool
+    engine: str
+    state: str
+    weights: str
+    nonfinite: str
+    amp_unscale: bool
+    capturable: bool
+    foreach: bool | None
+    fused: bool | None
+
+
+class Options(EngineOptions, total=False):
+    """:class:`EngineOptions`, and gradient centralization for optimizers that do not have it from birth.
+
+    * ``use_gc`` (bool): take the mean of each output unit from gradients of matrices and convolutions.
+    * ``gc_conv_only`` (bool): of 2-D and 3-D convolutions alone.
+    """
+
+    use_gc: bool
+    gc_conv_only: bool
+
+
+_GROUP_OPTIONS: Mapping[str, Any] = {
+    "decoupled_weight_decay": False,
+    "clip_norm": None,
+    "maximize": False,
+    "use_gc": False,
+    "gc_conv_only": False,
+    "gc_loc": True,
+}
+_ENGINE_OPTIONS: Mapping[str, Any] = {
+    "engine": "auto",
+    "state": "fp32",
+    "weights": "plain",
+    "nonfinite": "ignore",
+    "amp_unscale": False,
+    "capturable": False,
+    "foreach": None,
+    "fused": None,
+}
+_LEGAL_OPTIONS: Mapping[str, tuple[Any, ...]] = {
+    "engine": ("auto", *execution.ENGINES),
+    "state": STATE_FORMATS,
+    "weights": WEIGHT_FORMATS,
+    "nonfinite": ("ignore", "raise", "skip"),
+    "amp_unscale": (False, True),
+    "capturable": (False,),
+    "foreach": (None, False, True),
+    "fused": (None, False, True),
+}
+
+
+def _engine_name(options: Mapping[str, Any]) -> str:
+    """The engine that ``engine=`` and torch's keywords ask for together."""
+    engine, foreach, fused = options["engine"], options["foreach"], options["fused"]
+    if foreach and fused:
+        raise ValueError("foreach=True and fused=True contradict each other; legal: one of them, or engine=...")
+    wanted = "foreach" if foreach else "reference" if foreach is False else None
+    if wanted is not None and engine not in ("auto", wanted):
+        raise ValueError(f"foreach={foreach} asks for engine={wanted!r} and contradicts engine={engine!r}")
+    if fused and engine in ("reference", "foreach"):
+        raise ValueError(f"fused=True asks for the fastest engine and contradicts engine={engine!r}")
+    return wanted or str(engine)
+
+
+class LastStep:
+    """What can be told about the last step.
+
+    Attributes:
+        skipped: True if nothing was changed, because of non-finite gradients or a loss scale that overflowed.
+    """
+
+    def __init__(self, optimizer: Optimizer, totals: Mapping[str, Tensor], inverse_scale: float, skipped: bool) -> None:
+        self._optimizer, self._totals, self._inverse_scale = optimizer, totals, inverse_scale
+        self.skipped = skipped
+
+    @property
+    def gradient_norm(self) -> float:
+        """Global norm of the gradients before clipping.
+
+        Without ``clip_norm`` it is computed when you ask, from the gradients as they are then: ask before
+        ``zero_grad()``.
+        """
+        if "gradient_norm" in self._totals:
+            return float(self._totals["gradient_norm"].sqrt())
+        grads = [p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not grads:
+            raise RuntimeError("the gradients are gone; read last_step.gradient_norm before zero_grad()")
+        norms = [g.detach().norm(dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
+        return float(torch.stack([n.double().cpu() for n in norms]).norm()) * self._inverse_scale
+
+    @property
+    def update_norm(self) -> float:
+        """Global norm of what the step added to the weights; needs ``optimizer.measure_updates = True`` before it."""
+        if "update_norm" not in self._totals:
+            raise RuntimeError("the update was not measured; set optimizer.measure_updates = True before the step")
+        return float(self._totals["update_norm"].sqrt())
+
+    def __repr__(self) -> str:
+        return f"LastStep(skipped={self.skipped})"
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Base class of all optimizers of piste; a subclass names its parts in :meth:`pipeline` and nothing else.
+
+    Args:
+        params: tensors, parameter groups, or ``(name, tensor)`` pairs. Names are saved, and matched when loading.
+        defaults: hyper-parameters with their default values, as they appear in ``param_groups``.
+        options: see :class:`Options`.
+
+    Raises:
+        ValueError: a value is outside of its range, an option is unknown, weights are missing or repeated. Nothing
+            has been changed then.
+
+    Example:
+        >>> import torch, piste
+        >>> from piste.rules.sgd import sgd
+        >>> from piste.parts.standard import standard
+        >>> class HeavyBall(piste.Optimizer):
+        ...     def __init__(self, params, lr=0.1, momentum=0.9, **options):
+        ...         hyper = {"lr": lr, "momentum": momentum, "dampening": 0.0, "nesterov": False, "weight_decay": 0.0}
+        ...         super().__init__(params, hyper, options)
+        ...     @classmethod
+        ...     def pipeline(cls, group):
+        ...         return standard(group, sgd)
+        >>> w = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = HeavyBall([w])
+        >>> w.square().sum().backward()
+        >>> optimizer.step()
+        >>> w.tolist()
+        [0.800000011920929, 0.800000011920929]
+    """
+
+    #: measure the norm of every update from the next step on; see :class:`LastStep`
+    measure_updates: bool = False
+    _programs: ClassVar[dict[Any, tuple[Variants, Mapping[str, State]]]] = {}
+
+    def __init__(self, params: Params, defaults: dict[str, Any], options: Mapping[str, Any]) -> None:
+        name = type(self).__name__
+        refuse_unknown(name, options, [*_GROUP_OPTIONS, *_ENGINE_OPTIONS])
+        self._options = {**_ENGINE_OPTIONS, **{k: v for k, v in options.items() if k in _ENGINE_OPTIONS}}
+        for option, value in self._options.items():
+            check_choice(option, value, _LEGAL_OPTIONS[option])
+        self._engine_name = _engine_name(self._options)
+        group_options = {k: v for k, v in options.items() if k in _GROUP_OPTIONS}
+        defaults = {**_GROUP_OPTIONS, **defaults, **group_options}
+        self._check(defaults, defaults)
+        super().__init__(_groups(name, params), defaults)
+        self._finish()
+
+    def _finish(self) -> None:
+        if self._options["amp_unscale"]:
+            self._step_supports_amp_scaling = True
+        self.last_step = LastStep(self, {}, 1.0, skipped=False)
+
+    @classmethod
+    @abstractmethod
+    def pipeline(cls, group: Mapping[str, Any]) -> Pipeline:
+        """The parts that make up a step for weights of this group.
+
+        ``group`` holds the flags of the group (bool, str, None) by name, and ``Number`` for every number: numbers
+        change during training and select nothing here; a rule may branch on them.
+        """
+
+    @classmethod
+    def check_group(cls, group: Mapping[str, Any]) -> None:
+        """Refuse combinations of hyper-parameters that make no sense; each value is already within its own range."""
+
+    def _check(self, group: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+        check_hyperparameters(type(self).__name__, group, known)
+        self.check_group({**known, **group})
+
+    # groups and state ------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add weights, with hyper-parameters of their own where they differ from the defaults."""
+        (group,) = _groups(type(self).__name__, [dict(param_group)])
+        for position, p in enumerate(group["params"]):
+            tensor = p[1] if isinstance(p, tuple) else p
+            if not (tensor.is_floating_point() or tensor.is_complex()):
+                raise ValueError(f"parameter {position} is of {tensor.dtype}; legal: floating point or complex tensors")
+            if not (tensor.is_leaf or tensor.retains_grad):
+                raise ValueError(f"parameter {position} is no leaf: can't optimize a non-leaf Tensor")
+        self._check(group, self._hyper_defaults)
+        super().add_param_group(group)
+
+    @property
+    def _hyper_defaults(self) -> dict[str, Any]:
+        return {k: v for k, v in self.defaults.items() if k != "differentiable"}  # torch puts that one in
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "defaults": self.defaults,
+            "state": self.state,
+            "param_groups": self.param_groups,
+            "measure_updates": self.measure_updates,
+            "_options": self._options,
+            "_engine_name": self._engine_name,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._finish()
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave; weights are matched by name where both sides have names.
+
+        Tensors keep the dtype in which they were saved. Whatever does not fit raises ``ValueError`` before anything
+        is changed.
+        """
+        saved = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            saved = before(self, saved) or saved
+        state, groups = matched(self.param_groups, saved, self._states_of, _real)
+        for group in groups:
+            self._check({k: v for k, v in group.items() if k not in ("params", "param_names")}, self._hyper_defaults)
+        self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    # stepping --------------------------------------------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step.
+
+        Args:
+            closure: computes the loss with its gradients anew and returns the loss; called once, with gradients on.
+
+        Returns:
+            What the closure returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        inverse_scale, overflow = self._loss_scale()
+        weights = list(self._weights(scaled=inverse_scale is not None))
+        skipped = overflow or not self._finite()
+        totals: dict[str, Tensor] = {}
+        if not skipped:
+            full = [w for w in weights if w.p.numel()]
+            if full:
+                totals = execution.run(full, execution.engine_for(self._engine_name), inverse_scale=inverse_scale)
+            for w in weights:
+                w.state["step"] = w.row.t
+        self.last_step = LastStep(self, totals, 1.0 if inverse_scale is None else float(inverse_scale), skipped)
+        return loss
+
+    def _loss_scale(self) -> tuple[Tensor | None, bool]:
+        """What GradScaler left for us, as a factor and a verdict."""
+        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        overflow = found is not None and bool(found.item())
+        return (None if scale is None else scale.double().reciprocal()), overflow
+
+    def _finite(self) -> bool:
+        """Are all gradients finite, or is that nobody's concern?"""
+        policy = self._options["nonfinite"]
+        if policy == "ignore":
+            return True
+        grads = [(p.grad, i, n) for i, g in enumerate(self.param_groups) for n, p in enumerate(g["params"])]
+        present = [(g, i, n) for g, i, n in grads if g is not None and g.numel()]
+        peaks = [g.abs().amax() if g.is_complex() else torch.linalg.vector_norm(g, torch.inf) for g, _, _ in present]
+        bad = [entry for entry, peak in zip(present, _finite(peaks), strict=True) if not peak]
+        if bad and policy == "raise":
+            names = ", ".join(self._name(i, n) for _, i, n in bad[:5]) + (" ..." if len(bad) > 5 else "")
+            raise FloatingPointError(
+                f"the gradients of {len(bad)} parameters are not finite ({names}); nothing was changed"
+            )
+        return not bad
+
+    def _name(self, group: int, position: int) -> str:
+        names = self.param_groups[group].get("param_names")
+        return repr(names[position]) if names else f"parameter {position} of group {group}"
+
+    def _weights(self, *, scaled: bool) -> Iterator[Weight]:
+        """The weights that have gradients."""
+        for index, group in enumerate(self.param_groups):
+            statics, hp = _split(group, self._hyper_defaults)
+            rows: dict[int, Row] = {}
+            by_rank: dict[int, tuple[Variants, Mapping[str, State]]] = {}
+            for position, p in enumerate(group["params"]):
+                g = p.grad
+                if g is None:
+                    continue
+                if g.layout != torch.strided:
+                    raise ValueError(
+                        f"{self._name(index, position)} has a {g.layout} gradient; {type(self).__name__} needs dense ones "
+                        "(sparse=False in the embedding, or torch.optim.SparseAdam for that parameter)"
+                    )
+                state = self.state[p]
+                t = state.get("step", 0) + 1
+                row = rows.get(t) or rows.setdefault(t, Row(hp, t))
+                found = by_rank.get(p.ndim) or by_rank.setdefault(p.ndim, self._program(statics, p.ndim, scaled))
+                if p.is_complex():
+                    self._refuse_axes(found[0].graph(row, tuple(p.shape)).keeps_axes, index, position)
+                yield Weight(_real(p), _real(g), state, found[1], found[0], row)
+
+    def _refuse_axes(self, keeps_axes: bool, group: int, position: int) -> None:
+        if keeps_axes:
+            raise ValueError(
+                f"{self._name(group, position)} is complex, and {type(self).__name__} as set up reduces over axes, "
+                "which has no complex form here (use_gc=False avoids it)"
+            )
+
+    def _program(self, statics: tuple[tuple[str, Any], ...], ndim: int, scaled: bool) -> Any:
+        key = type(self), statics, ndim, scaled, self.measure_updates
+        if key not in self._programs:
+            pipeline = self.pipeline(_Flags(statics))
+            flags = {k: v for k, v in statics if v is not Number}
+            variants = program(pipeline, flags, ndim, scaled=scaled, watch=self.measure_updates)
+            self._programs[key] = variants, pipeline.states
+        return self._programs[key]
+
+    def _states_of(self, group: Mapping[str, Any]) -> Mapping[str, State]:
+        statics, _ = _split({**self._hyper_defaults, **group}, self._hyper_defaults)
+        return self.pipeline(_Flags(statics)).states
+
+
+class _Number:
+    """Stands for a number in the group that :meth:`Optimizer.pipeline` sees: it is there, and says no more."""
+
+    def __bool__(self) -> bool:
+        raise TypeError("a number of the group decides nothing in pipeline(); branch on it inside a part")
+
+    def __repr__(self) -> str:
+        return "Number"
+
+
+Number = _Number()
+
+
+class _Flags(dict[str, Any]):
+    """A group as :meth:`Optimizer.pipeline` sees it."""
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _finite(peaks: list[Tensor]) -> list[bool]:
+    """Which of these numbers are finite; one transfer per device."""
+    by_device: dict[torch.device, list[int]] = {}
+    for i, peak in enumerate(peaks):
+        by_device.setdefault(peak.device, []).append(i)
+    verdicts = [True] * len(peaks)
+    for members in by_device.values():
+        finite = torch.isfinite(torch.stack([peaks[i].float() for i in members])).tolist()
+        for i, verdict in zip(members, finite, strict=True):
+            verdicts[i] = verdict
+    return verdicts
+
+
+def _split(group: Mapping[str, Any], known: Iterable[str]) -> tuple[tuple[tuple[str, Any], ...], dict[str, float]]:
+    """The flags of a group, and its numbers as host numbers: ``betas`` become ``beta1`` and ``beta2``."""
+    statics: list[tuple[str, Any]] = []
+    numbers: dict[str, float] = {}
+    for name in known:
+        value = group[name]
+        if value is None or isinstance(value, (bool, str)):
+            statics.append((name, value))
+        elif isinstance(value, (tuple, list)):
+            statics.append((name, Number))
+            for i, x in enumerate(value):
+                numbers[f"{name.removesuffix('s')}{i + 1}"] = float(x)
+        else:
+            statics.append((name, Number))
+            numbers[name] = float(value)
+    return tuple(statics), numbers
+
+
+def _groups(owner: str, params: Any) -> list[dict[str, Any]]:
+    """Parameters in any accepted form as groups, none of them empty or repeated."""
+    if isinstance(params, Tensor):
+        raise TypeError(f"{owner} got params={type(params).__name__}; legal: an iterable of tensors, pairs or groups")
+    entries = list(params)
+    if not entries:
+        raise ValueError(f"{owner} got an empty parameter list in params; legal: at least one tensor")
+    groups = [dict(e) for e in entries] if isinstance(entries[0], dict) else [{"params": entries}]
+    seen: set[int] = set()
+    for index, group in enumerate(groups):
+        if "params" not in group:
+            raise ValueError(f"group {index} has no 'params'")
+        if isinstance(group["params"], set):
+            raise TypeError("optimizer parameters need to be organized in ordered collections; params is a set")
+        members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        group["params"] = members
+        for position, member in enumerate(members):
+            tensor = member[1] if isinstance(member, tuple) and len(member) == 2 else member
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"parameter {position} of group {index} is a {type(member).__name__}; legal: tensors")
+            if id(tensor) in seen:
+                raise ValueError(f"parameter {position} of group {index} is a duplicate: it was given before")
+            seen.add(id(tensor))
+    return groups

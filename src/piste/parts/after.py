@@ -1,0 +1,22 @@
+"""Parts that act on the weight after the step."""
+
+from __future__ import annotations
+
+from piste.ops import Value, lerp
+from piste.slots import Hyper, States, after
+from piste.storage import anchor
+
+__all__ = ["lookahead"]
+
+
+@after(slow=anchor)
+def lookahead(p: Value, st: States, hp: Hyper, t: Value) -> Value:
+    """Every k steps, go only the fraction alpha of the way and start again from there (Zhang et al. 2019).
+
+    The slow weights begin as the weights before the first step.
+    """
+    slow = st.slow
+    if t % hp.k != 0:
+        return p
+    slow = lerp(slow, p, hp.alpha)
+    return slow, {"slow": slow}

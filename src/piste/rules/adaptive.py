@@ -1,0 +1,89 @@
+"""Rules that divide by a running size of the gradient."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from piste.ops import Value, debias, lerp, maximum, rho, sqrt, square
+from piste.slots import Hyper, States, direction
+from piste.storage import moment, second_moment
+
+__all__ = ["adabelief", "adam", "radam", "ranger_adabelief", "rmsprop", "rmsprop_tf"]
+
+
+@direction(m=moment, v=second_moment, vmax=second_moment)
+def adam(g: Value, st: States, hp: Hyper, t: Value) -> Value:
+    """Kingma & Ba 2015, algorithm 1; with ``amsgrad`` the maximum is taken before the bias correction, as in torch."""
+    m = lerp(st.m, g, 1 - hp.beta1)
+    v = lerp(st.v, square(g), 1 - hp.beta2)
+    new = {"m": m, "v": v}
+    if hp.amsgrad:
+        v = new["vmax"] = maximum(st.vmax, v)
+    return debias(m, hp.beta1, t) / (sqrt(debias(v, hp.beta2, t)) + hp.eps), new
+
+
+@direction(m=moment, v=second_moment)
+def radam(g: Value, st: States, hp: Hyper, t: Value) -> Value:
+    """Liu et al. 2020, algorithm 2, up to its step size, which is the part ``rectified_step``.
+
+    The threshold is 5 as in the released code, where the paper has 4; the denominator is not bias-corrected before
+    eps is added, as in the released code.
+    """
+    m = lerp(st.m, g, 1 - hp.beta1)
+    v = lerp(st.v, square(g), 1 - hp.beta2)
+    if rho(hp.beta2, t) > 5:
+        return m / (sqrt(v) + hp.eps), {"m": m, "v": v}
+    return (m if hp.degenerated_to_sgd else 0.0), {"m": m, "v": v}
+
+
+@direction(m=moment, s=second_moment, smax=second_moment)
+def adabelief(g: Value, st: States, hp: Hyper, t: Value) -> Value:
+    """Small steps where the gradient surprises its own average (Zhuang et al. 2020, algorithm 2).
+
+    eps is added to the state itself, every step, so s never falls below eps / (1 - beta2). With ``rectify`` the step
+    size is the part ``rectified_step``, and ``amsgrad`` has no effect, as in the released code.
+    """
+    m = lerp(st.m, g, 1 - hp.beta1)
+    s = lerp(st.s, square(g - m), 1 - hp.beta2) + hp.eps
+    new = {"m": m, "s": s}
+    if hp.rectify:
+        if rho(hp.beta2, t) > 5:
+            return m / (sqrt(s) + hp.eps), new
+        return (m if hp.degenerated_to_sgd else 0.0), new
+    if hp.amsgrad:
+        s = new["smax"] = maximum(st.smax, s)
+    return debias(m, hp.beta1, t) / (sqrt(debias(s, hp.beta2, t)) + hp.eps), new
+
+
+@direction(m=moment, s=second_moment)
+def ranger_adabelief(g: Value, st: States, hp: Hyper, t: Value) -> Value:
+    """AdaBelief as RangerAdaBelief 0.1.0 has it: eps enters the state only once the step is rectified."""
+    m = lerp(st.m, g, 1 - hp.beta1)
+    s = lerp(st.s, square(g - m), 1 - hp.beta2)
+    if rho(hp.beta2, t) > 5:
+        s = s + hp.eps
+        return m / (sqrt(s) + hp.eps), {"m": m, "s": s}
+    return m, {"m": m, "s": s}
+
+
+def _mean_square(g: Value, st: States, hp: Hyper) -> tuple[Value, dict[str, Value]]:
+    """Running mean of squared gradients; of their variance, where ``centered``."""
+    v = lerp(st.v, square(g), 1 - hp.alpha)
+    if not hp.centered:
+        return v, {"v": v}
+    gbar = lerp(st.gbar, g, 1 - hp.alpha)
+    return maximum(v - square(gbar), 0.0), {"v": v, "gbar": gbar}  # rounding can make the difference negative
+
+
+@direction(v=second_moment, gbar=moment)
+def rmsprop(g: Value, st: States, hp: Hyper) -> Value:
+    """Hinton's lecture 6e (2012), as in torch: the average begins at 0 and eps stands outside of the root."""
+    size, new = _mean_square(g, st, hp)
+    return g / (sqrt(size) + hp.eps), new
+
+
+@direction(v=replace(second_moment, start="ones"), gbar=moment)
+def rmsprop_tf(g: Value, st: States, hp: Hyper) -> Value:
+    """RMSprop as in TensorFlow: the average begins at 1 and eps stands inside the root."""
+    size, new = _mean_square(g, st, hp)
+    return g / sqrt(size + hp.eps), new
