@@ -1,0 +1,61 @@
+# `make help` lists the targets. Two environments, both made on first use by scripts/environment.py and kept:
+#   .venv-race  piste[race]; builds on the torch of the calling python3 where there is one
+#   .venv       piste[dev] with every version pinned, for everything else
+
+PYTHON ?= python3
+VENV_RACE ?= .venv-race
+VENV ?= .venv
+# Where pip looks for torch (and torch alone), for example an index of CPU builds. Empty: pip's own setting.
+TORCH_INDEX_URL ?=
+# Passed on to the command: make race ARGS="--steps 200", make test ARGS="-k lookahead".
+ARGS ?=
+
+environment = @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+  echo "piste: Python 3.10 or newer is needed, and '$(PYTHON)' is: $$($(PYTHON) --version 2>&1 | head -n 1)"; \
+  echo "piste: name another one, for example: make PYTHON=python3.12 $@"; exit 1; } >&2; \
+  $(PYTHON) scripts/environment.py $(if $(TORCH_INDEX_URL),--torch-index-url '$(TORCH_INDEX_URL)') \
+  $(if $(filter file,$(origin PYTHON)),,--exact-python)
+
+# Tests run in two processes; each keeps to one thread.
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
+
+.DEFAULT_GOAL := help
+.PHONY: help race environment-race environment test test-all test-fast test-slow lint format bench clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+race: environment-race  ## install what is missing, race four optimizers on two real tasks, print verdict and report
+	@$(VENV_RACE)/bin/piste race $(ARGS)
+
+test: lint test-fast  ## install what is missing, then lint and every quick test
+test-all: test test-slow  ## `make test`, then the slow tests (real frameworks, a browser, many runs)
+
+environment-race:
+	$(environment) --extra race --reuse-torch $(VENV_RACE)
+
+environment:
+	$(environment) --extra dev $(VENV)
+
+test-fast: environment
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: environment  ## the slow tests alone
+	$(PYTEST) -m slow $(ARGS)
+
+lint: environment  ## ruff (rules and format) and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: environment  ## let ruff rewrite what it can
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: environment  ## speed and memory against torch's own optimizers
+	$(VENV)/bin/python -m benchmarks $(ARGS)
+
+clean:  ## remove both environments and all caches; race results stay
+	for made in $(VENV_RACE) $(VENV); do if [ -e $$made/made-by-piste ]; then rm -rf $$made $$made.lock; fi; done
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
