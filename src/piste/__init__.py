@@ -9,5 +9,6 @@ from piste.optimizers import RAdam as RAdam
 from piste.optimizers import Ranger as Ranger
 from piste.optimizers import RangerAdaBelief as RangerAdaBelief
 from piste.optimizers import RMSprop as RMSprop
+from piste.wrappers import Lookahead as Lookahead
 
 __version__ = "0.1.0"

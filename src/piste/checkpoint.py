@@ -14,7 +14,7 @@ from torch import Tensor
 from piste.checks import near
 from piste.storage import State, shape_of
 
-__all__ = ["matched"]
+__all__ = ["check_tensor", "matched", "weights_by_id"]
 
 StatesOf = Callable[[Mapping[str, Any]], Mapping[str, State]]
 
@@ -39,7 +39,7 @@ def matched(
     saved_groups = saved["param_groups"]
     if len(saved_groups) != len(groups):
         raise ValueError(f"state_dict has {len(saved_groups)} parameter groups, this optimizer has {len(groups)}")
-    weights = _weights_by_id(groups, saved_groups)
+    weights = weights_by_id(groups, saved_groups)
     home = {id(p): group for group, new in zip(saved_groups, groups, strict=True) for p in new["params"]}
 
     state: dict[Tensor, dict[str, Any]] = {}
@@ -51,7 +51,7 @@ def matched(
     return state, [_group(group, new) for group, new in zip(groups, saved_groups, strict=True)]
 
 
-def _weights_by_id(
+def weights_by_id(
     groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]
 ) -> dict[Any, tuple[Tensor, str]]:
     """Saved parameter number -> the weight here, with a name for messages: by name where both sides have names."""
@@ -92,12 +92,17 @@ def _entries(entries: Mapping[str, Any], name: str, weight: Tensor, states: Mapp
                 f"parameter {name} has a state {key!r} that this optimizer does not keep; it keeps: {legal}"
             )
         else:
-            expected = shape_of(states[key].kind, weight)
-            if not isinstance(value, Tensor) or (expected is not None and tuple(value.shape) != expected):
-                had = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"state {key!r} of parameter {name} has shape {had}; expected {expected}")
-            found[key] = value.detach().to(device=weight.device, copy=True)
+            found[key] = check_tensor(value, key, name, states[key], weight)
     return found
+
+
+def check_tensor(value: Any, key: str, name: str, state: State, weight: Tensor) -> Tensor:
+    """A saved tensor, if it has the shape it should have, copied to the weight's device in its own dtype."""
+    expected = shape_of(state.kind, weight)
+    if not isinstance(value, Tensor) or (expected is not None and tuple(value.shape) != expected):
+        had = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"state {key!r} of parameter {name} has shape {had}; expected {expected}")
+    return value.detach().to(device=weight.device, copy=True)
 
 
 def _group(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -64,10 +64,12 @@ class Options(EngineOptions, total=False):
 
     * ``use_gc`` (bool): take the mean of each output unit from gradients of matrices and convolutions.
     * ``gc_conv_only`` (bool): of 2-D and 3-D convolutions alone.
+    * ``gc_loc`` (bool): of the gradient, the default; else of the final direction.
     """
 
     use_gc: bool
     gc_conv_only: bool
+    gc_loc: bool
 
 
 _GROUP_OPTIONS: Mapping[str, Any] = {

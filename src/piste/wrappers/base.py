@@ -1,0 +1,144 @@
+"""What all wrappers share: they are optimizers to schedulers and frameworks, over the groups of the one inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from piste.checkpoint import check_tensor, weights_by_id
+from piste.slots import Pipeline, program
+from piste.storage import State
+from piste.symbol import Variants
+
+__all__ = ["Wrapper"]
+
+
+class Wrapper(torch.optim.Optimizer):
+    """An optimizer around ``optimizer``, with tensors of its own for every weight.
+
+    Groups and hyper-parameters are the inner optimizer's, the very same objects, so schedulers act on it. The state
+    dictionary is the inner one's, with this wrapper's tensors beside it under ``<name>.<state>``.
+    """
+
+    name: str  # prefix of this wrapper's entries in state dictionaries
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            kind = type(optimizer).__name__
+            raise TypeError(f"{type(self).__name__} got optimizer={kind}; legal: an instance of torch.optim.Optimizer")
+        self.optimizer = optimizer
+        self.own: dict[Tensor, dict[str, Any]] = {}
+        self._programs: dict[int, Variants] = {}
+        super().__setstate__({"defaults": optimizer.defaults})  # torch's hooks; its groups stay the inner one's
+
+    # the inner optimizer's face --------------------------------------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.optimizer.state
+
+    @property
+    def last_step(self) -> Any:
+        """The inner optimizer's account of the last step, where it gives one."""
+        return self.optimizer.last_step  # type: ignore[attr-defined]
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        return bool(getattr(self.optimizer, "_step_supports_amp_scaling", False))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add weights to the inner optimizer."""
+        self.optimizer.add_param_group(param_group)
+
+    def inner_step(self, closure: Callable[[], float] | None) -> tuple[float | None, bool]:
+        """Step the inner optimizer; what it returned, and whether it took the step.
+
+        GradScaler leaves its findings on the optimizer it was given, which is this wrapper: they are handed on.
+        """
+        handed = [name for name in ("grad_scale", "found_inf") if hasattr(self, name)]
+        for name in handed:
+            setattr(self.optimizer, name, getattr(self, name))
+        try:
+            loss = self.optimizer.step() if closure is None else self.optimizer.step(closure)
+        finally:
+            for name in handed:
+                delattr(self.optimizer, name)
+        found = getattr(self, "found_inf", None)
+        last = getattr(self.optimizer, "last_step", None)
+        return loss, not ((found is not None and bool(found.item())) or (last is not None and last.skipped))
+
+    def program(self, pipeline: Pipeline, ndim: int) -> Variants:
+        """The wrapper's own arithmetic for weights of one rank."""
+        if ndim not in self._programs:
+            self._programs[ndim] = program(pipeline, {}, ndim)
+        return self._programs[ndim]
+
+    @property
+    def engine_name(self) -> str:
+        """The engine of the inner optimizer, where it has one."""
+        return str(getattr(self.optimizer, "_engine_name", "auto"))
+
+    # state -----------------------------------------------------------------------------------------------------------
+
+    def states(self) -> Mapping[str, State]:
+        """The tensors that this wrapper keeps for a weight, besides a step count."""
+        raise NotImplementedError
+
+    def _numbers(self) -> dict[Tensor, int]:
+        """The number that ``state_dict`` gives to each weight: its place in the order of groups."""
+        weights = [p for group in self.param_groups for p in group["params"]]
+        return {p: i for i, p in enumerate(dict.fromkeys(weights))}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's state dictionary with this wrapper's entries."""
+        packed = self.optimizer.state_dict()
+        state = {number: dict(entries) for number, entries in packed["state"].items()}
+        numbers = self._numbers()
+        for weight, entries in self.own.items():
+            if weight in numbers:
+                own = {f"{self.name}.{key}": value for key, value in entries.items()}
+                state.setdefault(numbers[weight], {}).update(own)
+        return {**packed, "state": state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave; a dictionary of the inner optimizer alone is refused."""
+        weights = weights_by_id(self.param_groups, state_dict["param_groups"])
+        inner: dict[Any, dict[str, Any]] = {}
+        own: dict[Tensor, dict[str, Any]] = {}
+        prefix = f"{self.name}."
+        for number, entries in state_dict["state"].items():
+            rest = {key: value for key, value in entries.items() if not key.startswith(prefix)}
+            if rest:
+                inner[number] = rest
+            mine = {key.removeprefix(prefix): value for key, value in entries.items() if key.startswith(prefix)}
+            if number in weights:
+                own[weights[number][0]] = self._checked(mine, *weights[number])
+        self.optimizer.load_state_dict({**state_dict, "state": inner})
+        self.own = own
+
+    def _checked(self, entries: Mapping[str, Any], weight: Tensor, name: str) -> dict[str, Any]:
+        legal = {"step", *self.states()}
+        if set(entries) != legal:
+            had = ", ".join(sorted(entries)) or "none"
+            raise ValueError(f"parameter {name} has {self.name} entries: {had}; expected: {', '.join(sorted(legal))}")
+        real = torch.view_as_real(weight) if weight.is_complex() else weight
+        checked = {key: check_tensor(entries[key], key, name, state, real) for key, state in self.states().items()}
+        return {"step": int(entries["step"]), **checked}
+
+    def __getstate__(self) -> dict[str, Any]:
+        skipped = ("_programs", "step")  # derived; torch's patch of step is made anew
+        return {k: v for k, v in self.__dict__.items() if k not in skipped and not k.startswith("_optimizer_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"_programs": {}, **state})
+
+    def __repr__(self) -> str:
+        inner = "\n    ".join(repr(self.optimizer).splitlines())
+        return f"{type(self).__name__}(\n    {inner}\n)"
