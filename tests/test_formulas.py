@@ -189,6 +189,15 @@ def test_ranger_is_pytorch_optimizers(settings: dict[str, Any]) -> None:
     assert_same(by_formula(formulas.ranger, DENSE, ours), expected, RTOL, ATOL)
 
 
+def test_resting_radam_is_pytorch_optimizers() -> None:
+    """No step *and no decay* while the average is short: the one place where the two could be told apart."""
+    settings = {"lr": 0.05, "weight_decay": 0.3}
+    ours = settings | {"degenerated_to_sgd": False, "decoupled_weight_decay": True}
+    expected = by_optimizer(lambda params: live.resting_radam(params, **settings), DENSE)
+    assert_same(expected[:5], [DENSE.weights] * 5, rtol=0, atol=0)
+    assert_same(by_formula(formulas.radam, DENSE, ours), expected, RTOL, ATOL)
+
+
 def test_outer_lookahead_is_pytorch_optimizers() -> None:
     def make(params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         return live.eager_lookahead(torch.optim.SGD(params, lr=0.1, momentum=0.9), k=6, alpha=0.3)

@@ -154,8 +154,14 @@ def _rangers() -> list[Case]:
     decayed = {"lr": 0.05, "weight_decay": 0.3}
     cases = [
         Case("RangerAdaBelief", {"lr": 0.05, "weight_decay": 0.0, "eps": 1e-5}, live.ranger_adabelief),
-        Case("RangerAdaBelief", {"lr": 0.05, "weight_decay": 0.0, "use_gc": False}, live.ranger_adabelief),
-        Case("RangerAdaBelief", {"weight_decay": 0.0, "gc_conv_only": True, "k": 5}, live.ranger_adabelief),
+        Case(
+            "RangerAdaBelief", {"lr": 0.05, "weight_decay": 0.0, "eps": 1e-12, "use_gc": False}, live.ranger_adabelief
+        ),
+        Case(
+            "RangerAdaBelief",
+            {"weight_decay": 0.0, "eps": 1e-8, "gc_conv_only": True, "k": 5, "alpha": 0.8},
+            live.ranger_adabelief,
+        ),
     ]
     for name in ("Ranger", "RangerAdaBelief"):
         cases += [
@@ -382,7 +388,7 @@ def test_lookahead_differs_from_timms_by_its_start_alone() -> None:
     assert_same(ours[: K - 1], lazy[: K - 1], RTOL, ATOL)
     assert_same(lazy[:K], plain[:K], RTOL, ATOL)
     for a, b in zip(ours[K - 1], lazy[K - 1], strict=True):
-        assert np.abs(a - b).min() > 1e-3  # 70 % of six steps of about 0.05: far above rounding
+        assert np.abs(a - b).max() > 1e-3  # 70 % of six steps of about 0.05: far above rounding
 
 
 def test_ranger_is_radam_with_wrapped_lookahead() -> None:

@@ -65,6 +65,16 @@ def ranger(params: Params, **settings: Any) -> torch.optim.Optimizer:
     return Ranger(params, degenerated_to_sgd=True, foreach=False, **settings)
 
 
+def resting_radam(params: Params, **settings: Any) -> torch.optim.Optimizer:
+    """pytorch_optimizer's RAdam, which like the authors' code rests while the average is short.
+
+    Dense only (steps are counted per group) and with decoupled decay only (its L2 is not applied at all).
+    """
+    from pytorch_optimizer import RAdam
+
+    return RAdam(params, degenerated_to_sgd=False, weight_decouple=True, foreach=False, **settings)
+
+
 def eager_lookahead(optimizer: torch.optim.Optimizer, k: int, alpha: float) -> torch.optim.Optimizer:
     """pytorch_optimizer's Lookahead, whose slow weights start at the initial weights; it skips weights without a
     gradient at the sync step, where the authors sync all."""
