@@ -35,8 +35,8 @@ __all__ = [
     "norm",
     "opaque",
     "peak",
-    "rho",
     "rectifier",
+    "rho",
     "rsqrt",
     "scratch",
     "sign",
@@ -274,7 +274,7 @@ def opaque(function: Callable[..., Tensor], *values: Value, kind: Kind = FULL, b
     return function(*(v[None] for v in values))[0] if batched else function(*values)
 
 
-# bias correction and rectification: host numbers of the step -------------------------------------------------------------
+# bias correction and rectification: host numbers of the step ---------------------------------------------------------
 
 
 def debias(x: Value, beta: Value, t: Value) -> Value:

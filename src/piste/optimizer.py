@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypedDict, overload
 
 import torch
@@ -122,7 +123,9 @@ class LastStep:
         skipped: True if nothing was changed, because of non-finite gradients or a loss scale that overflowed.
     """
 
-    def __init__(self, optimizer: Optimizer, totals: Mapping[str, Tensor], inverse_scale: float, skipped: bool) -> None:
+    def __init__(
+        self, optimizer: Optimizer, totals: Mapping[str, Tensor], inverse_scale: Tensor | None, skipped: bool
+    ) -> None:
         self._optimizer, self._totals, self._inverse_scale = optimizer, totals, inverse_scale
         self.skipped = skipped
 
@@ -139,7 +142,8 @@ class LastStep:
         if not grads:
             raise RuntimeError("the gradients are gone; read last_step.gradient_norm before zero_grad()")
         norms = [g.detach().norm(dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
-        return float(torch.stack([n.double().cpu() for n in norms]).norm()) * self._inverse_scale
+        scale = 1.0 if self._inverse_scale is None else float(self._inverse_scale)
+        return float(torch.stack([n.double().cpu() for n in norms]).norm()) * scale
 
     @property
     def update_norm(self) -> float:
@@ -203,7 +207,8 @@ class Optimizer(torch.optim.Optimizer):
     def _finish(self) -> None:
         if self._options["amp_unscale"]:
             self._step_supports_amp_scaling = True
-        self.last_step = LastStep(self, {}, 1.0, skipped=False)
+        self.last_step = LastStep(self, {}, None, skipped=False)
+        self._prepared: _Prepared | None = None
 
     @classmethod
     @abstractmethod
@@ -254,7 +259,6 @@ class Optimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._finish()
 
-    @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave; weights are matched by name where both sides have names.
 
@@ -292,16 +296,15 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         inverse_scale, overflow = self._loss_scale()
-        weights = list(self._weights(scaled=inverse_scale is not None))
         skipped = overflow or not self._finite()
         totals: dict[str, Tensor] = {}
         if not skipped:
-            full = [w for w in weights if w.p.numel()]
-            if full:
-                totals = execution.run(full, execution.engine_for(self._engine_name), inverse_scale=inverse_scale)
-            for w in weights:
-                w.state["step"] = w.row.t
-        self.last_step = LastStep(self, totals, 1.0 if inverse_scale is None else float(inverse_scale), skipped)
+            prepared, self._prepared = self._prepare(scaled=inverse_scale is not None), None
+            if prepared is not None:
+                engine = execution.engine_for(self._engine_name)
+                totals = execution.run(prepared.step, engine, inverse_scale=inverse_scale)
+                self._prepared = prepared  # not kept if the step failed half way
+        self.last_step = LastStep(self, totals, inverse_scale, skipped)
         return loss
 
     def _loss_scale(self) -> tuple[Tensor | None, bool]:
@@ -330,10 +333,26 @@ class Optimizer(torch.optim.Optimizer):
         names = self.param_groups[group].get("param_names")
         return repr(names[position]) if names else f"parameter {position} of group {group}"
 
-    def _weights(self, *, scaled: bool) -> Iterator[Weight]:
+    def _prepare(self, *, scaled: bool) -> _Prepared | None:
+        """The weights that have gradients, sorted for a step; None if there are none."""
+        groups = [_split(group, self._hyper_defaults) for group in self.param_groups]
+        members = [p for group in self.param_groups for p in group["params"]]
+        setting = scaled, self.measure_updates, [statics for statics, _ in groups]
+        last = self._prepared
+        if last is not None and last.fits(self.state, members, setting):
+            gradients = [p.grad for p in last.active]
+            if last.accepts(gradients) and last.step.advance(gradients, [hp for _, hp in groups]):  # type: ignore[arg-type]
+                return last
+        weights = list(self._weights(groups, scaled=scaled))
+        for w in weights:
+            if not w.p.numel():
+                w.state["step"] = w.row.t  # nothing to compute, but the step counts
+        weights = [w for w in weights if w.p.numel()]
+        return _Prepared(self.state, members, setting, weights) if weights else None
+
+    def _weights(self, groups: Sequence[tuple[Any, Mapping[str, float]]], *, scaled: bool) -> Iterator[Weight]:
         """The weights that have gradients."""
-        for index, group in enumerate(self.param_groups):
-            statics, hp = _split(group, self._hyper_defaults)
+        for index, (group, (statics, hp)) in enumerate(zip(self.param_groups, groups, strict=True)):
             rows: dict[int, Row] = {}
             by_rank: dict[int, tuple[Variants, Mapping[str, State]]] = {}
             for position, p in enumerate(group["params"]):
@@ -342,12 +361,12 @@ class Optimizer(torch.optim.Optimizer):
                     continue
                 if g.layout != torch.strided:
                     raise ValueError(
-                        f"{self._name(index, position)} has a {g.layout} gradient; {type(self).__name__} needs dense ones "
-                        "(sparse=False in the embedding, or torch.optim.SparseAdam for that parameter)"
+                        f"{self._name(index, position)} has a {g.layout} gradient; {type(self).__name__} needs dense "
+                        "ones (sparse=False in the embedding, or torch.optim.SparseAdam for that parameter)"
                     )
                 state = self.state[p]
                 t = state.get("step", 0) + 1
-                row = rows.get(t) or rows.setdefault(t, Row(hp, t))
+                row = rows.get(t) or rows.setdefault(t, Row(hp, t, group=index))
                 found = by_rank.get(p.ndim) or by_rank.setdefault(p.ndim, self._program(statics, p.ndim, scaled))
                 if p.is_complex():
                     self._refuse_axes(found[0].graph(row, tuple(p.shape)).keeps_axes, index, position)
@@ -372,6 +391,39 @@ class Optimizer(torch.optim.Optimizer):
     def _states_of(self, group: Mapping[str, Any]) -> Mapping[str, State]:
         statics, _ = _split({**self._hyper_defaults, **group}, self._hyper_defaults)
         return self.pipeline(_Flags(statics)).states
+
+
+class _Prepared:
+    """A sorted step with what it was sorted from, to find out whether it can be used again."""
+
+    def __init__(self, state: Any, members: list[Tensor], setting: Any, weights: list[Weight]) -> None:
+        self.step = execution.Prepared(weights)
+        self.state, self.members, self.setting = state, members, setting
+        self.active = [p for p in members if p.grad is not None]
+        self.idle = [p for p in members if p.grad is None]
+        self.states = [state[p] for p in self.active]
+        # real views are made for one step, and empty weights are not in it: such models are sorted anew every time
+        self.simple = len(weights) == len(self.active) and not any(p.is_complex() for p in self.active)
+        self.formats = [(p.dtype, g.dtype, g.layout) for p, g in self._pairs(p.grad for p in self.active)]
+
+    def _pairs(self, gradients: Iterable[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
+        return [(p, g) for p, g in zip(self.active, gradients, strict=True) if g is not None]
+
+    def fits(self, state: Any, members: list[Tensor], setting: Any) -> bool:
+        """Are these the same weights, with the same states and flags?"""
+        return (
+            self.simple
+            and setting == self.setting
+            and state is self.state
+            and len(members) == len(self.members)
+            and all(map(operator.is_, members, self.members))
+            and all(state.get(p) is s for p, s in zip(self.active, self.states, strict=True))
+        )
+
+    def accepts(self, gradients: Sequence[Tensor | None]) -> bool:
+        """Are there gradients for the same weights, of the same formats?"""
+        formats = [(p.dtype, g.dtype, g.layout) for p, g in self._pairs(gradients)]
+        return formats == self.formats and all(p.grad is None for p in self.idle)
 
 
 class _Number:

@@ -124,7 +124,7 @@ def _stages(
     graph: Graph, nodes: list[Sym], ready: Mapping[Sym, int], due: Mapping[str, int]
 ) -> tuple[dict[str, int], list[Stage]]:
     """The stages under these dates of writing; or later dates, where an old value is needed for longer."""
-    stored = {graph.outputs[t]: t for t in reversed(due) if graph.outputs[t].op not in _LEAVES}
+    stored = {graph.outputs[t]: t for t in reversed(list(due)) if graph.outputs[t].op not in _LEAVES}
     reductions = [n for n in nodes if n.op in _REDUCTIONS]
     opaques = [n for n in nodes if n.op == "opaque"]
     scratches = [n for n in nodes if n.op == "scratch"]

@@ -27,7 +27,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias, overload
 
 from piste.storage import State
 from piste.symbol import ALL, FULL, HOST, Graph, LanguageError, Row, Sym, Trace, Variants, nary
@@ -76,24 +76,29 @@ class Part:
         return replace(self, prefix=f"{prefix}.", renamed=renamed)
 
 
-def _decorator(slot: str) -> Callable[..., Any]:
-    def mark(function: Callable[..., Any] | None = None, /, **states: State) -> Any:
+class _Slot:
+    """A decorator that makes a function a part for one slot; keyword arguments declare its states."""
+
+    def __init__(self, slot: str) -> None:
+        self.slot = slot
+
+    @overload
+    def __call__(self, function: Callable[..., Any], /) -> Part: ...
+    @overload
+    def __call__(self, /, **states: State) -> Callable[[Callable[..., Any]], Part]: ...
+    def __call__(self, function: Callable[..., Any] | None = None, /, **states: State) -> Any:
         if function is not None:
-            return Part(slot, function)
-        return lambda function: Part(slot, function, states)
-
-    mark.__name__ = slot
-    mark.__doc__ = f"Mark a function as a part for the slot ``{slot}``; keyword arguments declare its states."
-    return mark
+            return Part(self.slot, function)
+        return lambda function: Part(self.slot, function, states)
 
 
-prepare = _decorator("prepare")
-direction = _decorator("direction")
-scale = _decorator("scale")
-decay = _decorator("decay")
-apply = _decorator("apply")
-after = _decorator("after")
-update = _decorator("update")
+prepare = _Slot("prepare")
+direction = _Slot("direction")
+scale = _Slot("scale")
+decay = _Slot("decay")
+apply = _Slot("apply")
+after = _Slot("after")
+update = _Slot("update")
 
 
 @apply
@@ -203,9 +208,9 @@ class _Reader:
             self.outputs["watch.update_norm"] = nary("total", (p - self.p) ** 2, attr="update_norm", kind=ALL)
         return Graph(self.outputs, frozenset(self.touched))
 
-    def call(self, part: Part, **values: Sym) -> Any:
+    def call(self, part: Part, **values: Any) -> Any:
         self.trace.rule = part.name
-        names = {
+        names: dict[str, Callable[[], Any]] = {
             "st": lambda: self.states_of(part),
             "hp": lambda: self.hyper_of(part),
             "t": lambda: self.trace.node("t", kind=HOST),

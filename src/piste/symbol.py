@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, ClassVar, NoReturn
 
 __all__ = [
@@ -107,11 +108,12 @@ def _where() -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """The host's view of a weight at one step: hyper-parameters, own step number, global shape."""
+    """The host's view of a weight at one step: hyper-parameters, own step number, global shape, index of its group."""
 
     hp: Mapping[str, float]
     t: int
     shape: tuple[int, ...] = ()
+    group: int = 0
 
     @property
     def numel(self) -> int:
@@ -119,7 +121,7 @@ class Row:
 
     def at(self, shape: tuple[int, ...]) -> Row:
         """The same numbers for a weight of this shape."""
-        return Row(self.hp, self.t, shape)
+        return Row(self.hp, self.t, shape, self.group)
 
 
 @dataclass
@@ -499,7 +501,7 @@ class Variants:
             return graph
         fork = self.root if isinstance(self.root, Fork) else Fork(compile_host([path[0][0]]))
         self.root = fork
-        for (_, outcome), (following, _) in zip(path, path[1:], strict=False):
+        for (_, outcome), (following, _) in pairwise(path):
             fork = fork.branches.setdefault(outcome, Fork(compile_host([following])))  # type: ignore[assignment]
         fork.branches[path[-1][1]] = graph
         return graph

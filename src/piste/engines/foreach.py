@@ -11,7 +11,7 @@ become a single ``add(alpha)``, ``addcmul`` or ``addcdiv``. Temporaries exist fo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from piste.plan import Plan, Stage
 from piste.symbol import ALL, FULL, HOST, TENSOR, Sym, compile_host, host_node, topological
 
 __all__ = ["Foreach", "source"]
+
+Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
 
 #: elements of a chunk: on a CPU small enough for the temporaries to stay in cache, elsewhere large enough to fill the
 #: device with every launch
@@ -35,26 +37,26 @@ _PRODUCTS = ("mul", "div", "neg", "square")
 # What generated functions call besides torch: forms that depend on whether a host number is one float or a list
 
 
-def _add_scaled(x: list[Tensor], y: list[Tensor], h: Any) -> list[Tensor]:
+def _add_scaled(x: Tensors, y: Tensors, h: Any) -> Tensors:
     if isinstance(h, float):
-        return torch._foreach_add(x, y, alpha=h)  # type: ignore[no-any-return]
-    return torch._foreach_add(torch._foreach_mul(y, h), x)  # type: ignore[no-any-return]
+        return torch._foreach_add(x, y, alpha=h)
+    return torch._foreach_add(torch._foreach_mul(y, h), x)
 
 
-def _add_scaled_(x: list[Tensor], y: list[Tensor], h: Any) -> None:
+def _add_scaled_(x: Tensors, y: Tensors, h: Any) -> None:
     if isinstance(h, float):
         torch._foreach_add_(x, y, alpha=h)
     else:
         torch._foreach_add_(x, torch._foreach_mul(y, h))
 
 
-def _lerp(x: list[Tensor], y: list[Tensor], w: Any) -> list[Tensor]:
+def _lerp(x: Tensors, y: Tensors, w: Any) -> Tensors:
     if isinstance(w, list) and not isinstance(w[0], Tensor):
         return [torch.lerp(a, b, c) for a, b, c in zip(x, y, w, strict=True)]
-    return torch._foreach_lerp(x, y, w)  # type: ignore[no-any-return]
+    return torch._foreach_lerp(x, y, w)
 
 
-def _lerp_(x: list[Tensor], y: list[Tensor], w: Any) -> None:
+def _lerp_(x: Tensors, y: Tensors, w: Any) -> None:
     if isinstance(w, list) and not isinstance(w[0], Tensor):
         for a, b, c in zip(x, y, w, strict=True):
             a.lerp_(b, c)
@@ -62,18 +64,18 @@ def _lerp_(x: list[Tensor], y: list[Tensor], w: Any) -> None:
         torch._foreach_lerp_(x, y, w)
 
 
-def _each(op: str, n: int, *args: Any) -> list[Tensor]:
+def _each(op: str, n: int, *args: Any) -> Tensors:
     """An operation for which torch has no list form."""
     columns = [a if isinstance(a, (list, tuple)) else [a] * n for a in args]
     return [EVALUATE[op](*row) for row in zip(*columns, strict=True)]
 
 
-def _sum_of_squares(x: list[Tensor]) -> list[Tensor]:
+def _sum_of_squares(x: Tensors) -> Tensors:
     norms = torch._foreach_norm(x)
-    return torch._foreach_mul(norms, norms)  # type: ignore[no-any-return]
+    return torch._foreach_mul(norms, norms)
 
 
-def _total(shares: list[Tensor]) -> list[Tensor]:
+def _total(shares: Tensors) -> Tensors:
     return [torch.stack(shares).sum()]
 
 

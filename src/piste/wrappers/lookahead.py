@@ -90,14 +90,16 @@ class Lookahead(Wrapper):
         due = []
         for p in weights:
             own = self.own[p]
-            own["step"] += 1
-            row = rows.setdefault(own["step"], Row({"k": self.k, "alpha": self.alpha}, own["step"]))
+            t = own["step"] + 1
+            row = rows.setdefault(t, Row({"k": self.k, "alpha": self.alpha}, t))
             variants = self.program(_PIPELINE, p.ndim)
             if variants.graph(row, tuple(p.shape)).outputs:
                 # the rule sees no gradient; the weight stands in its place
                 due.append(Weight(_real(p), _real(p), own, lookahead.states, variants, row))
+            else:
+                own["step"] = t
         if due:
-            execution.run(due, execution.engine_for(self.engine_name))
+            execution.run(execution.Prepared(due), execution.engine_for(self.engine_name))
 
 
 def _real(tensor: torch.Tensor) -> torch.Tensor:
