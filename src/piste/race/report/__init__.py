@@ -1,0 +1,131 @@
+"""The report of a race: one HTML file that holds everything it shows and needs no network.
+
+``page`` turns a study into words, ``plots`` into pictures, the template into HTML; ``write`` puts the file down.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import dataclasses
+import hashlib
+import html
+import json
+import os
+from pathlib import Path
+from typing import Final
+
+import jinja2
+import plotly.offline  # type: ignore[import-untyped]
+from markupsafe import Markup
+
+from piste.race.record import StudyResult, canonical_json
+
+from .page import page
+from .palette import COLOURS
+
+__all__ = ["write"]
+
+_HERE: Final = Path(__file__).parent
+
+
+def write(result: StudyResult, path: str | os.PathLike[str]) -> Path:
+    """Write the report of a race as one HTML file.
+
+    The file opens from disk in any browser of the last years, light or dark, on a phone or on paper. It shows the
+    answer first, then the evidence, and carries all raw data. It is about 5 MB, most of it the plotting library.
+
+    Args:
+        result: the study.
+        path: where to put the file; missing folders are made. A file that is there is replaced in one move, so a
+            reader never finds half a report.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: ``path`` is a folder.
+        OSError: the file cannot be written there.
+
+    When not to use: to go on computing with the results; read the records of the race for that.
+
+    Example:
+        >>> from piste.race.record import StudyResult
+        >>> study = StudyResult("nothing raced", "2026-01-01T00:00:00Z", [], [], [], {}, "piste race")
+        >>> folder = getfixture("tmp_path")  # any folder
+        >>> write(study, folder / "report.html").name
+        'report.html'
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise ValueError(f"path must name a file to write, not a folder: {str(target)!r}")
+    text = render(result)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _replace(target, text)
+    return target
+
+
+def render(result: StudyResult) -> str:
+    """The report as text."""
+    content = page(result)
+    plotly_script = plotly.offline.get_plotlyjs()
+    script = _file("page.js")
+    figures = [plot.data() for section in content.sections for plot in section.pictures if not plot.empty]
+    return (
+        _environment()
+        .get_template("template.html.jinja")
+        .render(
+            page=content,
+            figures=figures,
+            study=json.loads(canonical_json(dataclasses.asdict(result))),
+            style=Markup(_style()),
+            plotly=Markup(plotly_script),
+            script=Markup(script),
+            script_hashes=[_source_hash(plotly_script), _source_hash(script)],
+        )
+    )
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["unescaped"] = html.unescape  # a text made for plotly, which wants entities
+    environment.filters["capitalised"] = _capitalised
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    return environment
+
+
+def _capitalised(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _style() -> str:
+    """The style sheet with the contenders' colours of both themes put in."""
+    light, dark = ("\n".join(f"  --c{slot}: {pair[theme]};" for slot, pair in enumerate(COLOURS)) for theme in (0, 1))
+    return _file("style.css").replace("@LIGHT@", light).replace("@DARK@", dark)
+
+
+def _source_hash(script: str) -> str:
+    """The script's hash as the content security policy names it: nothing else may run in the page."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def _file(name: str) -> str:
+    return (_HERE / name).read_text(encoding="utf-8")
+
+
+def _replace(target: Path, text: str) -> None:
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        # a name from the command line may hold bytes that are no text; they become "?"
+        temporary.write_text(text, encoding="utf-8", errors="replace", newline="\n")
+        temporary.replace(target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise

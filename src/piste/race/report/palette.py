@@ -8,8 +8,8 @@ from typing import Final
 
 from piste.race.record import StudyResult
 
-# Chosen to stay apart under protanopia, deuteranopia and tritanopia, and to keep a contrast of 3:1 and more
-# against the page (tests/test_report.py computes both). The first column is for the light page, the second for the dark.
+# Chosen to stay apart under protanopia, deuteranopia and tritanopia, and to keep a contrast of 3:1 and more against
+# the page (tests/test_report.py computes both). The first column is for the light page, the second for the dark one.
 COLOURS: Final = (
     ("#0134ab", "#99afff"),
     ("#e26d01", "#fa9d58"),

@@ -20,7 +20,7 @@ from . import words
 from .palette import Look
 
 FONT: Final = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
-# A diverging run would squeeze all others into one line, so the loss axis ends at this many times the loss at the start.
+# A diverging run would squeeze all others into one line, so the loss axis ends at this many times the first loss.
 BLOW_UP: Final = 2.0
 DIGITS: Final = 5  # of the numbers in pictures; the raw data keep all
 # Relative to the figure's height: the strip over the basin in which runs without a result are crossed.
@@ -84,9 +84,7 @@ class Picture:
         return content
 
 
-def pictures(
-    task: TaskResult, records: Iterable[RunRecord], looks: dict[str, Look], identifier: str
-) -> list[Picture]:
+def pictures(task: TaskResult, records: Iterable[RunRecord], looks: dict[str, Look], identifier: str) -> list[Picture]:
     """The pictures of one task; ``records`` are the runs on it."""
     runs = list(records)
     return [
@@ -326,7 +324,9 @@ def basin(task: TaskResult, runs: list[RunRecord], looks: dict[str, Look], ident
             Option(
                 "relative to own best",
                 x=relative,
-                layout={"xaxis": {"title": {"text": "learning rate, in units of the contender's own best (log scale)"}}},
+                layout={
+                    "xaxis": {"title": {"text": "learning rate, in units of the contender's own best (log scale)"}}
+                },
             ),
         ],
     )
@@ -445,7 +445,9 @@ def _basin_alt(ranked: list[Standing]) -> str:
         found = f"best at {words.number(best)}" if best is not None else "no trial survived"
         lost = f", {standing.diverged_trials} of {standing.trials} did not finish" if standing.diverged_trials else ""
         parts.append(f"{words.single_line(standing.contender)}: {found}{lost}")
-    return f"Scatter chart of the final loss against the learning rate. {'; '.join(parts)}." if parts else "Empty chart."
+    return (
+        f"Scatter chart of the final loss against the learning rate. {'; '.join(parts)}." if parts else "Empty chart."
+    )
 
 
 # Differences ---------------------------------------------------------------------------------------------------------

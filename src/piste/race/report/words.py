@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import html
 import math
+import statistics
 from typing import Final
 
-UNKNOWN: Final = "–"
+UNKNOWN: Final = "\N{EN DASH}"
 MINUS: Final = "\N{MINUS SIGN}"
 
 
@@ -34,14 +35,14 @@ def fixed(value: float, places: int, *, signed: bool = False) -> str:
 
 
 def places_for(values: list[float]) -> int:
-    """Digits after the point that show two digits of the smallest distance that matters among ``values``.
+    """Digits after the point that show two digits of the typical (median) distance among ``values``.
 
     One number of places for a whole column keeps the points under each other.
     """
     widths = [abs(value) for value in values if math.isfinite(value) and value != 0]
     if not widths:
         return 3
-    return min(6, max(0, 1 - math.floor(math.log10(min(widths)))))
+    return min(6, max(0, 1 - math.floor(math.log10(statistics.median(widths)))))
 
 
 def interval(low: float, high: float, places: int, *, signed: bool = False) -> str:

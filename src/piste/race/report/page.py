@@ -1,0 +1,385 @@
+"""The words and numbers of the page, made from a study: all that the template shows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from piste.race.record import CONFIRM, TUNE, RunRecord, Standing, StudyResult, TaskResult
+
+from . import words
+from .palette import Look, looks
+from .plots import Picture, pictures
+from .recipe import recipe
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A number with its name and a remark, as a tile of a verdict card."""
+
+    name: str
+    value: str
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A line of a card's ranking."""
+
+    name: str
+    look: Look
+    score: str
+    remark: str
+    tied: bool
+    taken: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """A contender in the full table."""
+
+    name: str
+    look: Look
+    lr: str
+    edge: str
+    score: str
+    score_interval: str
+    difference: str
+    difference_interval: str
+    tied: str
+    tied_group: bool
+    taken: bool
+    step_time: str
+    optimizer_share: str
+    state: str
+    state_each: str
+    peak: str
+    gradient_evaluations: str
+    trials: str
+    diverged: bool
+    failures: list[str]
+
+
+@dataclass(frozen=True)
+class Section:
+    """All that is shown of one task: the card at the top and the section below.
+
+    Args:
+        id: anchor in the page.
+        task: the task's name.
+        metric: what was scored.
+        direction: ``"lower is better"`` or ``"higher is better"``.
+        mood: ``"clear"``, ``"tie"`` or ``"none"``: whether there is one winner, a tied group, or nothing to take.
+        badge: the mood in words.
+        taken: the contender to take, or ``""``.
+        lr: its learning rate.
+        verdict: the race's own sentences.
+        facts: tiles of the card.
+        ranking: the first few contenders.
+        more: how many contenders the ranking leaves out.
+        code: what to copy.
+        rows: the full table.
+        pictures: the plots.
+        key: every contender of the task with its look.
+    """
+
+    id: str
+    task: str
+    metric: str
+    direction: str
+    mood: str
+    badge: str
+    taken: str
+    lr: str
+    verdict: str
+    facts: list[Fact]
+    ranking: list[Place]
+    more: int
+    code: str
+    rows: list[Row]
+    pictures: list[Picture]
+    key: list[tuple[str, Look]]
+
+
+@dataclass(frozen=True)
+class Page:
+    """The whole report."""
+
+    title: str
+    created: str
+    summary: str
+    command: str
+    notes: list[str]
+    sections: list[Section]
+    method: list[str]
+    machine: dict[str, str]
+    versions: dict[str, str]
+    run_counts: list[str]
+    looks: dict[str, Look] = field(default_factory=dict)
+
+
+LONGEST_RANKING = 6
+
+
+def page(result: StudyResult) -> Page:
+    """What the template shows."""
+    all_looks = looks(result)
+    sections = []
+    for index, task in enumerate(result.results, start=1):
+        runs = [run for run in result.records if run.key.task == task.task]
+        sections.append(_section(task, runs, all_looks, f"task-{index}"))
+    return Page(
+        title=result.title,
+        created=result.created,
+        summary=_summary(result),
+        command=result.command,
+        notes=result.notes,
+        sections=sections,
+        method=_method(result),
+        machine=result.machine,
+        versions=_versions(result.records),
+        run_counts=_run_counts(result.records),
+        looks=all_looks,
+    )
+
+
+def taken(standings: list[Standing]) -> Standing | None:
+    """The contender to take: of the leader's tied group the one with the cheapest step, as the race's verdict says."""
+    group = [standing for standing in standings if standing.tied and standing.best_hyperparameters]
+    return min(group, key=_price, default=None)
+
+
+def _price(standing: Standing) -> tuple[float, int]:
+    step = standing.cost.step_seconds
+    return (step if math.isfinite(step) else math.inf, standing.cost.state_bytes)
+
+
+# One task ------------------------------------------------------------------------------------------------------------
+
+
+def _section(task: TaskResult, runs: list[RunRecord], all_looks: dict[str, Look], identifier: str) -> Section:
+    choice = taken(task.standings)
+    group = [standing for standing in task.standings if standing.tied and standing.best_hyperparameters]
+    mood = "none" if choice is None else "tie" if len(group) > 1 else "clear"
+    badge = {"none": "no result", "tie": f"tie of {len(group)}", "clear": "clear winner"}[mood]
+    places = _score_places(task.standings)
+    difference_places = _difference_places(task.standings)
+    ranking = [_place(s, choice, all_looks, places, difference_places) for s in task.standings[:LONGEST_RANKING]]
+    return Section(
+        id=identifier,
+        task=task.task,
+        metric=task.metric_name,
+        direction="higher is better" if task.higher_is_better else "lower is better",
+        mood=mood,
+        badge=badge,
+        taken=choice.contender if choice else "",
+        lr=words.number(choice.best_hyperparameters.get("lr")) if choice else "",
+        verdict=task.verdict,
+        facts=_facts(choice, task, places) if choice else [],
+        ranking=ranking,
+        more=len(task.standings) - len(ranking),
+        code=recipe(choice, _steps(runs, choice)) if choice else "",
+        rows=[_row(s, choice, all_looks[s.contender], places, difference_places, task) for s in task.standings],
+        pictures=pictures(task, runs, all_looks, identifier),
+        key=[(s.contender, all_looks[s.contender]) for s in task.standings],
+    )
+
+
+def _facts(choice: Standing, task: TaskResult, places: int) -> list[Fact]:
+    cost = choice.cost
+    steps = [s.cost.step_seconds for s in task.standings if math.isfinite(s.cost.step_seconds)]
+    return [
+        Fact(
+            f"{task.metric_name} on data never trained or tuned on",
+            words.fixed(choice.mean, places),
+            f"{words.interval(choice.low, choice.high, places)} over {words.count(choice.seeds, 'seed')}".strip(),
+        ),
+        Fact("against the others", *_sureness(choice, task)),
+        Fact("time for a step", words.duration(cost.step_seconds), _time_remark(cost.step_seconds, steps)),
+        Fact("optimizer state", words.size(cost.state_bytes), _each_weight(cost.state_bytes, cost.parameters)),
+    ]
+
+
+def _sureness(choice: Standing, task: TaskResult) -> tuple[str, str]:
+    """How the choice stands against the rest: its ties, or its distance to the best of the others."""
+    others = [standing for standing in task.standings if standing is not choice]
+    if not others:
+        return "no other raced", ""
+    tied = [standing.contender for standing in others if standing.tied]
+    if tied:
+        return "no difference found", f"between it and {words.listing(tied)}"
+    if len(task.standings) == len([s for s in others if not s.scores]) + 1:
+        return "all others failed", ""
+    second = others[0]
+    places = words.places_for([second.difference_low - second.difference_high, second.difference])
+    bounds = words.interval(second.difference_low, second.difference_high, places, signed=True)
+    return (
+        f"{words.fixed(second.difference, places, signed=True)}",
+        f"{bounds} for the next, {second.contender}".strip(),
+    )
+
+
+def _time_remark(own: float, steps: list[float]) -> str:
+    if not math.isfinite(own) or len(steps) < 2:
+        return ""
+    more = own / min(steps) - 1
+    return "the shortest of all" if more < 0.005 else f"{words.percent(more)} more than the shortest"
+
+
+def _each_weight(state_bytes: int, parameters: int) -> str:
+    return f"{words.number(state_bytes / parameters, 2)} bytes a weight" if parameters else ""
+
+
+def _place(
+    standing: Standing, choice: Standing | None, all_looks: dict[str, Look], places: int, difference_places: int
+) -> Place:
+    taken_here = standing is choice
+    if not standing.scores:
+        remark = "no result"
+    elif taken_here:
+        remark = "take this"
+    elif standing.tied:
+        remark = "tied"
+    else:
+        remark = words.fixed(standing.difference, difference_places, signed=True)
+    score = words.fixed(standing.mean, places)
+    return Place(standing.contender, all_looks[standing.contender], score, remark, standing.tied, taken_here)
+
+
+def _row(
+    standing: Standing,
+    choice: Standing | None,
+    look: Look,
+    places: int,
+    difference_places: int,
+    task: TaskResult,
+) -> Row:
+    cost = standing.cost
+    leader = standing is task.standings[0]
+    known = math.isfinite(standing.difference) and not leader
+    share = cost.optimizer_seconds / cost.step_seconds if cost.step_seconds > 0 else math.nan
+    measured = bool(cost.parameters)
+    return Row(
+        name=standing.contender,
+        look=look,
+        lr=words.number(standing.best_hyperparameters.get("lr"), 4),
+        edge={"low": "lowest tried", "high": "highest tried"}.get(standing.edge, standing.edge),
+        score=words.fixed(standing.mean, places),
+        score_interval=words.interval(standing.low, standing.high, places),
+        difference=words.fixed(standing.difference, difference_places, signed=True) if known else words.UNKNOWN,
+        difference_interval=words.interval(
+            standing.difference_low, standing.difference_high, difference_places, signed=True
+        )
+        if known
+        else "",
+        tied=_tied_word(standing, leader=leader),
+        tied_group=standing.tied,
+        taken=standing is choice,
+        step_time=words.duration(cost.step_seconds),
+        optimizer_share=words.percent(share),
+        state=words.size(cost.state_bytes) if measured else words.UNKNOWN,
+        state_each=_each_weight(cost.state_bytes, cost.parameters),
+        peak=words.size(cost.peak_bytes) if cost.peak_bytes else words.UNKNOWN,
+        gradient_evaluations=f"{cost.gradient_evaluations:,}" if cost.gradient_evaluations else words.UNKNOWN,
+        trials=f"{standing.diverged_trials} of {standing.trials}",
+        diverged=standing.diverged_trials > 0,
+        failures=standing.failures,
+    )
+
+
+def _tied_word(standing: Standing, *, leader: bool) -> str:
+    if not standing.scores:
+        return "no result"
+    if leader:
+        return "leader"
+    return "tied" if standing.tied else "no"
+
+
+def _score_places(standings: list[Standing]) -> int:
+    widths = [s.high - s.low for s in standings if s.high > s.low]
+    return words.places_for(widths) if widths else _places_of_size([s.mean for s in standings])
+
+
+def _difference_places(standings: list[Standing]) -> int:
+    return words.places_for([s.difference_high - s.difference_low for s in standings])
+
+
+def _places_of_size(values: list[float]) -> int:
+    """Places that show three significant digits of the smallest value; for scores without a useful interval."""
+    sizes = [abs(value) for value in values if math.isfinite(value) and value != 0]
+    return min(6, max(0, 2 - math.floor(math.log10(min(sizes))))) if sizes else 3
+
+
+def _steps(runs: list[RunRecord], choice: Standing) -> int:
+    """Steps of the confirmation runs of the contender."""
+    steps = [run.key.steps for run in runs if run.key.contender == choice.contender and run.key.phase == CONFIRM]
+    return max(steps or [run.key.steps for run in runs] or [1000])
+
+
+# The whole study -----------------------------------------------------------------------------------------------------
+
+
+def _summary(result: StudyResult) -> str:
+    contenders = {standing.contender for task in result.results for standing in task.standings}
+    return ", ".join(
+        [
+            words.count(len(contenders), "contender"),
+            words.count(len(result.results), "task"),
+            words.count(len(result.records), "run"),
+        ]
+    )
+
+
+def _method(result: StudyResult) -> list[str]:
+    """How the race went, in plain words, with the numbers of this race."""
+    tune = [run for run in result.records if run.key.phase == TUNE]
+    confirm = [run for run in result.records if run.key.phase == CONFIRM]
+    trials = _span([s.trials for task in result.results for s in task.standings])
+    seeds = _span([s.seeds for task in result.results for s in task.standings if s.seeds])
+    tune_steps = _span([run.key.steps for run in tune])
+    confirm_steps = _span([run.key.steps for run in confirm])
+    metric = "the task's metric"
+    return [
+        "Each contender is an optimizer with a schedule. All of them get the same number of trials: here "
+        f"{trials} of {tune_steps} steps. The learning rates are drawn evenly (quasi-randomly, on a log scale) from a "
+        "range around each optimizer's own usual value; nobody runs at a rate that was found for another.",
+        f"The data are split once. The model learns on the training split. {metric.capitalize()} on the validation "
+        "split at the end of a trial, nothing else, chooses each contender's learning rate.",
+        f"The chosen setting is run again from scratch on {seeds} fresh seeds that tuning never saw, "
+        f"{confirm_steps} steps each. A seed fixes the initial weights and the order of the batches, "
+        "and is the same for every contender, so that contenders are compared pair by pair.",
+        "The score is computed at the end of these runs on a third split, used for neither learning nor choosing. "
+        "No run is stopped early for looking bad, and none is left out: one that diverged or crashed counts as the "
+        "worst score seen on the task.",
+        "Intervals are bootstrap intervals: the seeds are drawn again and again with replacement, and the interval "
+        "holds the middle of the means that come out. Differences are taken seed by seed first. Contenders for which "
+        "no difference from the leader was found are tied, and of a tied group the cheapest is the one to take. "
+        "The intervals speak of chance between seeds on this task; they do not cover other data or other models.",
+        "Step time is the median of the measured steps, forward and backward pass included, evaluation left out. "
+        "Peak memory on a processor is that of the whole process, Python and torch included; on CUDA it is what was "
+        "allocated on the device.",
+    ]
+
+
+def _span(values: list[int]) -> str:
+    if not values:
+        return "no"
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _versions(records: list[RunRecord]) -> dict[str, str]:
+    """Every version that took part; more than one where records of several were reused."""
+    found: dict[str, list[str]] = {}
+    for run in records:
+        for name, version in {**run.key.versions, "device": run.key.device}.items():
+            if version not in found.setdefault(name, []):
+                found[name].append(version)
+    return {name: ", ".join(each) for name, each in found.items()}
+
+
+def _run_counts(records: list[RunRecord]) -> list[str]:
+    counts: dict[str, int] = {}
+    for run in records:
+        counts[run.status] = counts.get(run.status, 0) + 1
+    return [f"{amount:,} {status.replace('_', ' ')}" for status, amount in counts.items()]
