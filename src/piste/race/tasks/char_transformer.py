@@ -89,7 +89,7 @@ class CharTransformer(nn.Module):
 
 def _loss(model: nn.Module, batch: Any) -> Tensor:
     (window,) = batch
-    logits = model(window[:, :-1])
+    logits: Tensor = model(window[:, :-1])
     return functional.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
 
 

@@ -19,7 +19,7 @@ _TOKENS = (8 // _PATCH) ** 2
 
 
 def _data() -> Splits:
-    from sklearn.datasets import load_digits
+    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 
     images, labels = load_digits(return_X_y=True)
     x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16 - 0.5
@@ -71,7 +71,8 @@ def _loss(model: nn.Module, batch: Any) -> Tensor:
 
 def _accuracy(model: nn.Module, batch: Any) -> Tensor:
     images, labels = batch
-    return (model(images).argmax(dim=1) == labels).float().mean()
+    hits: Tensor = model(images).argmax(dim=1) == labels
+    return hits.float().mean()
 
 
 digits = Task(

@@ -1,0 +1,126 @@
+"""Who races: an optimizer preset with a schedule. The only place where the race makes optimizers."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+import piste
+
+SCHEDULES = ("constant", "flat_cosine", "one_cycle", "untuned_warmup", "warmup_stable_decay")
+_TORCH = "torch."  # "torch.AdamW" is the class of that name in torch.optim, raced beside the presets
+_TORCH_DECADES = 1.5  # around the class's own default lr
+
+
+class ContenderError(ValueError):
+    """An optimizer or schedule of that name cannot race."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An optimizer with a schedule, and where to look for its learning rate.
+
+    Args:
+        optimizer: name of a preset, or ``"torch.AdamW"`` for a class of ``torch.optim``.
+        schedule: name of a function in ``piste.schedules``.
+        lr_center: the middle of the prior.
+        decades_below: how far the prior reaches below it, in powers of ten.
+        decades_above: how far above.
+    """
+
+    optimizer: str
+    schedule: str
+    lr_center: float
+    decades_below: float
+    decades_above: float
+
+    @property
+    def name(self) -> str:
+        """``optimizer+schedule``."""
+        return f"{self.optimizer}+{self.schedule}"
+
+    def lr_at(self, position: float) -> float:
+        """The learning rate at a position in [0, 1] of the prior, even in its logarithm, to four digits."""
+        exponent = math.log10(self.lr_center) - self.decades_below + position * self.decades
+        return rounded(10**exponent)
+
+    @property
+    def decades(self) -> float:
+        """Width of the prior in powers of ten."""
+        return self.decades_below + self.decades_above
+
+
+def rounded(lr: float) -> float:
+    """Four significant digits: enough for a learning rate, and it prints as it is."""
+    return float(f"{lr:.4g}")
+
+
+def make_contenders(optimizers: Sequence[str], schedules: Sequence[str]) -> tuple[Contender, ...]:
+    """Cross optimizers with schedules; without schedules each optimizer keeps its preset's own.
+
+    Raises:
+        ContenderError: a name is unknown (the nearest one is suggested) or given twice.
+    """
+    _refuse_repeats("optimizer", optimizers)
+    _refuse_repeats("schedule", schedules)
+    for schedule in schedules:
+        if schedule not in SCHEDULES:
+            raise ContenderError(f"no schedule {schedule!r}{_near(schedule, SCHEDULES)}; there are {_list(SCHEDULES)}")
+    return tuple(contender for optimizer in optimizers for contender in _with_schedules(optimizer, schedules))
+
+
+def make_optimizer(
+    contender: Contender, model: nn.Module, lr: float, total_steps: int
+) -> tuple[torch.optim.Optimizer, LRScheduler]:
+    """The contender's optimizer and schedule on a model's weights."""
+    if contender.optimizer.startswith(_TORCH):
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        optimizer = _torch_class(contender.optimizer)(weights, lr=lr)  # type: ignore[call-arg]
+    else:
+        optimizer = piste.create(contender.optimizer, model, lr=lr)
+    return optimizer, getattr(piste.schedules, contender.schedule)(optimizer, total_steps)
+
+
+def _with_schedules(optimizer: str, schedules: Sequence[str]) -> list[Contender]:
+    if optimizer.startswith(_TORCH):
+        default_lr = inspect.signature(_torch_class(optimizer)).parameters["lr"].default
+        prior = (float(default_lr), _TORCH_DECADES, _TORCH_DECADES)
+        return [Contender(optimizer, schedule, *prior) for schedule in schedules or ("constant",)]
+    if optimizer not in piste.presets:
+        names = sorted(piste.presets)
+        raise ContenderError(f"no optimizer preset {optimizer!r}{_near(optimizer, names)}; piste list shows them all")
+    preset = piste.presets[optimizer]
+    prior = (preset.lr_prior.center, preset.lr_prior.decades_below, preset.lr_prior.decades_above)
+    return [Contender(optimizer, schedule, *prior) for schedule in schedules or (preset.schedule,)]
+
+
+def _torch_class(name: str) -> type[torch.optim.Optimizer]:
+    short = name.removeprefix(_TORCH)
+    found: type[torch.optim.Optimizer] = getattr(torch.optim, short, torch.optim.Optimizer)
+    is_optimizer = inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)
+    # LBFGS needs a closure and SparseAdam sparse gradients; the base class has no lr.
+    if not is_optimizer or short in ("LBFGS", "SparseAdam", "Optimizer"):
+        raise ContenderError(f"no optimizer {name!r} that can race (torch.optim.{short})")
+    return found
+
+
+def _refuse_repeats(what: str, names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise ContenderError(f"{what} {name!r} is given twice")
+
+
+def _near(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f", did you mean {' or '.join(close)}?" if close else ""
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(names)

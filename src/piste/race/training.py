@@ -1,0 +1,283 @@
+"""One run: train a task's model with one contender at one learning rate, and record how it went.
+
+Random numbers are common to all contenders: the seed decides initial weights and batch order, and every step draws
+its dropout (or augmentation) from (seed, step) alone, whatever the optimizer drew before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from piste.race import environment, record
+from piste.race.contenders import Contender, make_optimizer
+from piste.race.data import Split, Splits, evaluation_batches, to_device, training_batches
+from piste.race.record import Cost, Curve, RunKey, RunRecord
+from piste.race.task import Task
+
+EVALUATIONS = 8
+EVALUATION_BATCH = 256
+# A mean training loss of ten times that of the untrained model, over a whole stretch between two evaluations, is
+# taken for divergence. Nothing else is stopped early: ranks flip while learning rates still fall.
+DIVERGED_FACTOR = 10.0
+_WARM_UP_STEPS = 5  # left out of the timing
+_CUDA_CHECK_EVERY = 10  # steps between waits for the device, which would slow it if made at every step
+
+Progress = Callable[[int], None]
+
+
+class DivergedError(Exception):
+    """The loss is no longer finite, or far above where it started."""
+
+
+@dataclass
+class _Timer:
+    """Wall times of whole steps and of ``optimizer.step()``, warm-up left out."""
+
+    step: list[float] = field(default_factory=list)
+    optimizer: list[float] = field(default_factory=list)
+
+
+def run(task: Task, splits: Splits, contender: Contender, key: RunKey, progress: Progress) -> RunRecord:
+    """Make the run that ``key`` names. Whatever goes wrong inside is an outcome, not an exception.
+
+    Args:
+        task: the problem.
+        splits: its data.
+        contender: who runs.
+        key: lr, steps, seed, phase, device.
+        progress: called with the number of steps made, after each.
+    """
+    attempt = _Attempt(task, splits, contender, key)
+    status, message = record.FINISHED, ""
+    try:
+        attempt.train(progress)
+    except DivergedError as divergence:
+        status, message = record.DIVERGED, str(divergence)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        status, message = record.OUT_OF_MEMORY, one_line(error)
+    except (Exception, SystemExit) as error:
+        status, message = _failure(error)
+    return attempt.recorded(status, message)
+
+
+def fresh_model(task: Task, seed: int, device: torch.device) -> nn.Module:
+    """The task's model with the initial weights of this seed, made on the CPU so that devices agree."""
+    seed_everything(derived_seed(seed, "weights"))
+    return task.model().to(device)
+
+
+def derived_seed(seed: int, purpose: str) -> int:
+    """A seed of its own for each purpose, so that their random numbers have nothing to do with each other."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:7], "big")
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch, numpy and ``random``."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def evaluate(task: Task, model: nn.Module, split: Split, device: torch.device) -> tuple[float, float]:
+    """Loss and metric on a whole split, in evaluation mode; the metric is the loss where the task has none."""
+    was_training = model.training
+    model.eval()
+    losses, metrics, count = 0.0, 0.0, 0
+    with torch.no_grad():
+        for batch, examples in evaluation_batches(split, EVALUATION_BATCH):
+            batch = to_device(batch, device)
+            losses += examples * float(task.loss(model, batch))
+            if task.metric is not None:
+                metrics += examples * float(task.metric(model, batch))
+            count += examples
+    model.train(was_training)
+    loss = losses / count
+    return loss, loss if task.metric is None else metrics / count
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all tensors in the optimizer's state, each counted once."""
+    found = {id(tensor): tensor for tensor in _tensors(optimizer.state.values())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in found.values())
+
+
+class _Attempt:
+    """The state of a run while it goes; what it holds when it ends, however that happens, becomes the record."""
+
+    def __init__(self, task: Task, splits: Splits, contender: Contender, key: RunKey) -> None:
+        self.task = task
+        self.splits = splits
+        self.contender = contender
+        self.key = key
+        self.device = torch.device(key.device)
+        self.curve = Curve()
+        self.timer = _Timer()
+        self.seconds = 0.0
+        self.gradient_evaluations = 0
+        self.parameters = 0
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.test: tuple[float, float] | None = None
+        environment.reset_peak(self.device)
+
+    def train(self, progress: Progress) -> None:
+        model = fresh_model(self.task, self.key.seed, self.device)
+        self.parameters = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+        self.optimizer, schedule = make_optimizer(self.contender, model, self.key.lr, self.key.steps)
+        batches = training_batches(self.splits.train, self.task.batch_size, derived_seed(self.key.seed, "batches"))
+        stops = evaluation_steps(self.key.steps)
+        self._evaluate(0, model, math.nan)
+        losses: list[Tensor] = []
+        stretch = self._clock()
+        for number in range(1, self.key.steps + 1):
+            seed_everything(derived_seed(self.key.seed, f"step {number}"))
+            losses.append(self._step(number, model, self.optimizer, schedule, batches))
+            self._check(number, losses[-1])
+            progress(number)
+            if number in stops:
+                self.seconds += self._clock() - stretch
+                self._evaluate(number, model, float(torch.stack(losses).mean()))
+                losses.clear()
+                stretch = self._clock()
+        if self.key.phase == record.CONFIRM:
+            self.test = evaluate(self.task, model, self.splits.report, self.device)
+            if not all(map(math.isfinite, self.test)):
+                raise DivergedError("the score on the report split is not finite")
+
+    def recorded(self, status: str, message: str) -> RunRecord:
+        """The record of what happened so far, under the given status."""
+        test_loss, test_metric = self.test if self.test and status == record.FINISHED else (None, None)
+        cost = Cost(
+            step_seconds=_median(self.timer.step),
+            optimizer_seconds=_median(self.timer.optimizer),
+            state_bytes=state_bytes(self.optimizer) if self.optimizer else 0,
+            peak_bytes=environment.peak_bytes(self.device),
+            gradient_evaluations=self.gradient_evaluations,
+            parameters=self.parameters,
+        )
+        return new_record(self.key, status, message, self.curve, cost, test_loss, test_metric)
+
+    def _step(
+        self,
+        number: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: LRScheduler,
+        batches: Iterator[Any],
+    ) -> Tensor:
+        timed = self.device.type == "cpu" or number % _CUDA_CHECK_EVERY == 0
+        start = self._clock(timed)
+        optimizer.zero_grad()
+        loss = self.task.loss(model, to_device(next(batches), self.device))
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.gradient_evaluations += 1
+        before = self._clock(timed)
+        optimizer.step()
+        after = self._clock(timed)
+        schedule.step()
+        if timed and number > _WARM_UP_STEPS:
+            self.timer.step.append(self._clock() - start)
+            self.timer.optimizer.append(after - before)
+        loss = loss.detach()
+        if number == 1:
+            self.curve.train_loss[0] = float(loss)
+        return loss
+
+    def _check(self, number: int, loss: Tensor) -> None:
+        if self.device.type == "cpu" or number % _CUDA_CHECK_EVERY == 0:
+            value = float(loss)
+            if not math.isfinite(value):
+                raise DivergedError(f"the training loss became {value} at step {number} of {self.key.steps}")
+
+    def _evaluate(self, number: int, model: nn.Module, train_loss: float) -> None:
+        loss, metric = evaluate(self.task, model, self.splits.valid, self.device)
+        self.curve.step.append(number)
+        self.curve.train_seconds.append(self.seconds)
+        self.curve.train_loss.append(train_loss)
+        self.curve.valid_loss.append(loss)
+        self.curve.valid_metric.append(metric)
+        if not (math.isfinite(loss) and math.isfinite(metric)):
+            raise DivergedError(f"the validation loss became {loss} at step {number} of {self.key.steps}")
+        first = self.curve.train_loss[0]
+        if 0 < DIVERGED_FACTOR * first < train_loss:
+            raise DivergedError(
+                f"the training loss rose from {first:.3g} to {train_loss:.3g} by step {number} of {self.key.steps}"
+            )
+
+    def _clock(self, wait: bool = True) -> float:
+        """Seconds; on CUDA after everything asked of the device is done, for only then does a time mean anything."""
+        if wait and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def evaluation_steps(steps: int) -> set[int]:
+    """After which steps the validation split is looked at: evenly spaced, the last step among them."""
+    return {math.ceil(part * steps / EVALUATIONS) for part in range(1, EVALUATIONS + 1)}
+
+
+def new_record(
+    key: RunKey,
+    status: str,
+    message: str,
+    curve: Curve | None = None,
+    cost: Cost | None = None,
+    test_loss: float | None = None,
+    test_metric: float | None = None,
+) -> RunRecord:
+    """A record made now, on this machine."""
+    return RunRecord(
+        schema=record.SCHEMA,
+        id=key.id,
+        key=key,
+        status=status,
+        message=message,
+        curve=curve or Curve(),
+        test_loss=test_loss,
+        test_metric=test_metric,
+        cost=cost or Cost.unknown(),
+        machine=environment.machine(key.device),
+        created=environment.now(),
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """An error as one line of at most 200 characters."""
+    text = " ".join(str(error).split("\n", 1)[0].split())
+    return f"{type(error).__name__}: {text}"[:200] if text else type(error).__name__
+
+
+def _failure(error: BaseException) -> tuple[str, str]:
+    """Status and message of a run that raised. The traceback goes to the worker's log."""
+    traceback.print_exception(error, file=sys.stderr)
+    # The CPU allocator has no error class of its own.
+    is_memory = isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    return (record.OUT_OF_MEMORY if is_memory else record.FAILED), one_line(error)
+
+
+def _median(values: list[float]) -> float:
+    return statistics.median(values) if values else math.nan
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """All tensors in nested mappings and sequences."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict):
+            yield from _tensors(value.values())
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(value)

@@ -1,0 +1,157 @@
+"""A worker process: trains what it is told, one run at a time, on one thread.
+
+It answers over a pipe and never writes to the terminal or to the store; what a task prints goes to a log file.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from piste.race.contenders import Contender
+from piste.race.data import Splits
+from piste.race.inspection import TaskCard, inspect_task, load_data, task_hash
+from piste.race.record import RunKey, RunRecord
+from piste.race.task import Task, TaskError, load_task
+from piste.race.training import run, seed_everything
+
+_PROGRESS_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Load a task, try its parts, answer with a ``TaskCard``."""
+
+    reference: str
+    device: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """Make one run, answer with its ``RunRecord``."""
+
+    reference: str
+    contender: Contender
+    key: RunKey
+
+
+@dataclass(frozen=True)
+class Started:
+    """Sent once, when the process is ready for its first job."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Sent now and then during a run."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Sent instead of an answer: the task cannot be used."""
+
+    message: str
+    traceback: str
+
+
+Job = Inspect | Run
+Answer = Started | TaskCard | RunRecord | Progress | Refusal
+
+
+def main(pipe: Connection[Answer, Job], log: Path) -> None:
+    """Serve jobs until the other end of the pipe is closed, as it is when the driver dies, however it dies."""
+    # Ctrl-C goes to the whole process group; the driver decides what becomes of its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _write_output_to(log)
+    torch.set_num_threads(1)
+    worker = _Worker(pipe)
+    pipe.send(Started())
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:
+            return
+        worker.serve(job)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A task, its data and the hash of both."""
+
+    task: Task
+    splits: Splits
+    task_hash: str
+
+
+class _Worker:
+    def __init__(self, pipe: Connection[Answer, Job]) -> None:
+        self.pipe = pipe
+        self.tasks: dict[str, _Ready] = {}
+
+    def serve(self, job: Job) -> None:
+        try:
+            answer = self._inspect(job) if isinstance(job, Inspect) else self._run(job)
+        except TaskError as error:
+            self._send(Refusal(str(error), "".join(traceback.format_exception(error))))
+        else:
+            self._send(answer)
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+    def _inspect(self, job: Inspect) -> TaskCard:
+        ready = self._ready(job.reference)
+        return inspect_task(job.reference, ready.task, ready.task_hash, ready.splits, torch.device(job.device))
+
+    def _run(self, job: Run) -> RunRecord:
+        ready = self._ready(job.reference)
+        if ready.task_hash != job.key.task_hash:
+            raise TaskError(
+                f"task {job.key.task} changed while it was raced (or gives other data each time it is loaded); "
+                "start the race again"
+            )
+        sent = time.monotonic()
+
+        def progress(step: int) -> None:
+            nonlocal sent
+            if time.monotonic() - sent >= _PROGRESS_SECONDS:
+                sent = time.monotonic()
+                self._send(Progress(step))
+
+        made = run(ready.task, ready.splits, job.contender, job.key, progress)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return made
+
+    def _ready(self, reference: str) -> _Ready:
+        """The task, loaded once a process."""
+        if reference not in self.tasks:
+            seed_everything(0)
+            loaded = load_task(reference)
+            splits = load_data(loaded.task)
+            self.tasks[reference] = _Ready(loaded.task, splits, task_hash(loaded, splits))
+        return self.tasks[reference]
+
+    def _send(self, answer: Answer) -> None:
+        try:
+            self.pipe.send(answer)
+        except OSError:
+            # The driver is gone. Nobody waits for the result, and an exit that waits for anything could hang.
+            os._exit(1)
+
+
+def _write_output_to(log: Path) -> None:
+    """Send stdout and stderr, those of C libraries included, to a file: the terminal belongs to the live table."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
