@@ -1,0 +1,59 @@
+"""How a promise is declared, and the list of all cells.
+
+A promise is a function ``check(subject, engine)`` that raises when it is broken. The decorator gives it a title for
+the table and says where it applies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from conformance.subjects import ENGINES, Subject
+
+Check = Callable[[Subject, str], None]
+
+
+@dataclass(frozen=True)
+class Promise:
+    """One column of the matrix."""
+
+    name: str
+    title: str
+    check: Check
+    engines: tuple[str, ...] = ENGINES
+    compiled: bool = False  # also under `compile`, in the slow tests
+    not_for_wrappers: str = ""  # why Lookahead has no such cell
+    slow_engines: tuple[str, ...] = ()
+
+    def applies(self, subject: Subject) -> bool:
+        return not (subject.wrapped and self.not_for_wrappers)
+
+
+PROMISES: list[Promise] = []
+
+
+def promise(
+    title: str,
+    *,
+    engines: tuple[str, ...] = ENGINES,
+    compiled: bool = False,
+    not_for_wrappers: str = "",
+    slow_engines: tuple[str, ...] = (),
+) -> Callable[[Check], Check]:
+    """Adds a check to the matrix."""
+
+    def add(check: Check) -> Check:
+        PROMISES.append(Promise(check.__name__, title, check, engines, compiled, not_for_wrappers, slow_engines))
+        return check
+
+    return add
+
+
+def promises() -> list[Promise]:
+    """All promises, in the order in which the table shows them."""
+    from conformance import lifetime, plans, refusals, scaling, tensors, values
+
+    order = [values, tensors, scaling, lifetime, plans, refusals]
+    rank = {module.__name__: i for i, module in enumerate(order)}
+    return sorted(PROMISES, key=lambda p: rank[p.check.__module__])

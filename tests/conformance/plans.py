@@ -1,0 +1,65 @@
+"""Promises about work that must not be done again: no plan is built for a number that changes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from oracles.replay import set_gradients
+
+from conformance.matrix import promise
+from conformance.subjects import SMALL, Subject, train, weights_of
+from piste import execution
+
+
+def _moving(group: dict[str, Any], step: int) -> dict[str, Any]:
+    """New values for every continuous hyper-parameter of a group."""
+    swing = 1.0 + 0.3 * math.sin(step)
+    changed: dict[str, Any] = {"lr": 0.01 * swing, "weight_decay": 0.1 * swing}
+    if "betas" in group:
+        changed["betas"] = (0.9 - 0.05 * swing, 0.99 + 0.005 * swing)
+    if "momentum" in group:
+        changed["momentum"] = 0.9 - 0.05 * swing
+    if "eps" in group:
+        changed["eps"] = 1e-6 * swing
+    if "alpha" in group:
+        changed["alpha"] = 0.5 + 0.2 * swing
+    return changed
+
+
+def _assert_no_new_plan(subject: Subject, engine: str, steps: int) -> None:
+    params = weights_of(SMALL)
+    optimizer = subject.make(params, engine)
+    optimizer.param_groups[0].update(_moving(optimizer.param_groups[0], -1))
+    train(params, optimizer, SMALL)  # every variant (short average, sync, both) has been seen after twelve steps
+    built = execution.plans_built()
+    for step in range(steps):
+        optimizer.param_groups[0].update(_moving(optimizer.param_groups[0], step))
+        set_gradients(params, SMALL.gradients[step % SMALL.steps])
+        optimizer.step()
+    assert execution.plans_built() == built
+
+
+@promise("no new plan over 1,000 scheduled steps")
+def no_recompiles(subject: Subject, engine: str) -> None:
+    """lr, betas, momentum, eps, alpha and weight decay move at every step."""
+    _assert_no_new_plan(subject, engine, 1000)
+
+
+@promise("300 layers waking one by one build no further plan", engines=("foreach",), not_for_wrappers="")
+def late_layers(subject: Subject, engine: str) -> None:
+    """Layer i wakes at step i: three hundred different step counts in one model, and still the same few plans."""
+    layers = 300
+    params = [torch.nn.Parameter(torch.zeros(2)) for _ in range(layers)]
+    gradient = torch.ones(2)
+    optimizer = subject.make(params, engine)
+    for p in params[:1]:
+        p.grad = gradient
+    for _ in range(12):
+        optimizer.step()
+    built = execution.plans_built()
+    for awake in range(2, layers + 1):
+        params[awake - 1].grad = gradient
+        optimizer.step()
+    assert execution.plans_built() - built <= 0

@@ -1,0 +1,170 @@
+"""The rows of the matrix: one record per optimizer of the registry, and one for the Lookahead wrapper."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from oracles.formulas import FORMULAS, Formula
+from oracles.replay import GAPS, SHAPES, FormulaRun, Problem, random_problem, set_gradients
+
+import piste
+
+# Fast engines are exercised on everything; the compiled one on little (see `matrix`).
+ENGINES = ("reference", "foreach")
+
+PROBLEM = random_problem(seed=21, missing=GAPS)
+DENSE = random_problem(seed=22)
+# Two weights: one that centralization touches, one that it leaves alone.
+SMALL = random_problem([SHAPES["linear"], SHAPES["vector"]], seed=23)
+
+# Settings under which an optimizer keeps every state it can keep. A class that is not named here runs with defaults.
+FULL_STATE: dict[str, dict[str, Any]] = {
+    "SGD": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.05},
+    "RMSprop": {"lr": 0.05, "momentum": 0.9, "centered": True, "weight_decay": 0.05},
+    "Adam": {"lr": 0.05, "amsgrad": True, "weight_decay": 0.05},
+    "AdaBelief": {"lr": 0.05, "eps": 1e-8, "amsgrad": True, "rectify": False, "weight_decay": 0.05},
+}
+WRAPPED = "Lookahead(AdamW)"
+LOOKAHEAD = {"k": 6, "alpha": 0.5}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An optimizer under test: its class, the settings it is tested with, and the formula that knows its numbers."""
+
+    name: str
+    cls: type[torch.optim.Optimizer]
+    settings: dict[str, Any] = field(default_factory=dict)
+    variant: str = ""
+    wrapped: bool = False
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}{'-' + self.variant if self.variant else ''}"
+
+    @property
+    def formula(self) -> Formula:
+        return FORMULAS[self.cls.__name__]
+
+    def make(self, params: Any, engine: str = "auto", **overrides: Any) -> torch.optim.Optimizer:
+        optimizer = self.cls(params, engine=engine, **(self.settings | overrides))  # type: ignore[call-arg]
+        return piste.Lookahead(optimizer, **LOOKAHEAD) if self.wrapped else optimizer
+
+    def expect(self, weights: Sequence[np.ndarray], each: Sequence[dict[str, Any]] | None = None) -> FormulaRun:
+        """The formula over the same weights; `each` overrides settings weight by weight."""
+        each = each or [{}] * len(weights)
+        return FormulaRun(
+            self.formula, weights, [self.settings | own for own in each], LOOKAHEAD if self.wrapped else None
+        )
+
+
+def _classes() -> dict[str, type[torch.optim.Optimizer]]:
+    """Every optimizer class that the package exports."""
+    return {
+        name: value
+        for name, value in vars(piste).items()
+        if isinstance(value, type) and value.__module__.startswith("piste.optimizers.")
+    }
+
+
+def _subject(name: str, cls: type[torch.optim.Optimizer]) -> Subject:
+    return Subject(name, cls, {"lr": 0.05} | FULL_STATE.get(name, {}))
+
+
+def _centralization_turned(subject: Subject) -> Subject:
+    """The same optimizer with gradient centralization the other way round from its default."""
+    group = subject.cls([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
+    turned = {"use_gc": not group["use_gc"]}
+    return replace(subject, settings=subject.settings | turned, variant="no_gc" if group["use_gc"] else "gc")
+
+
+def subjects() -> list[Subject]:
+    """Every optimizer class, with and without gradient centralization, and Lookahead round one of them."""
+    plain = [_subject(name, cls) for name, cls in sorted(_classes().items())]
+    wrapped = replace(_subject("AdamW", piste.AdamW), name=WRAPPED, wrapped=True)
+    return [*plain, *map(_centralization_turned, plain), wrapped]
+
+
+# --- running ------------------------------------------------------------------------------------------------------
+
+
+def weights_of(problem: Problem, dtype: torch.dtype = torch.float64) -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(torch.tensor(w, dtype=dtype)) for w in problem.weights]
+
+
+def train(
+    params: Sequence[torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    problem: Problem,
+    steps: Iterable[int] | None = None,
+) -> None:
+    for step in range(problem.steps) if steps is None else steps:
+        set_gradients(params, problem.gradients[step])
+        optimizer.step()
+
+
+def trained(
+    subject: Subject, engine: str, problem: Problem = PROBLEM, dtype: torch.dtype = torch.float64, **overrides: Any
+) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
+    params = weights_of(problem, dtype)
+    optimizer = subject.make(params, engine, **overrides)
+    train(params, optimizer, problem)
+    return params, optimizer
+
+
+def frozen(params: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer) -> Any:
+    """Everything that a step may change, copied: weights, gradients, state, groups."""
+    return copy.deepcopy(
+        {
+            "weights": [p.detach() for p in params],
+            "gradients": [p.grad for p in params],
+            "state_dict": optimizer.state_dict(),
+        }
+    )
+
+
+def identical(a: Any, b: Any) -> bool:
+    """Same structure, same types, same dtypes, same bits (NaN equals NaN)."""
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return (
+            isinstance(a, torch.Tensor)
+            and isinstance(b, torch.Tensor)
+            and a.dtype == b.dtype
+            and a.shape == b.shape
+            and bool(torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)))
+        )
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(identical(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(identical, a, b))
+    return bool(a == b)
+
+
+def differences(a: Any, b: Any, where: str = "") -> list[str]:
+    """The paths at which two structures differ: what an assertion prints."""
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return [line for k in a for line in differences(a[k], b[k], f"{where}[{k!r}]")]
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+        return [line for i, (x, y) in enumerate(zip(a, b, strict=True)) for line in differences(x, y, f"{where}[{i}]")]
+    return [] if identical(a, b) else [f"{where}: {a!r} is not {b!r}"]
+
+
+def assert_identical(a: Any, b: Any) -> None:
+    found = differences(a, b)
+    assert not found, "\n".join(found[:5])
+
+
+def assert_weights(params: Sequence[torch.Tensor], expected: Sequence[np.ndarray], rtol: float, atol: float) -> None:
+    for i, (p, e) in enumerate(zip(params, expected, strict=True)):
+        np.testing.assert_allclose(
+            p.detach().to(torch.float64).numpy(), e, rtol=rtol, atol=atol, err_msg=f"weight {i} of shape {e.shape}"
+        )
+
+
+# Float64 against a formula in another order of operations: see tests/test_parity.py.
+RTOL, ATOL = 1e-12, 1e-13
