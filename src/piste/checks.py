@@ -123,6 +123,8 @@ def check_hyperparameters(owner: str, values: Mapping[str, Any], known: Iterable
 
 #: entries that torch, its schedulers and frameworks put into groups
 _FOREIGN = frozenset(
-    "params param_names name initial_lr max_lr min_lr lr_scale max_momentum base_momentum swap_lr foreach fused "
-    "capturable differentiable state cycle_momentum".split()
+    (
+        *("params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "lr_scale", "swap_lr", "state"),
+        *("max_momentum", "base_momentum", "cycle_momentum", "foreach", "fused", "capturable", "differentiable"),
+    )
 )

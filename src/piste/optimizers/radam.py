@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from piste.optimizer import Optimizer, Options, Params
+from piste.parts import decay
 from piste.parts.scale import rectified_step
 from piste.parts.standard import standard
 from piste.rules.adaptive import radam
@@ -28,7 +29,7 @@ class RAdam(Optimizer):
     The first five steps of any usual :math:`\beta_2` are momentum steps with the raw gradient.
 
     **When to use**: in place of Adam with a warm-up. **When not**: with very large first gradients, unless
-    ``degenerated_to_sgd=False``, which leaves those five steps out.
+    ``degenerated_to_sgd=False``, which leaves those five steps out (decoupled decay included).
 
     State: 8 bytes per parameter.
 
@@ -71,4 +72,4 @@ class RAdam(Optimizer):
 
     @classmethod
     def pipeline(cls, group: Mapping[str, Any]) -> Pipeline:
-        return standard(group, radam, scale=(rectified_step,))
+        return standard(group, radam, scale=(rectified_step,), decoupled=decay.decoupled_while_moving)

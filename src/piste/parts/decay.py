@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from piste.ops import Value
+from piste.ops import Value, rho
 from piste.slots import Hyper, decay, scale
 
-__all__ = ["decoupled", "fixed", "into_direction"]
+__all__ = ["decoupled", "decoupled_while_moving", "fixed", "into_direction"]
 
 
 @decay
 def decoupled(p: Value, hp: Hyper) -> Value:
     """Shrink by ``lr * weight_decay``, before the step (Loshchilov & Hutter 2019; torch scales it with lr)."""
     return p if hp.weight_decay == 0 else p * (1 - hp.lr * hp.weight_decay)
+
+
+@decay
+def decoupled_while_moving(p: Value, hp: Hyper, t: Value) -> Value:
+    """Decoupled decay of RAdam's authors: a weight that rests until the step is rectified is not decayed either."""
+    return p if not hp.degenerated_to_sgd and rho(hp.beta2, t) <= 5 else decoupled(p, hp)
 
 
 @decay
