@@ -17,7 +17,6 @@ import errno
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +46,7 @@ class Store:
         self.logs = path / "logs"
         self.study = path / "study.json"
         self.report = path / "report.html"
-        self.set_aside: list[str] = []
+        self.damaged: list[str] = []
 
     @contextmanager
     def writing(self) -> Iterator[Store]:
@@ -70,9 +69,12 @@ class Store:
                 (self.path / "trial").unlink()
             yield self
 
-    def load(self) -> dict[str, RunRecord]:
-        """All runs kept here, by id. A damaged file is renamed, so that its run is made again, and reported in
-        ``set_aside``.
+    def load(self, set_aside: bool = True) -> dict[str, RunRecord]:
+        """All runs kept here, by id.
+
+        Args:
+            set_aside: rename a damaged file, so that its run is made again. Either way it is not among the runs and
+                is named in ``damaged``.
 
         Raises:
             StoreError: the files cannot be read.
@@ -85,8 +87,9 @@ class Store:
                     if record.id != path.stem:
                         raise RecordError("its name is not its id")
                 except (RecordError, UnicodeDecodeError) as error:
-                    path.rename(path.with_name(path.name + _DAMAGED))
-                    self.set_aside.append(f"{path.name} is damaged ({error}): set aside as {path.name}{_DAMAGED}")
+                    self.damaged.append(f"{path} is damaged: {error}")
+                    if set_aside:
+                        path.replace(path.with_name(path.name + _DAMAGED))
                 else:
                     found[record.id] = record
         return found
@@ -159,17 +162,17 @@ class Store:
 
 
 def _write(path: Path, text: str) -> None:
-    """Put a whole file in place at once and make sure of it."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem}-", suffix=_TEMPORARY)
+    """Put a whole file in place at once and make sure of it. Only the holder of the lock writes here."""
+    temporary = path.with_name(path.name + _TEMPORARY)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).replace(path)
+        temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
-            Path(name).unlink()
+            temporary.unlink()
         raise
     _sync_directory(path.parent)
 
@@ -180,7 +183,9 @@ def _sync_directory(path: Path) -> None:
         return
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        # Some network and user-space file systems cannot do this; the record itself is synced there all the same.
+        with contextlib.suppress(OSError):
+            os.fsync(handle)
     finally:
         os.close(handle)
 

@@ -1,0 +1,285 @@
+"""From records to results: scores, standings, the verdict, and what the race holds against itself."""
+
+from __future__ import annotations
+
+import math
+import statistics as medians
+from collections.abc import Iterable
+
+from piste.race.contenders import Contender
+from piste.race.inspection import TaskCard
+from piste.race.protocol import MOST_EXTENSIONS, Plan, Records, Tuning, confirmations, keys_so_far, tuning
+from piste.race.record import CONFIRM, FINISHED, TUNE, Cost, RunRecord, Standing, StudyResult, TaskResult
+from piste.race.statistics import Comparison, compare
+
+FEW_SEEDS = 5
+FEW_TRIALS = 4
+# Step times closer than this are the same; then the smaller optimizer state is the cheaper one.
+_SAME_TIME = 0.05
+
+
+def study_result(
+    plan: Plan, records: Records, *, title: str, created: str, command: str, workers: int, machine: dict[str, str]
+) -> StudyResult:
+    """All that can be said from the records so far; a race cut short gives a result that says so."""
+    used = [records[key.id] for _, _, key in keys_so_far(plan, records) if key.id in records]
+    missing = sum(key.id not in records for _, _, key in keys_so_far(plan, records))
+    return StudyResult(
+        title=title,
+        created=created,
+        results=[task_result(plan, card, records) for card in plan.cards],
+        records=used,
+        notes=_notes(plan, records, used, missing, workers),
+        machine=machine,
+        command=command,
+    )
+
+
+def task_result(plan: Plan, card: TaskCard, records: Records) -> TaskResult:
+    """Standings and verdict on one task."""
+    tunings = {contender.name: tuning(plan, card, contender, records) for contender in plan.contenders}
+    confirmed = {
+        contender.name: _confirmed(plan, card, contender, tunings[contender.name], records)
+        for contender in plan.contenders
+    }
+    scores = _scores(card, confirmed, records.values())
+    compared = compare(scores, card.higher_is_better) if scores else {}
+    leader = next(iter(compared), None)
+    contenders = {contender.name: contender for contender in plan.contenders}
+    ranked = [*compared, *(name for name in contenders if name not in compared)]
+    standings = [
+        _standing(contenders[name], tunings[name], confirmed[name], scores.get(name), compared.get(name), records)
+        for name in ranked
+    ]
+    standings = [_without_false_tie(standing, confirmed, leader) for standing in standings]
+    # Leader first, then its group, then the others, each by score.
+    standings.sort(key=lambda standing: (standing.contender != leader, not standing.tied))
+    verdict = _verdict(card, standings, plan.seeds)
+    return TaskResult(card.name, card.metric_name, card.higher_is_better, standings, verdict)
+
+
+def recommended(standings: list[Standing]) -> Standing | None:
+    """The cheapest of the leader's group: least time a step, and of equally fast ones the least state."""
+    group = [standing for standing in standings if standing.tied]
+    if not group:
+        return None
+    times = [standing.cost.step_seconds for standing in group if not math.isnan(standing.cost.step_seconds)]
+    limit = min(times, default=math.inf) * (1 + _SAME_TIME)
+    fast = [standing for standing in group if standing.cost.step_seconds <= limit] or group
+    return min(fast, key=lambda standing: (standing.cost.state_bytes, standing.cost.step_seconds))
+
+
+def _confirmed(
+    plan: Plan, card: TaskCard, contender: Contender, state: Tuning, records: Records
+) -> list[RunRecord | None]:
+    """The confirmation runs in seed order, None where one has not been made."""
+    if state.best is None:
+        return []
+    return [records.get(key.id) for key in confirmations(plan, card, contender, state.best.key.lr)]
+
+
+def _scores(
+    card: TaskCard, confirmed: dict[str, list[RunRecord | None]], records: Iterable[RunRecord]
+) -> dict[str, list[float]]:
+    """One score a seed for every contender, over the seeds that all of them have been run on."""
+    racing = {name: runs for name, runs in confirmed.items() if runs}
+    if not racing:
+        return {}
+    complete = [number for number, column in enumerate(zip(*racing.values(), strict=True)) if all(column)]
+    if not complete:
+        return {}
+    own = [record for record in records if record.key.task_hash == card.task_hash]
+    worst = _worst_score(card, own)
+    return {
+        name: [_score(runs[number], worst) for number in complete]  # type: ignore[arg-type]
+        for name, runs in racing.items()
+    }
+
+
+def _score(record: RunRecord, worst: float) -> float:
+    return record.test_metric if record.finished and record.test_metric is not None else worst
+
+
+def _worst_score(card: TaskCard, records: list[RunRecord]) -> float:
+    """What a run that did not finish counts as: the worst seen on the task, the untrained models' included."""
+    seen = [record.test_metric for record in records if record.test_metric is not None]
+    seen += [record.curve.valid_metric[0] for record in records if record.curve.valid_metric]
+    finite = [value for value in seen if math.isfinite(value)]
+    if not finite:
+        return 0.0
+    return min(finite) if card.higher_is_better else max(finite)
+
+
+def _standing(
+    contender: Contender,
+    state: Tuning,
+    confirmed: list[RunRecord | None],
+    scores: list[float] | None,
+    compared: Comparison | None,
+    records: Records,
+) -> Standing:
+    trials = [records[key.id] for key in state.runs if key.id in records]
+    confirmations_made = [record for record in confirmed if record is not None]
+    nan = math.nan
+    numbers = compared or Comparison(nan, nan, nan, nan, nan, nan, nan, False)
+    return Standing(
+        contender=contender.name,
+        optimizer=contender.optimizer,
+        schedule=contender.schedule,
+        best_hyperparameters={} if state.best is None else dict(state.best.key.hyperparameters),
+        edge=state.edge,
+        trials=len(trials),
+        diverged_trials=sum(not trial.finished for trial in trials),
+        seeds=len(confirmations_made),
+        scores=scores or [],
+        mean=numbers.mean,
+        low=numbers.low,
+        high=numbers.high,
+        difference=numbers.difference,
+        difference_low=numbers.difference_low,
+        difference_high=numbers.difference_high,
+        tied=numbers.tied,
+        cost=_cost(confirmations_made or trials),
+        failures=[_failure(record) for record in (*trials, *confirmations_made) if not record.finished],
+    )
+
+
+def _without_false_tie(
+    standing: Standing, confirmed: dict[str, list[RunRecord | None]], leader: str | None
+) -> Standing:
+    """A contender with a lost confirmation run is no equal of a leader without one, however wide its interval."""
+    if standing.contender == leader or leader is None or not standing.tied:
+        return standing
+    lost = [run for run in confirmed[standing.contender] if run is not None and not run.finished]
+    lost_by_leader = [run for run in confirmed[leader] if run is not None and not run.finished]
+    if len(lost) <= len(lost_by_leader):
+        return standing
+    return Standing(**{**vars(standing), "tied": False})
+
+
+def _cost(records: list[RunRecord]) -> Cost:
+    """Medians over finished runs, or over all where none finished; bytes and counts are their largest."""
+    runs = [record.cost for record in records if record.finished] or [record.cost for record in records]
+    if not runs:
+        return Cost.unknown()
+    return Cost(
+        step_seconds=_median([cost.step_seconds for cost in runs]),
+        optimizer_seconds=_median([cost.optimizer_seconds for cost in runs]),
+        state_bytes=max(cost.state_bytes for cost in runs),
+        peak_bytes=max(cost.peak_bytes for cost in runs),
+        gradient_evaluations=max(cost.gradient_evaluations for cost in runs),
+        parameters=max(cost.parameters for cost in runs),
+    )
+
+
+def _median(values: list[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return medians.median(known) if known else math.nan
+
+
+def _failure(record: RunRecord) -> str:
+    which = "trial" if record.key.phase == TUNE else f"seed {record.key.seed}"
+    return f"{which} at lr {record.key.lr:g}: {record.status.replace('_', ' ')}, {record.message}"
+
+
+def _verdict(card: TaskCard, standings: list[Standing], seeds: int) -> str:
+    leader = standings[0] if standings and standings[0].scores else None
+    if leader is None:
+        return f"No verdict on {card.name}: no contender has been confirmed on every seed."
+    best = recommended(standings)
+    at = f"{card.metric_name} {_number(leader.mean)}"
+    if len(leader.scores) < 2:
+        return (
+            f"{leader.contender} scored best on {card.name} ({at}), but one seed cannot tell a difference from chance; "
+            "race with --seeds 5 for a verdict."
+        )
+    others = [standing for standing in standings if standing.tied and standing is not leader]
+    if len(standings) == 1:
+        return f"{leader.contender} reached {at} [{_interval(leader)}] on {card.name}; it raced alone."
+    if not others:
+        return _win(card, leader, standings[1], at)
+    assert best is not None
+    names = _joined([standing.contender for standing in standings if standing.tied])
+    return (
+        f"No difference found on {card.name} between {names} ({at} [{_interval(leader)}] for the best mean). "
+        f"Take {best.contender}, the cheapest of them: {_cost_words(best)}."
+    )
+
+
+def _win(card: TaskCard, leader: Standing, second: Standing, at: str) -> str:
+    text = f"{leader.contender} wins on {card.name}: {at} [{_interval(leader)}] at lr {_lr(leader)}"
+    if not second.scores:
+        return f"{text}; no other contender finished."
+    ahead = "higher" if card.higher_is_better else "lower"
+    low, high = sorted((abs(second.difference_low), abs(second.difference_high)))
+    return (
+        f"{text}, {_number(abs(second.difference))} [{_number(low)}, {_number(high)}] {ahead} than the next, "
+        f"{second.contender}. It costs {_cost_words(leader)}."
+    )
+
+
+def _cost_words(standing: Standing) -> str:
+    cost = standing.cost
+    return f"{1000 * cost.step_seconds:.3g} ms a step, {cost.state_bytes / 2**20:.2g} MiB of optimizer state"
+
+
+def _interval(standing: Standing) -> str:
+    return f"{_number(standing.low)}, {_number(standing.high)}"
+
+
+def _lr(standing: Standing) -> str:
+    return f"{standing.best_hyperparameters['lr']:g}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _joined(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _notes(plan: Plan, records: Records, used: list[RunRecord], missing: int, workers: int) -> list[str]:
+    notes = []
+    if missing:
+        notes.append(f"The race is not finished: {missing} or more runs are missing. Repeat the command to go on.")
+    if plan.seeds < FEW_SEEDS:
+        notes.append(f"Few seeds ({plan.seeds}): only large differences can be found. {FEW_SEEDS} or more are better.")
+    if plan.trials < FEW_TRIALS:
+        notes.append(f"Few trials ({plan.trials}): the learning rates are coarse, and with them the comparison.")
+    if workers > 1:
+        notes.append(
+            f"Step times were taken while {workers} runs went side by side: compare them with each other, "
+            "not with those of an idle machine."
+        )
+    notes += _search_notes(plan, records)
+    lost = [record for record in used if record.key.phase == CONFIRM and record.status != FINISHED]
+    if lost:
+        notes.append(
+            f"{len(lost)} confirmation runs did not finish; each counts as the worst score seen on its task, "
+            "the untrained model's included."
+        )
+    if len({tuple(sorted(record.machine.items())) for record in used}) > 1:
+        notes.append("The runs come from more than one machine: their times cannot be compared.")
+    return notes
+
+
+def _search_notes(plan: Plan, records: Records) -> list[str]:
+    """Where the search for a learning rate was extended, and where it still ended at an edge."""
+    notes = []
+    for card in plan.cards:
+        for contender in plan.contenders:
+            state = tuning(plan, card, contender, records)
+            where = f"{contender.name} on {card.name}"
+            if state.edge:
+                reach = f" after {MOST_EXTENSIONS} extensions" if state.extensions else ""
+                notes.append(
+                    f"{where}: the best lr is still the {_WORDS[state.edge]} tried{reach}; give it more trials."
+                )
+            elif state.extensions:
+                extra = "1 trial" if state.extensions == 1 else f"{state.extensions} trials"
+                notes.append(f"{where}: the best lr was at an edge, so {extra} beyond it were added.")
+    return notes
+
+
+_WORDS = {"low": "lowest", "high": "highest"}

@@ -1,0 +1,167 @@
+"""What can be said from a few seeds: intervals, paired comparisons, and who is tied with the leader.
+
+All contenders are scored on the same seeds, so they are compared pair by pair on the differences, in which the luck of
+a seed (initial weights, batch order) cancels. Two things must agree before a difference is claimed:
+
+* a paired t test, its p values over all pairs corrected by Holm's method, so that many contenders do not make one of
+  them look different by chance, and
+* the paired bootstrap interval of the difference, which does not assume a normal distribution.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats  # type: ignore[import-untyped]
+
+LEVEL: Final = 0.95
+_RESAMPLES = 9999
+_BOOTSTRAP_SEED = 20
+
+Scores = Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One contender beside the leader.
+
+    Args:
+        mean: of its scores.
+        low, high: bootstrap interval of the mean; nan from a single seed.
+        difference: mean of (its score minus the leader's), seed by seed.
+        difference_low, difference_high: paired bootstrap interval.
+        p: Holm-corrected p value of the pair; nan for the leader and from a single seed.
+        tied: no difference from the leader was found.
+    """
+
+    mean: float
+    low: float
+    high: float
+    difference: float
+    difference_low: float
+    difference_high: float
+    p: float
+    tied: bool
+
+
+def compare(scores: Scores, higher_is_better: bool) -> dict[str, Comparison]:
+    """Compare every contender with the one of the best mean, best first.
+
+    Args:
+        scores: for each contender one finite score a seed, in the same seed order for all.
+        higher_is_better: direction of the score.
+
+    Raises:
+        ValueError: there are no contenders, or the numbers of scores differ or are zero.
+    """
+    lengths = {len(values) for values in scores.values()}
+    if len(lengths) != 1 or lengths == {0}:
+        raise ValueError(
+            f"scores must hold the same number of scores, at least one, for every contender, not {lengths}"
+        )
+    columns = {name: np.asarray(values, dtype=float) for name, values in scores.items()}
+    sign = -1.0 if higher_is_better else 1.0
+    order = sorted(columns, key=lambda name: sign * float(columns[name].mean()))
+    leader = order[0]
+    p_values = _corrected_p_values(columns)
+    return {name: _beside(columns[name], columns[leader], p_values.get(frozenset((name, leader)))) for name in order}
+
+
+def interval(values: Sequence[float] | NDArray[np.float64]) -> tuple[float, float]:
+    """Bootstrap interval of a mean, widened for few values; (nan, nan) for a single one.
+
+    A percentile interval from n values is too narrow: the resampled spread lacks the factor n/(n-1), and a normal
+    quantile stands where Student's belongs. Both are put right by asking the bootstrap for more extreme percentiles
+    (the expanded percentile interval of Hesterberg 2015, "What teachers should know about the bootstrap").
+    """
+    data = np.asarray(values, dtype=float)
+    count = len(data)
+    if count < 2:
+        return math.nan, math.nan
+    if np.ptp(data) == 0:
+        return float(data[0]), float(data[0])
+    quantile = math.sqrt(count / (count - 1)) * float(stats.t.ppf((1 + LEVEL) / 2, count - 1))
+    found = stats.bootstrap(
+        (data,),
+        np.mean,
+        n_resamples=_RESAMPLES,
+        confidence_level=1 - 2 * float(stats.norm.sf(quantile)),
+        method="percentile",
+        random_state=_BOOTSTRAP_SEED,
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's correction: the chance of even one false claim among all stays below the level."""
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    corrected = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = largest
+    return corrected
+
+
+def paired_p_value(differences: NDArray[np.float64], resolution: float) -> float:
+    """Two-sided p value that the mean difference is zero; nan from a single pair.
+
+    Args:
+        differences: one a seed.
+        resolution: the smallest step by which scores can differ. A score known to a step q carries the rounding
+            variance q²/12. Without it three seeds that happen to differ by one test image each would look like a
+            difference without any spread.
+    """
+    count = len(differences)
+    if count < 2:
+        return math.nan
+    variance = float(differences.var(ddof=1)) + 2 * resolution**2 / 12
+    mean = abs(float(differences.mean()))
+    if mean == 0:
+        return 1.0
+    if variance == 0:
+        return 0.0
+    return 2 * float(stats.t.sf(mean / math.sqrt(variance / count), count - 1))
+
+
+def _corrected_p_values(columns: Mapping[str, NDArray[np.float64]]) -> dict[frozenset[str], float]:
+    """Over all pairs and not only those with the leader, because the leader was chosen by these same scores."""
+    pairs = list(combinations(columns, 2))
+    resolution = _resolution(np.concatenate(list(columns.values())))
+    raw = [paired_p_value(columns[first] - columns[second], resolution) for first, second in pairs]
+    if any(math.isnan(p) for p in raw):
+        return {}
+    return {frozenset(pair): p for pair, p in zip(pairs, holm(raw), strict=True)}
+
+
+def _resolution(values: NDArray[np.float64]) -> float:
+    """The smallest distance between two different scores."""
+    gaps = np.diff(np.unique(values))
+    # Rounding of the arithmetic is not a step of the score.
+    real = gaps[gaps > 1e-9 * max(1e-300, float(np.abs(values).max()))]
+    return float(real.min()) if len(real) else 0.0
+
+
+def _beside(own: NDArray[np.float64], leader: NDArray[np.float64], p: float | None) -> Comparison:
+    low, high = interval(own)
+    if own is leader:
+        return Comparison(float(own.mean()), low, high, 0.0, 0.0, 0.0, math.nan, True)
+    differences = own - leader
+    difference_low, difference_high = interval(differences)
+    excludes_zero = difference_low > 0 or difference_high < 0
+    return Comparison(
+        mean=float(own.mean()),
+        low=low,
+        high=high,
+        difference=float(differences.mean()),
+        difference_low=difference_low,
+        difference_high=difference_high,
+        p=math.nan if p is None else p,
+        tied=p is None or p >= 1 - LEVEL or not excludes_zero,
+    )
