@@ -181,7 +181,8 @@ class OuterTorch:
             return None
         version, file = done.stdout.split("\n")[-3:-1]
         if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
-            say(f"torch {version} of {sys.executable} is older than 2.6: installing another one for this environment")
+            oldest = ".".join(map(str, OLDEST_TORCH))
+            say(f"torch {version} of {sys.executable} is older than {oldest}: another one is installed here")
             return None
         return cls(version, str(Path(file).resolve().parent.parent))
 
