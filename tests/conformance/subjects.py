@@ -48,6 +48,10 @@ class Subject:
         return f"{self.name}{'-' + self.variant if self.variant else ''}"
 
     @property
+    def centralizes(self) -> bool:
+        return bool(self.make([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]["use_gc"])
+
+    @property
     def formula(self) -> Formula:
         return FORMULAS[self.cls.__name__]
 
@@ -136,7 +140,7 @@ def identical(a: Any, b: Any) -> bool:
             and isinstance(b, torch.Tensor)
             and a.dtype == b.dtype
             and a.shape == b.shape
-            and bool(torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)))
+            and bool(((a == b) | ((a != a) & (b != b))).all())
         )
     if isinstance(a, dict):
         return isinstance(b, dict) and a.keys() == b.keys() and all(identical(a[k], b[k]) for k in a)
