@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics as medians
-from collections.abc import Iterable
 
 from piste.race.contenders import Contender
 from piste.race.inspection import TaskCard
@@ -42,7 +41,10 @@ def task_result(plan: Plan, card: TaskCard, records: Records) -> TaskResult:
         contender.name: _confirmed(plan, card, contender, tunings[contender.name], records)
         for contender in plan.contenders
     }
-    scores = _scores(card, confirmed, records.values())
+    keys = [key for state in tunings.values() for key in state.runs]
+    made = [records[key.id] for key in keys if key.id in records]
+    made += [run for runs in confirmed.values() for run in runs if run is not None]
+    scores = _scores(confirmed, _worst_score(card, made))
     compared = compare(scores, card.higher_is_better) if scores else {}
     leader = next(iter(compared), None)
     contenders = {contender.name: contender for contender in plan.contenders}
@@ -78,22 +80,14 @@ def _confirmed(
     return [records.get(key.id) for key in confirmations(plan, card, contender, state.best.key.lr)]
 
 
-def _scores(
-    card: TaskCard, confirmed: dict[str, list[RunRecord | None]], records: Iterable[RunRecord]
-) -> dict[str, list[float]]:
+def _scores(confirmed: dict[str, list[RunRecord | None]], worst: float) -> dict[str, list[float]]:
     """One score a seed for every contender, over the seeds that all of them have been run on."""
     racing = {name: runs for name, runs in confirmed.items() if runs}
     if not racing:
         return {}
-    complete = [number for number, column in enumerate(zip(*racing.values(), strict=True)) if all(column)]
-    if not complete:
-        return {}
-    own = [record for record in records if record.key.task_hash == card.task_hash]
-    worst = _worst_score(card, own)
-    return {
-        name: [_score(runs[number], worst) for number in complete]  # type: ignore[arg-type]
-        for name, runs in racing.items()
-    }
+    columns = [column for column in zip(*racing.values(), strict=True) if None not in column]
+    rows = zip(*columns, strict=True) if columns else ()
+    return {name: [_score(run, worst) for run in row if run] for name, row in zip(racing, rows, strict=False)}
 
 
 def _score(record: RunRecord, worst: float) -> float:
@@ -202,7 +196,7 @@ def _verdict(card: TaskCard, standings: list[Standing], seeds: int) -> str:
     names = _joined([standing.contender for standing in standings if standing.tied])
     return (
         f"No difference found on {card.name} between {names} ({at} [{_interval(leader)}] for the best mean). "
-        f"Take {best.contender}, the cheapest of them: {_cost_words(best)}."
+        f"Take {best.contender}, the cheapest of them: {_cost_words(best)}.{_behind(standings)}"
     )
 
 
@@ -210,12 +204,19 @@ def _win(card: TaskCard, leader: Standing, second: Standing, at: str) -> str:
     text = f"{leader.contender} wins on {card.name}: {at} [{_interval(leader)}] at lr {_lr(leader)}"
     if not second.scores:
         return f"{text}; no other contender finished."
+    if second.failures and second.difference_low <= 0 <= second.difference_high:
+        return f"{text}; the next, {second.contender}, lost runs. It costs {_cost_words(leader)}."
     ahead = "higher" if card.higher_is_better else "lower"
     low, high = sorted((abs(second.difference_low), abs(second.difference_high)))
     return (
         f"{text}, {_number(abs(second.difference))} [{_number(low)}, {_number(high)}] {ahead} than the next, "
         f"{second.contender}. It costs {_cost_words(leader)}."
     )
+
+
+def _behind(standings: list[Standing]) -> str:
+    names = [standing.contender for standing in standings if not standing.tied]
+    return f" Behind them: {_joined(names)}." if names else ""
 
 
 def _cost_words(standing: Standing) -> str:
