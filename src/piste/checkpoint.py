@@ -9,14 +9,32 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from piste.checks import near
 from piste.storage import State, shape_of
 
-__all__ = ["check_tensor", "matched", "weights_by_id"]
+__all__ = ["after_loading", "before_loading", "check_tensor", "matched", "weights_by_id"]
 
 StatesOf = Callable[[Mapping[str, Any]], Mapping[str, State]]
+
+
+def before_loading(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The dictionary to load, after torch's hooks and checked to be one of an optimizer."""
+    saved = dict(state_dict)
+    for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        saved = hook(optimizer, saved) or saved
+    for key in ("state", "param_groups"):
+        if key not in saved:
+            raise ValueError(f"state_dict has no {key!r}; it is not what an optimizer's state_dict() returns")
+    return saved
+
+
+def after_loading(optimizer: torch.optim.Optimizer) -> None:
+    """Run torch's hooks."""
+    for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        hook(optimizer)
 
 
 def matched(
@@ -33,12 +51,7 @@ def matched(
     Raises:
         ValueError: the dictionary is not one of an optimizer of this kind over these weights.
     """
-    for key in ("state", "param_groups"):
-        if key not in saved:
-            raise ValueError(f"state_dict has no {key!r}; it is not what an optimizer's state_dict() returns")
     saved_groups = saved["param_groups"]
-    if len(saved_groups) != len(groups):
-        raise ValueError(f"state_dict has {len(saved_groups)} parameter groups, this optimizer has {len(groups)}")
     weights = weights_by_id(groups, saved_groups)
     home = {id(p): group for group, new in zip(saved_groups, groups, strict=True) for p in new["params"]}
 
@@ -55,6 +68,8 @@ def weights_by_id(
     groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]
 ) -> dict[Any, tuple[Tensor, str]]:
     """Saved parameter number -> the weight here, with a name for messages: by name where both sides have names."""
+    if len(saved_groups) != len(groups):
+        raise ValueError(f"state_dict has {len(saved_groups)} parameter groups, this optimizer has {len(groups)}")
     named = all("param_names" in group for group in (*groups, *saved_groups))
     if named:
         here = {n: p for group in groups for n, p in zip(group["param_names"], group["params"], strict=True)}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from piste import execution
-from piste.checkpoint import matched
+from piste.checkpoint import after_loading, before_loading, matched
 from piste.checks import check_choice, check_hyperparameters, refuse_unknown
 from piste.execution import Weight
 from piste.slots import Pipeline, program
@@ -265,15 +265,12 @@ class Optimizer(torch.optim.Optimizer):
         Tensors keep the dtype in which they were saved. Whatever does not fit raises ``ValueError`` before anything
         is changed.
         """
-        saved = dict(state_dict)
-        for before in self._optimizer_load_state_dict_pre_hooks.values():
-            saved = before(self, saved) or saved
+        saved = before_loading(self, state_dict)
         state, groups = matched(self.param_groups, saved, self._states_of, _real)
         for group in groups:
             self._check({k: v for k, v in group.items() if k not in ("params", "param_names")}, self._hyper_defaults)
         self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
-        for after in self._optimizer_load_state_dict_post_hooks.values():
-            after(self)
+        after_loading(self)
 
     # stepping --------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from piste.checkpoint import check_tensor, weights_by_id
+from piste.checkpoint import after_loading, before_loading, check_tensor, weights_by_id
 from piste.slots import Pipeline, program
 from piste.storage import State
 from piste.symbol import Variants
@@ -98,6 +98,8 @@ class Wrapper(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state dictionary with this wrapper's entries."""
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
         packed = self.optimizer.state_dict()
         state = {number: dict(entries) for number, entries in packed["state"].items()}
         numbers = self._numbers()
@@ -105,10 +107,14 @@ class Wrapper(torch.optim.Optimizer):
             if weight in numbers:
                 own = {f"{self.name}.{key}": value for key, value in entries.items()}
                 state.setdefault(numbers[weight], {}).update(own)
-        return {**packed, "state": state}
+        packed = {**packed, "state": state}
+        for after in self._optimizer_state_dict_post_hooks.values():
+            packed = after(self, packed) or packed
+        return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave; a dictionary of the inner optimizer alone is refused."""
+        state_dict = before_loading(self, state_dict)
         weights = weights_by_id(self.param_groups, state_dict["param_groups"])
         inner: dict[Any, dict[str, Any]] = {}
         own: dict[Tensor, dict[str, Any]] = {}
@@ -122,6 +128,7 @@ class Wrapper(torch.optim.Optimizer):
                 own[weights[number][0]] = self._checked(mine, *weights[number])
         self.optimizer.load_state_dict({**state_dict, "state": inner})
         self.own = own
+        after_loading(self)
 
     def _checked(self, entries: Mapping[str, Any], weight: Tensor, name: str) -> dict[str, Any]:
         legal = {"step", *self.states()}
