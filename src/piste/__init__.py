@@ -1,5 +1,8 @@
 """piste: every PyTorch optimizer worth trying, one rule on every engine, raced honestly on your own problem."""
 
+from piste import schedules as schedules
+from piste.groups import describe_groups as describe_groups
+from piste.groups import param_groups as param_groups
 from piste.optimizer import Optimizer as Optimizer
 from piste.optimizers import SGD as SGD
 from piste.optimizers import AdaBelief as AdaBelief
@@ -9,6 +12,11 @@ from piste.optimizers import RAdam as RAdam
 from piste.optimizers import Ranger as Ranger
 from piste.optimizers import RangerAdaBelief as RangerAdaBelief
 from piste.optimizers import RMSprop as RMSprop
+from piste.presets import Preset as Preset
+from piste.presets import presets as presets
+from piste.registry import create as create
+from piste.registry import list_optimizers as list_optimizers
+from piste.registry import optimizer_info as optimizer_info
 from piste.wrappers import Lookahead as Lookahead
 
 __version__ = "0.1.0"
