@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "optimizers": {"optimizer", "rules", "parts", "slots"},
     "schedules": {"checks"},
     "groups": {"checks"},
-    "presets": {"checks", "optimizers", "schedules", "groups"},
+    "presets": {"checks", "optimizer", "optimizers", "schedules", "groups"},
     "registry": {"checks", "presets", "optimizers", "wrappers", "schedules", "groups", "optimizer"},
 }
 LIBRARY_ENTRANCE = "__init__"

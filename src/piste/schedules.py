@@ -181,9 +181,11 @@ class Schedule(LRScheduler):
         momentum = self.curve.momentum(self.last_epoch)
         if momentum is None:
             return
-        for group in self.optimizer.param_groups:
-            # A preset with set_betas=False marks its groups; zero momentum means that the algorithm has none to cycle.
-            if not group.get("cycle_momentum", True):
+        groups = self.optimizer.param_groups
+        for group in groups:
+            # A preset with set_betas=False marks its groups, and a group added later follows the first. Zero momentum
+            # means that the algorithm has none to cycle.
+            if not group.get("cycle_momentum", groups[0].get("cycle_momentum", True)):
                 continue
             if "betas" in group and group["betas"][0] != 0:
                 beta1, *others = group["betas"]

@@ -1,0 +1,387 @@
+"""Named, sourced configurations: which optimizer, with which settings, on which weights, under which schedule.
+
+    >>> from piste.presets import presets
+    >>> presets["sgd_nesterov"].hyperparameters
+    {'momentum': 0.9, 'nesterov': True}
+    >>> presets["ranger"].schedule
+    'flat_cosine'
+
+`piste.create` turns a preset into an optimizer on a model.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+from piste import optimizers, schedules
+from piste.checks import near, refuse_unknown
+from piste.optimizer import Optimizer, Options
+
+__all__ = ["LrPrior", "Preset", "Presets", "Settings", "WeightDecay", "presets"]
+
+T = TypeVar("T")
+
+
+class Settings(Mapping[str, T]):
+    """A dictionary that cannot be changed."""
+
+    def __init__(self, values: Mapping[str, T] | None = None) -> None:
+        self._values = dict(values or {})
+
+    def __getitem__(self, name: str) -> T:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return repr(self._values)
+
+
+@dataclass(frozen=True)
+class WeightDecay:
+    """What weight decay means, in the words of fastai v1.
+
+    Args:
+        true_wd: True shrinks weights by ``lr * weight_decay`` (decoupled); False adds an L2 term to the gradient.
+        bn_wd: True decays every parameter; False spares norms, biases and other vectors.
+    """
+
+    true_wd: bool = True
+    bn_wd: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("true_wd", "bn_wd"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not legal; legal: True or False")
+
+
+@dataclass(frozen=True)
+class LrPrior:
+    """Where to look for a learning rate: a range round a centre, even in its logarithm.
+
+    Args:
+        center: the learning rate to try first, above 0.
+        decades_below: how far the range reaches down, in powers of ten.
+        decades_above: how far up.
+    """
+
+    center: float
+    decades_below: float = 1.0
+    decades_above: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.center > 0 and self.decades_below >= 0 and self.decades_above >= 0):
+            raise ValueError(f"{self} is not legal; legal: center > 0, decades of at least 0")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A configuration of an optimizer. Frozen; `dataclasses.replace` makes a changed copy.
+
+    Args:
+        name: its name, for messages and records.
+        optimizer: a class of piste, of ``torch.optim``, or any other ``torch.optim.Optimizer``.
+        hyperparameters: arguments of the class where they differ from its defaults.
+        wd: what weight decay means here; how much of it there is, ``weight_decay`` says.
+        set_betas: False: schedules never cycle the momentum, and ``piste.create`` refuses ``betas=``.
+        schedule: its companion, the name of a function in ``piste.schedules``.
+        lr_prior: where a race looks for its learning rate.
+        domains: settings by field of application, chosen with ``domain=``.
+        gradient_evaluations: forward-backward passes per step.
+        source: where the configuration comes from.
+        description: when to take it, in a sentence.
+
+    Raises:
+        TypeError: ``optimizer`` is no optimizer class.
+        ValueError: a setting that the class does not know, an unknown schedule, ``betas`` against ``set_betas=False``.
+
+    Not a place for a learning rate that was found on one problem: pass ``lr=`` to ``piste.create``.
+
+        >>> import dataclasses, torch
+        >>> from piste.presets import Preset
+        >>> slow = Preset("slow", torch.optim.SGD, {"momentum": 0.99})
+        >>> dataclasses.replace(slow, schedule="constant").schedule
+        'constant'
+    """
+
+    name: str
+    optimizer: type[torch.optim.Optimizer]
+    hyperparameters: Mapping[str, Any] = field(default_factory=Settings)
+    wd: WeightDecay = WeightDecay()
+    set_betas: bool = True
+    schedule: str = "one_cycle"
+    lr_prior: LrPrior = LrPrior(1e-3, 1.5, 1.5)
+    domains: Mapping[str, Mapping[str, Any]] = field(default_factory=Settings)
+    gradient_evaluations: int = 1
+    source: str = ""
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.optimizer, type) and issubclass(self.optimizer, torch.optim.Optimizer)):
+            raise TypeError(f"preset {self.name!r}: optimizer={self.optimizer!r}; legal: a torch.optim.Optimizer class")
+        refuse_unknown(f"preset {self.name!r}", self.hyperparameters, self.arguments)
+        if not self.set_betas and "betas" in self.hyperparameters:
+            raise ValueError(f"preset {self.name!r} sets betas, which its set_betas=False forbids")
+        schedules.named(self.schedule)
+        object.__setattr__(self, "hyperparameters", Settings(self.hyperparameters))
+        object.__setattr__(self, "domains", Settings({k: Settings(v) for k, v in self.domains.items()}))
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Every argument of the class but ``params``, with its default (None for options that default to nothing)."""
+        return arguments_of(self.optimizer)
+
+
+def arguments_of(optimizer: type[torch.optim.Optimizer]) -> dict[str, Any]:
+    """The keyword arguments of an optimizer class with their defaults, the options of piste's classes included."""
+    parameters = list(inspect.signature(optimizer).parameters.values())[1:]
+    named = {p.name: p.default for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    options = dict.fromkeys(sorted(Options.__optional_keys__)) if issubclass(optimizer, Optimizer) else {}
+    return options | named
+
+
+class Presets(Settings[Preset]):
+    """Presets by name. ``piste.presets`` is the built-in one."""
+
+    def __getitem__(self, name: str) -> Preset:
+        if name not in self._values:
+            raise KeyError(f"no preset {name!r}{near(str(name), self._values)}")
+        return self._values[name]
+
+    @staticmethod
+    def from_mapping(mapping: Mapping[str, Mapping[str, Any]]) -> Presets:
+        """Presets from a dictionary in the cheat-sheet's own format.
+
+        Args:
+            mapping: name -> ``{"optimizer": class, "hyperparameters": {...}, "wd": {"true_wd": ..., "bn_wd": ...},
+                "set_betas": ...}``; all but ``"optimizer"`` may be missing. Missing are: no hyperparameters, True for
+                ``true_wd``, ``bn_wd`` and ``set_betas`` (fastai v1's defaults). ``"schedule"`` may be added. Classes
+                may be of piste, of ``torch.optim``, or others. Companion schedule and learning-rate range are those of
+                the piste class of the same name, where there is one.
+
+        Raises:
+            TypeError: a value is no dictionary or no optimizer class.
+            ValueError: a key that is unknown, with the nearest known ones, or a value out of its range.
+
+        Not for choosing between classes: give ``piste.create`` one of the presets returned.
+
+            >>> import piste, torch
+            >>> mapping = {"mine": {"optimizer": torch.optim.SGD, "hyperparameters": {"momentum": 0.9}}}
+            >>> optimizer = piste.create(piste.presets.from_mapping(mapping)["mine"], torch.nn.Linear(2, 1))
+            >>> type(optimizer).__name__, optimizer.param_groups[0]["momentum"]
+            ('SGD', 0.9)
+
+        Source: ``optimizer_config_mapping`` of the cheat-sheet.
+        """
+        return Presets({name: _from_entry(name, entry) for name, entry in mapping.items()})
+
+
+_ENTRY_KEYS = ("optimizer", "hyperparameters", "wd", "set_betas", "schedule")
+
+
+def _from_entry(name: str, entry: Mapping[str, Any]) -> Preset:
+    owner = f"preset {name!r}"
+    wd = entry.get("wd", {}) if isinstance(entry, Mapping) else None
+    hyperparameters = entry.get("hyperparameters", {}) if isinstance(entry, Mapping) else None
+    if not (isinstance(wd, Mapping) and isinstance(hyperparameters, Mapping)):
+        raise TypeError(f"{owner} is {entry!r}; legal: a dictionary with the keys {', '.join(_ENTRY_KEYS)}")
+    refuse_unknown(owner, entry, _ENTRY_KEYS)
+    refuse_unknown(f"wd of {owner}", wd, ("true_wd", "bn_wd"))
+    set_betas = entry.get("set_betas", True)
+    if not isinstance(set_betas, bool):
+        raise ValueError(f"{owner}: set_betas={set_betas!r} is not legal; legal: True or False")
+    optimizer = entry.get("optimizer")
+    schedule, prior = _habits(getattr(optimizer, "__name__", ""), hyperparameters)
+    return Preset(
+        name,
+        optimizer,  # type: ignore[arg-type]  # Preset refuses what is no class
+        hyperparameters,
+        WeightDecay(**wd),
+        set_betas,
+        entry.get("schedule", schedule),
+        prior,
+        source="a mapping in the cheat-sheet's format",
+    )
+
+
+def _habits(class_name: str, hyperparameters: Mapping[str, Any]) -> tuple[str, LrPrior]:
+    """Companion schedule and learning-rate range of a class."""
+    schedule = "flat_cosine" if class_name.startswith("Ranger") else "one_cycle"
+    prior = _PRIORS.get(class_name, LrPrior(1e-3, 1.5, 1.5))
+    kept = hyperparameters.get("momentum", 0)
+    if class_name in ("SGD", "RMSprop") and 0 < kept < 1:
+        # Undampened momentum adds up 1 / (1 - momentum) steps, so the same pace needs a rate that much smaller.
+        prior = LrPrior(float(f"{prior.center * (1 - kept):.3g}"), prior.decades_below, prior.decades_above)
+    return schedule, prior
+
+
+# All two decades wide, so that equal numbers of trials search equally densely. Momentum 0.9 divides those of SGD and
+# RMSprop by ten.
+_PRIORS: Mapping[str, LrPrior] = {
+    # With momentum 0.05 [0.003, 0.3]: convolutional nets train at 0.1 per 256 images (Goyal et al. 2017, arXiv
+    # 1706.02677); the best of DeepOBS (Schneider et al. 2019): 0.004 to 1.6 without momentum, up to 0.04 with it.
+    "SGD": LrPrior(0.5, 1.2, 0.8),
+    # An Adam step without the average over gradients; 1e-3 of Hinton's lecture divided by ten under momentum 0.9.
+    "RMSprop": LrPrior(2e-3),
+    # 1e-3 is the paper's (Kingma & Ba 2015), 1e-3 to 3e-3 what small nets like; best of DeepOBS 1.6e-4 to 0.04.
+    "Adam": LrPrior(2e-3),
+    "AdamW": LrPrior(2e-3),
+    "RAdam": LrPrior(2e-3),
+    # 1e-3 in most rows of the authors' table, 1e-4 to 1e-2 in the others (Zhuang et al. 2020, arXiv 2010.07468).
+    "AdaBelief": LrPrior(1e-3),
+    # 1e-3 to 4e-3 in its author's fastai runs; Lookahead halves the pace, so it takes more than RAdam.
+    "Ranger": LrPrior(4e-3),
+    "RangerAdaBelief": LrPrior(2e-3),
+}
+
+
+_NORMS_SPARED = WeightDecay(true_wd=True, bn_wd=False)
+_L2_NORMS_SPARED = WeightDecay(true_wd=False, bn_wd=False)
+_MAPPING = "the cheat-sheet's optimizer_config_mapping"
+_EPS = "eps per domain: the README of juntang-zhuang/Adabelief-Optimizer, section on epsilon"
+_DOMAINS = {"vision": {"eps": 1e-8}, "nlp": {"eps": 1e-16}, "rl": {"eps": 1e-12}}
+
+
+def _preset(
+    name: str,
+    optimizer: type[torch.optim.Optimizer],
+    hyperparameters: Mapping[str, Any],
+    wd: WeightDecay,
+    source: str,
+    description: str,
+    **others: Any,
+) -> Preset:
+    schedule, prior = _habits(optimizer.__name__, hyperparameters)
+    habits: dict[str, Any] = {"schedule": schedule, "lr_prior": prior}
+    return Preset(name, optimizer, hyperparameters, wd, source=source, description=description, **(habits | others))
+
+
+#: the built-in presets: the cheat-sheet's nine, its last recipe, and one for each class that it does not configure
+presets = Presets(
+    {
+        preset.name: preset
+        for preset in (
+            _preset(
+                "adamw",
+                optimizers.AdamW,
+                {},
+                WeightDecay(true_wd=True, bn_wd=True),
+                f"{_MAPPING}; Loshchilov & Hutter 2019, arXiv 1711.05101",
+                "AdamW that decays every parameter: the baseline that others must beat.",
+            ),
+            _preset(
+                "adamw_no_decay",
+                optimizers.AdamW,
+                {"lr": 1e-5, "weight_decay": 0.01},
+                _NORMS_SPARED,
+                "the cheat-sheet's recipe “AdamW no decay for bias/layernorm weight”",
+                "AdamW for fine-tuning transformers: small steps, norms and biases not decayed.",
+                lr_prior=LrPrior(2e-5, 1.0, 1.0),
+            ),
+            _preset(
+                "ranger",
+                optimizers.Ranger,
+                {},
+                _NORMS_SPARED,
+                f"{_MAPPING}; Wright 2019, lessw2020/Ranger-Deep-Learning-Optimizer",
+                "Rectified Adam with Lookahead on centralized gradients; the cheat-sheet's favourite.",
+            ),
+            _preset(
+                "ranger_nogc",
+                optimizers.Ranger,
+                {"use_gc": False},
+                _NORMS_SPARED,
+                f"{_MAPPING}; Wright 2019, lessw2020/Ranger-Deep-Learning-Optimizer",
+                "Ranger without gradient centralization.",
+            ),
+            _preset(
+                "rangeradabelief",
+                optimizers.RangerAdaBelief,
+                {},
+                _NORMS_SPARED,
+                f"{_MAPPING}; Zhuang et al. 2020, arXiv 2010.07468; {_EPS}",
+                "Ranger with AdaBelief's second moment; say domain= to get its eps right.",
+                domains=_DOMAINS,
+            ),
+            _preset(
+                "rangeradabelief_nogc",
+                optimizers.RangerAdaBelief,
+                {"use_gc": False},
+                _NORMS_SPARED,
+                f"{_MAPPING}; Zhuang et al. 2020, arXiv 2010.07468; {_EPS}",
+                "RangerAdaBelief without gradient centralization.",
+                domains=_DOMAINS,
+            ),
+            _preset(
+                "sgd",
+                optimizers.SGD,
+                {"momentum": 0, "nesterov": False},
+                _NORMS_SPARED,
+                _MAPPING,
+                "Plain gradient descent: no state, much tuning.",
+                set_betas=False,
+            ),
+            _preset(
+                "sgd_momentum",
+                optimizers.SGD,
+                {"momentum": 0.9, "nesterov": False},
+                _NORMS_SPARED,
+                _MAPPING,
+                "SGD with momentum: the one to beat on convolutional nets.",
+                set_betas=False,
+            ),
+            _preset(
+                "sgd_nesterov",
+                optimizers.SGD,
+                {"momentum": 0.9, "nesterov": True},
+                _NORMS_SPARED,
+                f"{_MAPPING}; Sutskever et al. 2013",
+                "SGD with Nesterov momentum; the cheat-sheet's choice among the older optimizers, for vision.",
+                set_betas=False,
+            ),
+            _preset(
+                "rmsprop",
+                optimizers.RMSprop,
+                {"momentum": 0.9},
+                _NORMS_SPARED,
+                f"{_MAPPING}; Hinton et al. 2012, lecture 6e",
+                "RMSprop with momentum, torch's form.",
+                set_betas=False,
+            ),
+            _preset(
+                "adam",
+                optimizers.Adam,
+                {},
+                _L2_NORMS_SPARED,
+                "Kingma & Ba 2015, arXiv 1412.6980",
+                "Adam with L2, if any decay; adamw is its better-behaved form.",
+            ),
+            _preset(
+                "radam",
+                optimizers.RAdam,
+                {},
+                _L2_NORMS_SPARED,
+                "Liu et al. 2019, arXiv 1908.03265",
+                "Adam that warms itself up; its default settings, as in torch.",
+            ),
+            _preset(
+                "adabelief",
+                optimizers.AdaBelief,
+                {},
+                _NORMS_SPARED,
+                f"Zhuang et al. 2020, arXiv 2010.07468; adabelief-pytorch 0.2; {_EPS}",
+                "AdaBelief, rectified and decoupled; say domain= to get its eps right.",
+                domains=_DOMAINS,
+            ),
+        )
+    }
+)

@@ -1,0 +1,257 @@
+"""The optimizers of piste, and the way from a name to an optimizer on a model.
+
+>>> import piste, torch
+>>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8))
+>>> optimizer = piste.create("ranger", model, lr=4e-3)
+>>> [(group["weight_decay"], group["param_names"]) for group in optimizer.param_groups]
+[(0.01, ['0.weight']), (0.0, ['0.bias', '1.weight', '1.bias'])]
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from piste import optimizers
+from piste.checks import check_choice, refuse_unknown
+from piste.groups import param_groups
+from piste.optimizer import Optimizer
+from piste.presets import Preset, arguments_of, presets
+
+__all__ = ["OPTIMIZERS", "OptimizerInfo", "create", "list_optimizers", "optimizer_info"]
+
+logger = logging.getLogger("piste")
+
+
+@dataclass(frozen=True)
+class OptimizerInfo:
+    """One row of the registry.
+
+    Args:
+        name: of the class.
+        optimizer: the class.
+        family: the file of ``piste.optimizers`` it stands in.
+        state: the tensors it may keep per weight, in the worst case of its settings.
+        source: the paper or the code that defines it.
+        oracle: the independent implementation that tests compare it with.
+    """
+
+    name: str
+    optimizer: type[Optimizer]
+    family: str
+    state: tuple[str, ...]
+    source: str
+    oracle: str
+
+
+def _info(optimizer: type[Optimizer], state: str, source: str, oracle: str) -> OptimizerInfo:
+    family = optimizer.__module__.rpartition(".")[2]
+    return OptimizerInfo(optimizer.__name__, optimizer, family, tuple(state.split()), source, oracle)
+
+
+#: every optimizer class of piste, in the order of their names
+OPTIMIZERS: tuple[OptimizerInfo, ...] = (
+    _info(optimizers.AdaBelief, "m s smax", "Zhuang et al. 2020, arXiv 2010.07468", "adabelief-pytorch 0.2.1"),
+    _info(optimizers.Adam, "m v vmax", "Kingma & Ba 2015, arXiv 1412.6980", "torch.optim.Adam"),
+    _info(optimizers.AdamW, "m v vmax", "Loshchilov & Hutter 2019, arXiv 1711.05101", "torch.optim.AdamW"),
+    _info(optimizers.RAdam, "m v", "Liu et al. 2019, arXiv 1908.03265", "torch.optim.RAdam"),
+    _info(optimizers.RMSprop, "v gbar buf", "Hinton et al. 2012, lecture 6e", "torch.optim.RMSprop, timm RMSpropTF"),
+    _info(optimizers.Ranger, "m v slow", "Wright 2019, ranger.py 20.4.11", "float64 formulas"),
+    _info(optimizers.RangerAdaBelief, "m s slow", "Zhuang et al. 2020, arXiv 2010.07468", "ranger-adabelief 0.1.0"),
+    _info(optimizers.SGD, "buf", "Sutskever et al. 2013", "torch.optim.SGD"),
+)
+
+
+def optimizer_info(name: str) -> OptimizerInfo:
+    """The registry's row of a class, found whatever the case and hyphens of its name.
+
+    Args:
+        name: "RangerAdaBelief", "ranger-adabelief", …
+
+    Raises:
+        ValueError: there is none; the message names the nearest.
+
+    Not for presets: ``piste.presets[name]`` has those.
+
+    >>> optimizer_info("ranger-adabelief").state
+    ('m', 's', 'slow')
+    """
+    by_key = {_key(info.name): info for info in OPTIMIZERS}
+    if _key(name) not in by_key:
+        known = [info.name for info in OPTIMIZERS]
+        raise ValueError(f"no optimizer class {name!r}{_near(name, known)}; there are {', '.join(known)}")
+    return by_key[_key(name)]
+
+
+def list_optimizers(pattern: str = "*") -> list[str]:
+    """The names that :func:`create` takes, in order.
+
+    Args:
+        pattern: with ``*`` and ``?``; case, hyphens and underscores make no difference.
+
+    Returns:
+        Names of presets. Every class has one, named like it.
+
+    Raises:
+        Nothing: where no name fits, the list is empty.
+
+    Not a list of classes: that is ``piste.registry.OPTIMIZERS``.
+
+    >>> list_optimizers("sgd*")
+    ['sgd', 'sgd_momentum', 'sgd_nesterov']
+    """
+    return sorted(name for name in presets if fnmatchcase(_key(name), _key(pattern)))
+
+
+def create(name: str | Preset, model_or_params: nn.Module | Iterable[Any], **overrides: Any) -> torch.optim.Optimizer:
+    """An optimizer on a model, from a preset: its class, its settings, its treatment of norms and biases.
+
+    Args:
+        name: a preset's or a class's name, whatever its case, hyphens and underscores; or a :class:`Preset`.
+        model_or_params: the model; or what optimizer classes take (tensors, groups, pairs). Bare parameters do not say
+            what they are, so all of them are decayed.
+        **overrides: arguments of the class (``lr=``, ``weight_decay=``, ``engine=``, …) and, with a model, those of
+            ``piste.param_groups`` (``layer_decay=``, ``decay_norm_and_bias=``, ``table=``, …), instead of the preset's.
+            ``domain="vision" | "nlp" | "rl"`` sets the eps of AdaBelief and RangerAdaBelief for that field.
+
+    Returns:
+        An optimizer of the preset's class. Only where that is a class of torch which cannot do what ``true_wd`` asks
+        (SGD and RMSprop with decoupled decay), and there is decay, the piste class of the same name stands in.
+
+    Raises:
+        TypeError: ``name`` is neither text nor a preset.
+        ValueError: an unknown name or override, with the nearest known ones; ``betas=`` for a preset with
+            ``set_betas=False``; a value out of its range.
+
+    Not needed where the class and its arguments are known: ``piste.AdamW(piste.param_groups(model), lr=1e-3)`` is the
+    same without the preset.
+
+    >>> import torch
+    >>> optimizer = create("rangeradabelief", torch.nn.Linear(4, 2), lr=2e-3, domain="nlp")
+    >>> optimizer.param_groups[0]["eps"]
+    1e-16
+
+    Sources: each preset names its own.
+    """
+    preset = name if isinstance(name, Preset) else _preset(name)
+    is_model = isinstance(model_or_params, nn.Module)
+    settings, grouping = _settled(preset, overrides, is_model)
+    decay = settings.get("weight_decay", preset.arguments.get("weight_decay", 0.0))
+    if isinstance(model_or_params, nn.Module):
+        if grouping.get("layer_decay") is not None:
+            grouping["lr"] = settings.get("lr", preset.arguments.get("lr"))
+        params: list[Any] = list(param_groups(model_or_params, weight_decay=decay, **grouping))
+    else:
+        params = list(model_or_params)
+        _warn_of_lost_distinction(preset, params, decay)
+    decays = any(weight_decay != 0 for weight_decay in _decays(params, decay))
+    optimizer, decoupling = _decoupled(preset.optimizer, preset.wd.true_wd, needed=decays)
+    made: torch.optim.Optimizer = optimizer(params, **(decoupling | settings))
+    if not preset.set_betas:
+        for group in made.param_groups:
+            group["cycle_momentum"] = False  # piste.schedules reads it
+    return made
+
+
+def _preset(name: str) -> Preset:
+    if not isinstance(name, str):
+        raise TypeError(f"name is a {type(name).__name__}; legal: the name of an optimizer, or a Preset")
+    by_key = {_key(known): preset for known, preset in presets.items()}
+    if _key(name) not in by_key:
+        raise ValueError(f"no optimizer {name!r}{_near(name, presets)}; piste.list_optimizers() has all names")
+    return by_key[_key(name)]
+
+
+def _key(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "").replace(" ", "")
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    """A hint at the known names that are spelt nearly so, whatever their case and hyphens."""
+    by_key = {_key(each): each for each in known}
+    found = [by_key[key] for key in get_close_matches(_key(name), by_key, n=3, cutoff=0.5)]
+    return f" (did you mean {' or '.join(map(repr, found))}?)" if found else ""
+
+
+def _settled(preset: Preset, overrides: Mapping[str, Any], is_model: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of the class and arguments of ``param_groups``, from the preset and what overrides it."""
+    owner = f"create({preset.name!r})"
+    for_groups = [p for p in inspect.signature(param_groups).parameters if p not in ("model", "weight_decay", "lr")]
+    if not preset.set_betas and "betas" in overrides:
+        raise ValueError(
+            f"{owner} got betas={overrides['betas']!r}; legal: no betas, as the preset has set_betas=False"
+        )
+    refuse_unknown(owner, overrides, [*preset.arguments, *for_groups, "domain"])
+    settings = dict(preset.hyperparameters)
+    if overrides.get("domain") is not None:
+        settings |= _of_domain(owner, preset, overrides)
+    grouping = {} if not is_model else {"decay_norm_and_bias": preset.wd.bn_wd}
+    for option, value in overrides.items():
+        if option in for_groups and not is_model:
+            raise ValueError(f"{owner} got {option}={value!r} with bare parameters; legal: only with a model")
+        if option != "domain":
+            (grouping if option in for_groups else settings)[option] = value
+    return settings, grouping
+
+
+def _of_domain(owner: str, preset: Preset, overrides: Mapping[str, Any]) -> Mapping[str, Any]:
+    domain = overrides["domain"]
+    if not preset.domains:
+        having = [name for name, each in presets.items() if each.domains]
+        raise ValueError(f"{owner} got domain={domain!r}; legal: only for presets with domains: {', '.join(having)}")
+    check_choice("domain", domain, preset.domains)
+    for setting in preset.domains[domain]:
+        if setting in overrides:
+            raise ValueError(f"{owner} got both domain= and {setting}=, and domain= sets {setting}; legal: one of them")
+    return preset.domains[domain]
+
+
+def _decays(params: Iterable[Any], default: Any) -> list[Any]:
+    return [param.get("weight_decay", default) if isinstance(param, dict) else default for param in params]
+
+
+def _warn_of_lost_distinction(preset: Preset, params: list[Any], decay: Any) -> None:
+    grouped = any(isinstance(param, dict) for param in params)
+    if not (preset.wd.bn_wd or grouped or decay == 0):
+        logger.warning(
+            "create(%r): bare parameters do not say which are norms and biases, so all are decayed; "
+            "pass the model, or piste.param_groups(model)",
+            preset.name,
+        )
+
+
+#: torch's classes that take weight decay in one way only, which their signature does not tell
+_TORCH_DECOUPLED = {"AdamW", "Muon", "Adafactor"}
+_TORCH_L2 = {"SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "ASGD", "Rprop"}
+
+
+def _decoupled(optimizer: type[torch.optim.Optimizer], wanted: bool, *, needed: bool) -> tuple[Any, dict[str, Any]]:
+    """The class, and the arguments with which its weight decay is (or is not) decoupled, as wanted."""
+    arguments = arguments_of(optimizer)
+    for keyword in ("decoupled_weight_decay", "weight_decouple", "decoupled_decay"):
+        if keyword in arguments:
+            return optimizer, {keyword: wanted}
+    of_torch = optimizer.__module__.startswith("torch.optim.")
+    as_wanted = of_torch and optimizer.__name__ in (_TORCH_DECOUPLED if wanted else _TORCH_L2)
+    if as_wanted or not needed:
+        return optimizer, {}
+    stand_in = getattr(optimizers, optimizer.__name__, None) if of_torch else None
+    if stand_in is None:
+        raise ValueError(
+            f"true_wd={wanted} cannot be had of {optimizer.__module__}.{optimizer.__name__}; legal: weight_decay=0, "
+            "or a class that takes decoupled_weight_decay"
+        )
+    logger.info(
+        "torch.optim.%s cannot have true_wd=%s: piste.%s stands in",
+        *[optimizer.__name__, wanted] * 1,
+        optimizer.__name__,
+    )
+    return stand_in, {"decoupled_weight_decay": wanted}
