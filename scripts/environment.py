@@ -27,6 +27,7 @@ MARKER = "made-by-piste"
 STAMP = "piste-stamp"
 OUTER_CONSTRAINTS = "constraints.txt"  # only in an environment that is built around the outer interpreter's torch
 LOG = "install.log"
+QUIET = ["--quiet", "--progress-bar", "off"]
 OLDEST_TORCH = (2, 6)
 # What must import for an environment to count as sound, by extra.
 IMPORTS = {
@@ -109,7 +110,7 @@ class Environment:
 
     def pip(self, *arguments: str | Path) -> None:
         command: list[str | Path] = [self.python, "-m", "pip", "install", "--log", self.home / LOG]
-        command += ["--disable-pip-version-check", *([] if sys.stdout.isatty() else ["--quiet"])]
+        command += ["--disable-pip-version-check", *([] if sys.stdout.isatty() else QUIET)]
         # PIP_USER from a user's configuration would install outside the environment.
         done = subprocess.run([*command, *arguments], env={**os.environ, "PIP_USER": "0"})
         if done.returncode:
@@ -155,7 +156,8 @@ class Environment:
 
     def check(self) -> None:
         say("checking that everything imports")
-        script = f"import importlib\nfor name in {(*IMPORTS[self.extra], 'piste')!r}: importlib.import_module(name)"
+        script = f"import importlib\nfor name in {IMPORTS[self.extra]!r}: importlib.import_module(name)\n"
+        script += f"import piste\nassert piste.__file__.startswith({str(ROOT)!r}), 'another piste is in the way'"
         done = subprocess.run([self.python, "-c", script], cwd=self.home, capture_output=True, text=True)
         if done.returncode:
             raise SetupError(f"the new environment does not work:\n{done.stderr.strip()}")
