@@ -12,6 +12,7 @@ import hashlib
 import html
 import json
 import os
+import re
 from pathlib import Path
 from typing import Final
 
@@ -96,12 +97,18 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters["unescaped"] = html.unescape  # a text made for plotly, which wants entities
     environment.filters["capitalised"] = _capitalised
+    environment.filters["breakable"] = _breakable
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     return environment
 
 
 def _capitalised(text: str) -> str:
     return text[:1].upper() + text[1:]
+
+
+def _breakable(text: str) -> Markup:
+    """``text`` with a place to break the line after each ``+``."""
+    return Markup("<wbr>").join(re.split(r"(?<=\+)", text))
 
 
 def _style() -> str:

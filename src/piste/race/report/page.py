@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from piste.race.record import CONFIRM, TUNE, RunRecord, Standing, StudyResult, TaskResult
+from piste.race.statistics import LEVEL
 
 from . import words
 from .palette import Look, looks
@@ -23,6 +24,16 @@ class Fact:
 
 
 @dataclass(frozen=True)
+class Strip:
+    """The difference from the leader as a small picture: positions in a width of 70, worse to the right."""
+
+    leader: float
+    low: float
+    middle: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Place:
     """A line of a card's ranking."""
 
@@ -32,6 +43,7 @@ class Place:
     remark: str
     tied: bool
     taken: bool
+    strip: Strip | None
 
 
 @dataclass(frozen=True)
@@ -130,7 +142,7 @@ def page(result: StudyResult) -> Page:
         sections.append(_section(task, runs, all_looks, f"task-{index}"))
     return Page(
         title=result.title,
-        created=result.created,
+        created=words.moment(result.created),
         summary=_summary(result),
         command=result.command,
         notes=result.notes,
@@ -164,7 +176,11 @@ def _section(task: TaskResult, runs: list[RunRecord], all_looks: dict[str, Look]
     badge = {"none": "no result", "tie": f"tie of {len(group)}", "clear": "clear winner"}[mood]
     places = _score_places(task.standings)
     difference_places = _difference_places(task.standings)
-    ranking = [_place(s, choice, all_looks, places, difference_places) for s in task.standings[:LONGEST_RANKING]]
+    shown = task.standings[:LONGEST_RANKING]
+    ranking = [
+        _place(standing, choice, all_looks[standing.contender], places, difference_places, strip)
+        for standing, strip in zip(shown, _strips(shown, task.higher_is_better), strict=True)
+    ]
     return Section(
         id=identifier,
         task=task.task,
@@ -173,7 +189,7 @@ def _section(task: TaskResult, runs: list[RunRecord], all_looks: dict[str, Look]
         mood=mood,
         badge=badge,
         taken=choice.contender if choice else "",
-        lr=words.number(choice.best_hyperparameters.get("lr")) if choice else "",
+        lr=words.short(choice.best_hyperparameters.get("lr")) if choice else "",
         verdict=task.verdict,
         facts=_facts(choice, task, places) if choice else [],
         ranking=ranking,
@@ -190,33 +206,31 @@ def _facts(choice: Standing, task: TaskResult, places: int) -> list[Fact]:
     steps = [s.cost.step_seconds for s in task.standings if math.isfinite(s.cost.step_seconds)]
     return [
         Fact(
-            f"{task.metric_name} on data never trained or tuned on",
+            f"{task.metric_name} on unseen data",
             words.fixed(choice.mean, places),
             f"{words.interval(choice.low, choice.high, places)} over {words.count(choice.seeds, 'seed')}".strip(),
         ),
-        Fact("against the others", *_sureness(choice, task)),
+        _sureness(choice, task),
         Fact("time for a step", words.duration(cost.step_seconds), _time_remark(cost.step_seconds, steps)),
         Fact("optimizer state", words.size(cost.state_bytes), _each_weight(cost.state_bytes, cost.parameters)),
     ]
 
 
-def _sureness(choice: Standing, task: TaskResult) -> tuple[str, str]:
-    """How the choice stands against the rest: its ties, or its distance to the best of the others."""
+def _sureness(choice: Standing, task: TaskResult) -> Fact:
+    """How the choice stands against the rest: its ties, or its lead over the best of the others."""
     others = [standing for standing in task.standings if standing is not choice]
-    if not others:
-        return "no other raced", ""
+    scored = [standing for standing in others if standing.scores]
     tied = [standing.contender for standing in others if standing.tied]
     if tied:
-        return "no difference found", f"between it and {words.listing(tied)}"
-    if len(task.standings) == len([s for s in others if not s.scores]) + 1:
-        return "all others failed", ""
-    second = others[0]
-    places = words.places_for([second.difference_low - second.difference_high, second.difference])
-    bounds = words.interval(second.difference_low, second.difference_high, places, signed=True)
-    return (
-        f"{words.fixed(second.difference, places, signed=True)}",
-        f"{bounds} for the next, {second.contender}".strip(),
-    )
+        return Fact("against the others", "no difference found", f"between it and {words.listing(tied)}")
+    if not scored:
+        return Fact("against the others", "no other to compare", "all others failed" if others else "none raced")
+    second = scored[0]
+    sign = -1 if task.higher_is_better else 1
+    low, high = sorted(sign * end for end in (second.difference_low, second.difference_high))
+    places = words.places_for([high - low, second.difference])
+    bounds = words.interval(low, high, places)
+    return Fact("ahead of the next", words.fixed(sign * second.difference, places), f"{bounds} {second.contender}")
 
 
 def _time_remark(own: float, steps: list[float]) -> str:
@@ -227,23 +241,40 @@ def _time_remark(own: float, steps: list[float]) -> str:
 
 
 def _each_weight(state_bytes: int, parameters: int) -> str:
-    return f"{words.number(state_bytes / parameters, 2)} bytes a weight" if parameters else ""
+    return f"{words.short(state_bytes / parameters, 2)} bytes a weight" if parameters else ""
+
+
+def _strips(standings: list[Standing], higher_is_better: bool) -> list[Strip | None]:
+    """One strip a standing, all to one scale; None where there is no difference to show."""
+    sign = -1 if higher_is_better else 1
+    known = [(sign * s.difference_low, sign * s.difference, sign * s.difference_high) for s in standings]
+    ends = [0.0, *(end for ends in known for end in ends if math.isfinite(end))]
+    reach = max(ends) - min(ends)
+
+    def place(value: float) -> float:
+        return round(5 + 60 * (value - min(ends)) / reach, 1)
+
+    return [
+        Strip(place(0.0), place(min(trio)), place(trio[1]), place(max(trio)))
+        if reach and all(map(math.isfinite, trio))
+        else None
+        for trio in known
+    ]
 
 
 def _place(
-    standing: Standing, choice: Standing | None, all_looks: dict[str, Look], places: int, difference_places: int
+    standing: Standing, choice: Standing | None, look: Look, places: int, difference_places: int, strip: Strip | None
 ) -> Place:
-    taken_here = standing is choice
     if not standing.scores:
         remark = "no result"
-    elif taken_here:
+    elif standing is choice:
         remark = "take this"
     elif standing.tied:
         remark = "tied"
     else:
         remark = words.fixed(standing.difference, difference_places, signed=True)
     score = words.fixed(standing.mean, places)
-    return Place(standing.contender, all_looks[standing.contender], score, remark, standing.tied, taken_here)
+    return Place(standing.contender, look, score, remark, standing.tied, standing is choice, strip)
 
 
 def _row(
@@ -262,7 +293,7 @@ def _row(
     return Row(
         name=standing.contender,
         look=look,
-        lr=words.number(standing.best_hyperparameters.get("lr"), 4),
+        lr=words.short(standing.best_hyperparameters.get("lr"), 4),
         edge={"low": "lowest tried", "high": "highest tried"}.get(standing.edge, standing.edge),
         score=words.fixed(standing.mean, places),
         score_interval=words.interval(standing.low, standing.high, places),
@@ -278,7 +309,7 @@ def _row(
         step_time=words.duration(cost.step_seconds),
         optimizer_share=words.percent(share),
         state=words.size(cost.state_bytes) if measured else words.UNKNOWN,
-        state_each=_each_weight(cost.state_bytes, cost.parameters),
+        state_each=_each_weight(cost.state_bytes, cost.parameters).replace(" bytes a ", " B/"),
         peak=words.size(cost.peak_bytes) if cost.peak_bytes else words.UNKNOWN,
         gradient_evaluations=f"{cost.gradient_evaluations:,}" if cost.gradient_evaluations else words.UNKNOWN,
         trials=f"{standing.diverged_trials} of {standing.trials}",
@@ -338,23 +369,24 @@ def _method(result: StudyResult) -> list[str]:
     seeds = _span([s.seeds for task in result.results for s in task.standings if s.seeds])
     tune_steps = _span([run.key.steps for run in tune])
     confirm_steps = _span([run.key.steps for run in confirm])
-    metric = "the task's metric"
     return [
-        "Each contender is an optimizer with a schedule. All of them get the same number of trials: here "
-        f"{trials} of {tune_steps} steps. The learning rates are drawn evenly (quasi-randomly, on a log scale) from a "
-        "range around each optimizer's own usual value; nobody runs at a rate that was found for another.",
-        f"The data are split once. The model learns on the training split. {metric.capitalize()} on the validation "
-        "split at the end of a trial, nothing else, chooses each contender's learning rate.",
-        f"The chosen setting is run again from scratch on {seeds} fresh seeds that tuning never saw, "
-        f"{confirm_steps} steps each. A seed fixes the initial weights and the order of the batches, "
-        "and is the same for every contender, so that contenders are compared pair by pair.",
-        "The score is computed at the end of these runs on a third split, used for neither learning nor choosing. "
-        "No run is stopped early for looking bad, and none is left out: one that diverged or crashed counts as the "
-        "worst score seen on the task.",
-        "Intervals are bootstrap intervals: the seeds are drawn again and again with replacement, and the interval "
-        "holds the middle of the means that come out. Differences are taken seed by seed first. Contenders for which "
-        "no difference from the leader was found are tied, and of a tied group the cheapest is the one to take. "
-        "The intervals speak of chance between seeds on this task; they do not cover other data or other models.",
+        f"Each contender is an optimizer with a schedule. All get the same number of trials, {trials} of {tune_steps} "
+        "steps, at learning rates drawn evenly (quasi-randomly, on a log scale) from a range around each optimizer's "
+        "own usual value: nobody runs at a rate that was found for another. Where the best rate is the lowest or "
+        "highest tried, a trial or two are added beyond it, which is why some contenders may count more.",
+        "The data are split in three. The model learns on the training split. The score on the validation split at "
+        "the end of a trial, nothing else, chooses each contender's learning rate.",
+        f"At that rate the contender runs again, from scratch, on {seeds} fresh seeds that tuning never used, "
+        f"{confirm_steps} steps each. A seed fixes the initial weights and the order of the batches, and is the same "
+        "for every contender, so that contenders can be compared pair by pair.",
+        "The score shown is computed at the end of these runs on the third split, used for neither learning nor "
+        "choosing. No run is stopped for looking bad, and none is left out: one that diverged or crashed counts as "
+        "the worst score seen on the task.",
+        f"Intervals are {100 * LEVEL:.0f} % bootstrap intervals of the mean over seeds, widened because seeds are few. "
+        "Differences are taken seed by seed first. A difference from the leader is claimed only where its interval "
+        "leaves out zero and a paired t test, corrected for the number of comparisons (Holm), agrees; otherwise the "
+        "contender is tied with the leader, and of the tied group the cheapest is the one to take. All this is about "
+        "chance between seeds on this task; it does not speak of other data or other models.",
         "Step time is the median of the measured steps, forward and backward pass included, evaluation left out. "
         "Peak memory on a processor is that of the whole process, Python and torch included; on CUDA it is what was "
         "allocated on the device.",

@@ -13,12 +13,12 @@ from piste.race.record import StudyResult
 COLOURS: Final = (
     ("#0134ab", "#99afff"),
     ("#e26d01", "#fa9d58"),
-    ("#007947", "#148a58"),
-    ("#913b73", "#d42fa8"),
+    ("#007947", "#21a36c"),
+    ("#913b73", "#e04bb4"),
     ("#635801", "#f8d11d"),
     ("#1a1b1d", "#ebebeb"),
     ("#1895ae", "#4ad3e8"),
-    ("#652b1e", "#ca9490"),
+    ("#652b1e", "#d897a4"),
 )
 DASHES: Final = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 # No "x" among them: a cross always means a run that did not finish. The path draws the same shape round (0, 0)

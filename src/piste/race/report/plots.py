@@ -22,6 +22,7 @@ from .palette import Look
 FONT: Final = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 # A diverging run would squeeze all others into one line, so the loss axis ends at this many times the first loss.
 BLOW_UP: Final = 2.0
+BASIN_HEIGHT: Final = 400
 DIGITS: Final = 5  # of the numbers in pictures; the raw data keep all
 # Relative to the figure's height: the strip over the basin in which runs without a result are crossed.
 STRIP: Final = (0.9, 1.0)
@@ -99,25 +100,47 @@ def pictures(task: TaskResult, records: Iterable[RunRecord], looks: dict[str, Lo
 
 @dataclass(frozen=True)
 class Measure:
-    """Something recorded along a run: its name, how to read it from a curve, and which way is worse."""
+    """Something recorded along a run.
+
+    Args:
+        name: ready for a picture.
+        read: gets it from a curve.
+        worst: plus or minus infinity.
+        is_loss: drawn on a log scale where it can be.
+        ceiling: what lies above is cut off, infinity for nothing.
+    """
 
     name: str
     read: Callable[[Curve], list[float]]
     worst: float
-    is_loss: bool = True
+    is_loss: bool
+    ceiling: float
 
 
 def measures(task: TaskResult, runs: list[RunRecord]) -> list[Measure]:
     """What can be drawn against steps: the losses, and the metric where it is more than the loss."""
     found = [
-        Measure("Validation loss", lambda curve: curve.valid_loss, math.inf),
-        Measure("Training loss", lambda curve: curve.train_loss, math.inf),
+        _measure("Validation loss", lambda curve: curve.valid_loss, runs),
+        _measure("Training loss", lambda curve: curve.train_loss, runs),
     ]
     if any(_differ(run.curve.valid_loss, run.curve.valid_metric) for run in runs):
         worst = -math.inf if task.higher_is_better else math.inf
         name = words.label(f"Validation {task.metric_name}")
-        found.append(Measure(name, lambda curve: curve.valid_metric, worst, is_loss=False))
+        found.append(_measure(name, lambda curve: curve.valid_metric, runs, worst, is_loss=False))
     return found
+
+
+def _measure(
+    name: str,
+    read: Callable[[Curve], list[float]],
+    runs: list[RunRecord],
+    worst: float = math.inf,
+    *,
+    is_loss: bool = True,
+) -> Measure:
+    starts = [values[0] for run in runs if (values := read(run.curve))]
+    highest = max((value for value in starts if math.isfinite(value) and value > 0), default=math.inf)
+    return Measure(name, read, worst, is_loss, BLOW_UP * highest if worst > 0 else math.inf)
 
 
 def curves(task: TaskResult, runs: list[RunRecord], looks: dict[str, Look], identifier: str) -> Picture:
@@ -156,7 +179,7 @@ def curves(task: TaskResult, runs: list[RunRecord], looks: dict[str, Look], iden
     up = Switch(
         "Show",
         [
-            Option(measure.name, y=values, layout=_measure_layout(measure, values, confirm))
+            Option(measure.name, y=values, layout=_measure_layout(measure, values))
             for measure, values in zip(shown, vertical, strict=True)
         ],
     )
@@ -192,7 +215,7 @@ def _curve_traces(name: str, group: list[RunRecord], look: Look) -> list[tuple[A
     ended = go.Scatter(
         common,
         mode="markers",
-        marker={"symbol": "x", "size": 9, "color": look.colour, "line": {"width": 1, "color": "var(--card)"}},
+        marker={"symbol": "x", "size": 11, "color": look.colour, "line": {"width": 1, "color": "var(--card)"}},
         hovertemplate="ended here: %{x:.4~g}, %{y:.4~g}",
         showlegend=False,
     )
@@ -243,28 +266,38 @@ def _median(
 def _last_points(
     group: list[RunRecord], position: Callable[[Curve], list[float]], measure: Measure
 ) -> tuple[Series, Series]:
-    """Where each run was last seen with a finite value."""
+    """Where each run was last seen within the picture."""
     xs: Series = []
     ys: Series = []
     for run in group:
-        seen = [(x, y) for x, y in zip(position(run.curve), measure.read(run.curve), strict=True) if math.isfinite(y)]
+        points = zip(position(run.curve), measure.read(run.curve), strict=True)
+        seen = [(x, y) for x, y in points if math.isfinite(y) and y <= measure.ceiling]
         xs.append(_rounded(seen[-1][0]) if seen else None)
         ys.append(_rounded(seen[-1][1]) if seen else None)
     return xs, ys
 
 
-def _measure_layout(measure: Measure, values: list[Series], runs: list[RunRecord]) -> dict[str, Any]:
+def _measure_layout(measure: Measure, values: list[Series]) -> dict[str, Any]:
     finite = [y for series in values for y in series if y is not None]
-    logarithmic = measure.is_loss and bool(finite) and min(finite) > 0
-    axis: dict[str, Any] = {"type": "log" if logarithmic else "linear", "autorange": True, "range": None}
+    logarithmic = _logarithmic(measure, finite)
     text = f"{measure.name} (log scale)" if logarithmic else measure.name
-    starts = [measure.read(run.curve)[0] for run in runs]
-    limit = BLOW_UP * max(filter(math.isfinite, starts), default=math.inf)
-    if logarithmic and max(finite) > limit:
-        low, high = math.log10(min(finite)), math.log10(limit)
-        axis.update(autorange=False, range=[low - 0.05 * (high - low), high])
+    axis = _value_axis(logarithmic, [y for y in finite if y <= measure.ceiling])
+    axis |= {"autorange": True, "range": None}
+    if finite and max(finite) > measure.ceiling:
+        low, high = (math.log10(end) if logarithmic else end for end in (min(finite), measure.ceiling))
+        axis |= {"autorange": False, "range": [low - 0.05 * (high - low), high]}
         text += ", blow-ups cut off"
     return {"yaxis": axis, "title": {"text": text}}
+
+
+def _logarithmic(measure: Measure, finite: list[float]) -> bool:
+    return measure.is_loss and bool(finite) and min(finite) > 0
+
+
+def _value_axis(logarithmic: bool, finite: list[float]) -> dict[str, Any]:
+    """Kind of the axis, and few enough tick labels for a log scale not to crowd them below the powers of ten."""
+    decades = math.log10(max(finite) / min(finite)) if logarithmic and finite else 0.0
+    return {"type": "log" if logarithmic else "linear", "nticks": 3 if decades >= 0.9 else 0}
 
 
 def _curves_caption(groups: dict[str, list[RunRecord]], task: TaskResult) -> str:
@@ -298,10 +331,11 @@ def _curves_alt(groups: dict[str, list[RunRecord]]) -> str:
 def basin(task: TaskResult, runs: list[RunRecord], looks: dict[str, Look], identifier: str) -> Picture:
     """Final loss of every tuning trial against its learning rate; runs without a result crossed above."""
     tune = [run for run in runs if run.key.phase == TUNE and "lr" in run.key.hyperparameters]
-    shown = [measure for measure in measures(task, tune) if measure.name != "Training loss"]
+    # what chose the learning rates comes first
+    shown = [measure for measure in measures(task, tune) if measure.name != "Training loss"][::-1]
     broken = [run for run in tune if _final(run, shown[0]) is None]
     ranked = [s for s in task.standings if any(run.key.contender == s.contender for run in tune)]
-    figure = _figure(height=400)
+    figure = _figure(height=BASIN_HEIGHT)
     absolute: list[Series] = []
     relative: list[Series] = []
     vertical: list[list[Series]] = [[] for _ in shown]
@@ -339,14 +373,14 @@ def basin(task: TaskResult, runs: list[RunRecord], looks: dict[str, Look], ident
     )
     for switch in (across, up):
         figure.update_layout(switch.options[0].layout)
-    figure.update_xaxes(type="log", tickformat="~g")
+    figure.update_xaxes(type="log", nticks=_lr_ticks(absolute))
     if broken:
         _add_strip(figure, len(ranked))
     return Picture(
         identifier,
         "basin",
         "How sensitive to the learning rate",
-        _basin_caption(broken, ranked),
+        _basin_caption(task, broken, ranked),
         _basin_alt(ranked),
         figure,
         [across, up],
@@ -399,9 +433,15 @@ def _basin_layout(measure: Measure, values: list[Series], figure: go.Figure) -> 
         for y in series
         if y is not None
     ]
-    logarithmic = measure.is_loss and bool(finite) and min(finite) > 0
+    logarithmic = _logarithmic(measure, finite)
     text = f"{measure.name} at the end" + (" (log scale)" if logarithmic else "")
-    return {"yaxis": {"type": "log" if logarithmic else "linear"}, "title": {"text": text}}
+    return {"yaxis": _value_axis(logarithmic, finite), "title": {"text": text}}
+
+
+def _lr_ticks(lrs: list[Series]) -> int:
+    """At most so many labels that only powers of ten get one, or 1, 2, 5 in a narrow range."""
+    known = [lr for series in lrs for lr in series if lr is not None]
+    return max(3, int(math.log10(max(known) / min(known)))) if known else 3
 
 
 def _add_strip(figure: go.Figure, rows: int) -> None:
@@ -425,9 +465,12 @@ def _add_strip(figure: go.Figure, rows: int) -> None:
     )  # fmt: skip
 
 
-def _basin_caption(broken: list[RunRecord], ranked: list[Standing]) -> str:
-    sentences = ["One mark for each tuning trial; the ring is the setting chosen."]
-    sentences.append("A wide, flat bottom forgives a wrong guess.")
+def _basin_caption(task: TaskResult, broken: list[RunRecord], ranked: list[Standing]) -> str:
+    place = "top" if task.higher_is_better else "bottom"
+    sentences = [
+        "One mark for each tuning trial; the ring is the rate chosen.",
+        f"A wide, flat {place} forgives a wrong guess.",
+    ]
     if broken:
         sentences.append("Crosses above: trials that diverged or failed.")
     for standing in ranked:
@@ -456,13 +499,13 @@ def _basin_alt(ranked: list[Standing]) -> str:
 def differences(task: TaskResult, looks: dict[str, Look], identifier: str) -> Picture:
     """Forest plot: how far each contender is behind the leader, over common seeds, with its interval."""
     standings = task.standings
-    figure = _figure(height=84 + 54 * len(standings))
+    figure = _figure(height=max(BASIN_HEIGHT, 84 + 54 * len(standings)))
     for row, standing in enumerate(standings):
         figure.add_trace(_difference_trace(standing, -row, looks[standing.contender], leader=row == 0))
         figure.add_annotation(
             text=_difference_label(standing, leader=row == 0),
             xref="paper", x=0, xanchor="left", y=-row, yanchor="bottom", yshift=9, showarrow=False,
-            font={"size": 12},
+            font={"size": 12}, bgcolor="var(--card)", borderpad=1,
         )  # fmt: skip
     figure.add_vline(x=0, line={"color": "var(--muted)", "width": 1, "dash": "dot"})
     ends = [0.0] + [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 import statistics
 from typing import Final
 
@@ -22,6 +23,13 @@ def number(value: float | None, digits: int = 3) -> str:
     exponent = math.floor(math.log10(abs(value)))
     text = f"{value:.{max(0, digits - 1 - exponent)}f}" if -5 < exponent < 6 else f"{value:.{digits - 1}e}"
     return text.replace("-", MINUS)
+
+
+def short(value: float | None, digits: int = 3) -> str:
+    """As ``number``, without the zeros that only fill up the digits."""
+    text = number(value, digits)
+    mantissa, mark, exponent = text.partition("e")
+    return (mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa) + mark + exponent
 
 
 def fixed(value: float, places: int, *, signed: bool = False) -> str:
@@ -81,7 +89,7 @@ def percent(fraction: float, *, signed: bool = False) -> str:
     if not math.isfinite(fraction):
         return number(fraction)
     value = 100 * fraction
-    places = 0 if abs(value) >= 9.5 or value == 0 else 1
+    places = 0 if abs(value) >= 2.95 or value == 0 else 1
     return f"{fixed(value, places, signed=signed)} %"
 
 
@@ -90,8 +98,16 @@ def count(amount: int, noun: str) -> str:
     return f"{amount:,} {noun}" if amount == 1 else f"{amount:,} {noun}s"
 
 
-def listing(names: list[str]) -> str:
-    """``a``, ``a and b``, ``a, b and c``."""
+def moment(iso: str) -> str:
+    """``2026-11-23T10:05:00Z`` as ``2026-11-23 10:05 UTC``; any other text as it is."""
+    found = re.fullmatch(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d)(:[\d.]+)?(Z|\+00:00)", iso)
+    return f"{found[1]} {found[2]} UTC" if found else iso
+
+
+def listing(names: list[str], longest: int = 3) -> str:
+    """``a``, ``a and b``, ``a, b and c``, ``a, b, c and 4 more``."""
+    if len(names) > longest + 1:
+        names = [*names[:longest], f"{len(names) - longest} more"]
     if len(names) < 2:
         return "".join(names)
     return f"{', '.join(names[:-1])} and {names[-1]}"
