@@ -95,7 +95,7 @@ def param_groups(
             f"model is a {type(model).__name__}; legal: an nn.Module, whose modules say what its weights are"
         )
     if not (_number(weight_decay) and weight_decay >= 0):
-        raise ValueError(f"weight_decay={weight_decay!r}: must be a finite number of at least 0")
+        raise ValueError(f"weight_decay={weight_decay!r} is not legal; legal: a finite number >= 0")
     _check_types("fp32_state", fp32_state)
     _check_types("no_decay", no_decay)
     _check_layer_decay(layer_decay, lr, depth)
@@ -150,18 +150,20 @@ def describe_groups(groups: Iterable[dict[str, Any]]) -> str:
 def _check_types(name: str, types: Sequence[type[nn.Module]]) -> None:
     good = isinstance(types, (tuple, list)) and all(isinstance(t, type) and issubclass(t, nn.Module) for t in types)
     if not good:
-        raise ValueError(f"{name}={types!r}: must be a tuple of nn.Module classes")
+        raise ValueError(f"{name}={types!r} is not legal; legal: a tuple of nn.Module classes")
 
 
 def _check_layer_decay(layer_decay: float | None, lr: float | None, depth: object) -> None:
     if layer_decay is None:
         for name, value in (("lr", lr), ("depth", depth)):
             if value is not None:
-                raise ValueError(f"{name}={value!r}: has a meaning only together with layer_decay")
+                raise ValueError(f"{name}={value!r} is not legal without layer_decay; legal: None")
     elif not (_number(layer_decay) and 0 < layer_decay <= 1):
-        raise ValueError(f"layer_decay={layer_decay!r}: must be None or in (0, 1]")
+        raise ValueError(f"layer_decay={layer_decay!r} is not legal; legal: None or a number in (0, 1]")
     elif lr is None or not (_number(lr) and lr >= 0):
-        raise ValueError(f"lr={lr!r}: with layer_decay it must be the learning rate of the last layer, at least 0")
+        raise ValueError(
+            f"lr={lr!r} is not legal with layer_decay; legal: the last layer's learning rate, a number >= 0"
+        )
 
 
 def _number(value: object) -> bool:

@@ -63,9 +63,9 @@ OPTIMIZERS: tuple[OptimizerInfo, ...] = (
     _info(optimizers.Adam, "m v vmax", "Kingma & Ba 2015, arXiv 1412.6980", "torch.optim.Adam"),
     _info(optimizers.AdamW, "m v vmax", "Loshchilov & Hutter 2019, arXiv 1711.05101", "torch.optim.AdamW"),
     _info(optimizers.RAdam, "m v", "Liu et al. 2019, arXiv 1908.03265", "torch.optim.RAdam"),
-    _info(optimizers.RMSprop, "v gbar buf", "Hinton et al. 2012, lecture 6e", "torch.optim.RMSprop, timm RMSpropTF"),
     _info(optimizers.Ranger, "m v slow", "Wright 2019, ranger.py 20.4.11", "float64 formulas"),
     _info(optimizers.RangerAdaBelief, "m s slow", "Zhuang et al. 2020, arXiv 2010.07468", "ranger-adabelief 0.1.0"),
+    _info(optimizers.RMSprop, "v gbar buf", "Hinton et al. 2012, lecture 6e", "torch.optim.RMSprop, timm RMSpropTF"),
     _info(optimizers.SGD, "buf", "Sutskever et al. 2013", "torch.optim.SGD"),
 )
 
@@ -150,6 +150,8 @@ def create(name: str | Preset, model_or_params: nn.Module | Iterable[Any], **ove
             grouping["lr"] = settings.get("lr", preset.arguments.get("lr"))
         params: list[Any] = list(param_groups(model_or_params, weight_decay=decay, **grouping))
     else:
+        if isinstance(model_or_params, torch.Tensor):
+            raise TypeError("model_or_params is one tensor; legal: a model, or an iterable of tensors, pairs or groups")
         params = list(model_or_params)
         _warn_of_lost_distinction(preset, params, decay)
     decays = any(weight_decay != 0 for weight_decay in _decays(params, decay))

@@ -21,13 +21,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from difflib import get_close_matches
 from numbers import Integral
 from typing import Any, TypeVar, final
 
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from piste.checks import near
 
 __all__ = ["Schedule", "constant", "flat_cosine", "named", "one_cycle", "untuned_warmup", "warmup_stable_decay"]
 
@@ -381,7 +382,7 @@ def untuned_warmup(optimizer: Optimizer, total_steps: int | None = None, *, beta
     for index, group in enumerate(optimizer.param_groups):
         if beta2 is None and len(group.get("betas", ())) < 2:
             raise ValueError(
-                f"beta2=None: parameter group {index} has no betas to read it from; give a number in [0, 1)"
+                f"beta2=None is not legal: parameter group {index} has no betas; legal: a number in [0, 1)"
             )
     return Schedule(optimizer, _UntunedWarmup(beta2))
 
@@ -430,8 +431,7 @@ def named(name: str) -> Callable[..., LRScheduler]:
     """
     key = str(name).lower().replace("-", "_")
     if key not in _BY_NAME:
-        near = get_close_matches(key, _BY_NAME, n=3) or sorted(_BY_NAME)
-        raise ValueError(f"name={name!r}: no such schedule; did you mean {', '.join(near)}?")
+        raise ValueError(f"no schedule {name!r}{near(key, _BY_NAME)}; there are {', '.join(_BY_NAME)}")
     return _BY_NAME[key]
 
 
@@ -441,7 +441,7 @@ def _check(name: str, value: Any, legal: str, holds: Callable[[Any], bool]) -> N
     except (TypeError, ValueError):
         good = False
     if not good:
-        raise ValueError(f"{name}={value!r}: must be {legal}")
+        raise ValueError(f"{name}={value!r} is not legal; legal: {legal}")
 
 
 def _steps(total_steps: Any) -> int:
