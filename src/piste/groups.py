@@ -80,9 +80,10 @@ def param_groups(
 
     Not for optimizers that choose another rule per parameter (Muon): they sort matrices themselves.
 
+    >>> import piste
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
-    >>> for group in param_groups(model, weight_decay=0.1):
+    >>> for group in piste.param_groups(model, weight_decay=0.1):
     ...     print(group["weight_decay"], group["param_names"])
     0.1 ['0.weight', '2.weight']
     0.0 ['0.bias', '1.weight', '1.bias', '2.bias']
@@ -138,8 +139,10 @@ def describe_groups(groups: Iterable[dict[str, Any]]) -> str:
 
     Not a format to parse: read the groups themselves.
 
+    >>> import piste
     >>> from torch import nn
-    >>> print(describe_groups(param_groups(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)))))
+    >>> groups = piste.param_groups(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)))
+    >>> print(piste.describe_groups(groups))
     group  weight_decay  lr  state  tensors  numbers  parameters
         0          0.01   -      -        2       48  *.weight x2
         1             0   -      -        2       10  *.bias x2

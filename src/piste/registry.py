@@ -81,7 +81,8 @@ def optimizer_info(name: str) -> OptimizerInfo:
 
     Not for presets: ``piste.presets[name]`` has those.
 
-    >>> optimizer_info("ranger-adabelief").state
+    >>> import piste
+    >>> piste.optimizer_info("ranger-adabelief").state
     ('m', 's', 'slow')
     """
     by_key = {_key(info.name): info for info in OPTIMIZERS}
@@ -105,7 +106,8 @@ def list_optimizers(pattern: str = "*") -> list[str]:
 
     Not a list of classes: that is ``piste.registry.OPTIMIZERS``.
 
-    >>> list_optimizers("sgd*")
+    >>> import piste
+    >>> piste.list_optimizers("sgd*")
     ['sgd', 'sgd_momentum', 'sgd_nesterov']
     """
     return sorted(name for name in presets if fnmatchcase(_key(name), _key(pattern)))
@@ -134,8 +136,8 @@ def create(name: str | Preset, model_or_params: nn.Module | Iterable[Any], **ove
     Not needed where the class and its arguments are known: ``piste.AdamW(piste.param_groups(model), lr=1e-3)`` is the
     same without the preset.
 
-    >>> import torch
-    >>> optimizer = create("rangeradabelief", torch.nn.Linear(4, 2), lr=2e-3, domain="nlp")
+    >>> import torch, piste
+    >>> optimizer = piste.create("rangeradabelief", torch.nn.Linear(4, 2), lr=2e-3, domain="nlp")
     >>> optimizer.param_groups[0]["eps"]
     1e-16
 

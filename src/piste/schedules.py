@@ -237,9 +237,9 @@ def one_cycle(
 
     Not for optimizers that carry their own schedule, nor for runs whose length is unknown.
 
-    >>> import torch
+    >>> import torch, piste
     >>> optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], lr=1.0)
-    >>> schedule = one_cycle(optimizer, total_steps=4)
+    >>> schedule = piste.schedules.one_cycle(optimizer, total_steps=4)
     >>> for _ in range(4):
     ...     print(f"{optimizer.param_groups[0]['lr']:.4f} {optimizer.param_groups[0]['betas'][0]:.3f}")
     ...     optimizer.step()
@@ -278,9 +278,9 @@ def flat_cosine(
 
     Not for optimizers that need a warm-up (plain Adam on transformers): it starts at the full rate.
 
-    >>> import torch
+    >>> import torch, piste
     >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=1.0)
-    >>> schedule = flat_cosine(optimizer, total_steps=8)
+    >>> schedule = piste.schedules.flat_cosine(optimizer, total_steps=8)
     >>> rates = []
     >>> for _ in range(8):
     ...     rates += schedule.get_last_lr()
@@ -324,9 +324,11 @@ def warmup_stable_decay(
     Made for long runs that may be continued from the stable stretch; in short ones ``one_cycle`` or ``flat_cosine`` are
     the usual choice.
 
-    >>> import torch
+    >>> import torch, piste
     >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=1.0)
-    >>> schedule = warmup_stable_decay(optimizer, 10, pct_warmup=0.2, pct_decay=0.4, shape="linear", div=4)
+    >>> schedule = piste.schedules.warmup_stable_decay(
+    ...     optimizer, 10, pct_warmup=0.2, pct_decay=0.4, shape="linear", div=4
+    ... )
     >>> rates = []
     >>> for _ in range(10):
     ...     rates += schedule.get_last_lr()
@@ -363,9 +365,9 @@ def untuned_warmup(optimizer: Optimizer, total_steps: int | None = None, *, beta
     Not for SGD, whose step has no second moment to wait for, nor with RAdam and the Ranger family, which rectify
     themselves.
 
-    >>> import torch
+    >>> import torch, piste
     >>> optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], lr=1.0, betas=(0.9, 0.5))
-    >>> schedule = untuned_warmup(optimizer)
+    >>> schedule = piste.schedules.untuned_warmup(optimizer)
     >>> rates = []
     >>> for _ in range(5):
     ...     rates += schedule.get_last_lr()
@@ -399,9 +401,9 @@ def constant(optimizer: Optimizer, total_steps: int | None = None) -> LRSchedule
 
     Not for a final result with a plain optimizer: without a decay the last weights keep the noise of a full-size step.
 
-    >>> import torch
+    >>> import torch, piste
     >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
-    >>> constant(optimizer).get_last_lr()
+    >>> piste.schedules.constant(optimizer).get_last_lr()
     [0.1]
     """
     if total_steps is not None:
@@ -426,7 +428,8 @@ def named(name: str) -> Callable[..., LRScheduler]:
 
     Not needed where the schedule is known in advance: call the function itself.
 
-    >>> named("flat-cosine").__name__
+    >>> import piste
+    >>> piste.schedules.named("flat-cosine").__name__
     'flat_cosine'
     """
     key = str(name).lower().replace("-", "_")

@@ -51,10 +51,12 @@ def write(result: StudyResult, path: str | os.PathLike[str]) -> Path:
     When not to use: to go on computing with the results; read the records of the race for that.
 
     Example:
+        >>> import pathlib, tempfile
+        >>> from piste.race import report
         >>> from piste.race.record import StudyResult
         >>> study = StudyResult("nothing raced", "2026-01-01T00:00:00Z", [], [], [], {}, "piste race")
-        >>> folder = getfixture("tmp_path")  # any folder
-        >>> write(study, folder / "report.html").name
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> report.write(study, folder / "report.html").name
         'report.html'
     """
     target = Path(path)
