@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from piste.plan import Plan
-from piste.symbol import HOST, HostFunction, Row, Sym, Variants, compile_host
+from piste.symbol import HOST, HostFunction, Row, Sym, compile_host
 
 __all__ = ["Bucket", "Engine", "host_inputs"]
 
@@ -24,8 +24,6 @@ class Bucket:
         homes: tensors by where they live: ``"p"``, ``"g"``, ``"state.NAME"``; one per weight.
         rows: the distinct host rows of these weights (weights of one group and step share one).
         row_of: for each weight, its row.
-        members: for each weight, its position among all weights of the step.
-        rules: the distinct (rule, row, shape) of these weights; all lead to the bucket's plan.
         values: finished reductions, opaque results and scratch buffers, one per weight; reductions over all weights
             (kind ``ALL``) and the inverse loss scale have a single entry.
         partials: results of the reductions of the stage that ran last, per weight (per bucket for kind ``ALL``).
@@ -34,11 +32,9 @@ class Bucket:
     plan: Plan
     device: torch.device
     dtype: torch.dtype
-    homes: dict[str, list[Tensor]] = field(default_factory=dict)
-    rows: list[Row] = field(default_factory=list)
-    row_of: list[int] = field(default_factory=list)
-    members: list[int] = field(default_factory=list)
-    rules: list[tuple[Variants, int, tuple[int, ...]]] = field(default_factory=list)
+    homes: dict[str, list[Tensor]]
+    rows: list[Row]
+    row_of: list[int]
     values: dict[Sym, list[Tensor]] = field(default_factory=dict)
     partials: dict[Sym, list[Tensor]] = field(default_factory=dict)
     columns: list[float | list[float]] = field(default_factory=list)

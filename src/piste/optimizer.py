@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, TypedDict, overload
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 from piste import execution
 from piste.checkpoint import after_loading, before_loading, matched
 from piste.checks import check_choice, check_hyperparameters, refuse_unknown
-from piste.execution import Weight
+from piste.execution import Member, Roster
+from piste.roster import real
 from piste.slots import Pipeline, program
 from piste.storage import STATE_FORMATS, WEIGHT_FORMATS, State
 from piste.symbol import Row, Variants
@@ -208,7 +209,8 @@ class Optimizer(torch.optim.Optimizer):
         if self._options["amp_unscale"]:
             self._step_supports_amp_scaling = True
         self.last_step = LastStep(self, {}, None, skipped=False)
-        self._prepared: _Prepared | None = None
+        self._roster = Roster([])
+        self._roster_of: tuple[Any, list[Tensor], Any] = (None, [], None)
 
     @classmethod
     @abstractmethod
@@ -266,7 +268,7 @@ class Optimizer(torch.optim.Optimizer):
         is changed.
         """
         saved = before_loading(self, state_dict)
-        state, groups = matched(self.param_groups, saved, self._states_of, _real)
+        state, groups = matched(self.param_groups, saved, self._states_of, real)
         for group in groups:
             self._check({k: v for k, v in group.items() if k not in ("params", "param_names")}, self._hyper_defaults)
         self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
@@ -296,11 +298,10 @@ class Optimizer(torch.optim.Optimizer):
         skipped = overflow or not self._finite()
         totals: dict[str, Tensor] = {}
         if not skipped:
-            prepared, self._prepared = self._prepare(scaled=inverse_scale is not None), None
-            if prepared is not None:
-                engine = execution.engine_for(self._engine_name)
-                totals = execution.run(prepared.step, engine, inverse_scale=inverse_scale)
-                self._prepared = prepared  # not kept if the step failed half way
+            gradients, hp = self._gather(scaled=inverse_scale is not None)
+            step = self._roster.sort(gradients, hp)
+            totals = execution.run(step.buckets, execution.engine_for(self._engine_name), inverse_scale=inverse_scale)
+            step.finish()
         self.last_step = LastStep(self, totals, inverse_scale, skipped)
         return loss
 
@@ -330,51 +331,51 @@ class Optimizer(torch.optim.Optimizer):
         names = self.param_groups[group].get("param_names")
         return repr(names[position]) if names else f"parameter {position} of group {group}"
 
-    def _prepare(self, *, scaled: bool) -> _Prepared | None:
-        """The weights that have gradients, sorted for a step; None if there are none."""
+    def _gather(self, *, scaled: bool) -> tuple[list[Tensor | None], list[dict[str, float]]]:
+        """The gradients of all weights and the numbers of all groups; the roster is brought up to date."""
         groups = [_split(group, self._hyper_defaults) for group in self.param_groups]
-        members = [p for group in self.param_groups for p in group["params"]]
+        weights = [p for group in self.param_groups for p in group["params"]]
         setting = scaled, self.measure_updates, [statics for statics, _ in groups]
-        last = self._prepared
-        if last is not None and last.fits(self.state, members, setting):
-            gradients = [p.grad for p in last.active]
-            if last.accepts(gradients) and last.step.advance(gradients, [hp for _, hp in groups]):  # type: ignore[arg-type]
-                return last
-        weights = list(self._weights(groups, scaled=scaled))
-        for w in weights:
-            if not w.p.numel():
-                w.state["step"] = w.row.t  # nothing to compute, but the step counts
-        weights = [w for w in weights if w.p.numel()]
-        return _Prepared(self.state, members, setting, weights) if weights else None
+        if not self._current(weights, setting):
+            members = [
+                Member(p, index, self.state[p], *reversed(self._program(statics, p.ndim, scaled)))
+                for index, (group, (statics, _)) in enumerate(zip(self.param_groups, groups, strict=True))
+                for p in group["params"]
+            ]
+            self._roster, self._roster_of = Roster(members), (self.state, weights, setting)
+        gradients = [p.grad for p in weights]
+        if any(g is not None and (g.layout != torch.strided or g.is_complex()) for g in gradients):
+            self._refuse(gradients, [hp for _, hp in groups])
+        return gradients, [hp for _, hp in groups]
 
-    def _weights(self, groups: Sequence[tuple[Any, Mapping[str, float]]], *, scaled: bool) -> Iterator[Weight]:
-        """The weights that have gradients."""
-        for index, (group, (statics, hp)) in enumerate(zip(self.param_groups, groups, strict=True)):
-            rows: dict[int, Row] = {}
-            by_rank: dict[int, tuple[Variants, Mapping[str, State]]] = {}
-            for position, p in enumerate(group["params"]):
-                g = p.grad
-                if g is None:
-                    continue
-                if g.layout != torch.strided:
-                    raise ValueError(
-                        f"{self._name(index, position)} has a {g.layout} gradient; {type(self).__name__} needs dense "
-                        "ones (sparse=False in the embedding, or torch.optim.SparseAdam for that parameter)"
-                    )
-                state = self.state[p]
-                t = state.get("step", 0) + 1
-                row = rows.get(t) or rows.setdefault(t, Row(hp, t, group=index))
-                found = by_rank.get(p.ndim) or by_rank.setdefault(p.ndim, self._program(statics, p.ndim, scaled))
-                if p.is_complex():
-                    self._refuse_axes(found[0].graph(row, tuple(p.shape)).keeps_axes, index, position)
-                yield Weight(_real(p), _real(g), state, found[1], found[0], row)
+    def _current(self, weights: list[Tensor], setting: Any) -> bool:
+        """Does the roster hold these weights, with the states they have now and these flags?"""
+        state, known, flags = self._roster_of
+        return (
+            setting == flags
+            and self.state is state
+            and len(weights) == len(known)
+            and all(map(operator.is_, weights, known))
+            and all(map(operator.is_, map(state.get, weights), self._roster.states))
+        )
 
-    def _refuse_axes(self, keeps_axes: bool, group: int, position: int) -> None:
-        if keeps_axes:
-            raise ValueError(
-                f"{self._name(group, position)} is complex, and {type(self).__name__} as set up reduces over axes, "
-                "which has no complex form here (use_gc=False avoids it)"
-            )
+    def _refuse(self, gradients: list[Tensor | None], hp: list[dict[str, float]]) -> None:
+        """Refuse gradients that are sparse, and complex ones where axes are told apart."""
+        for m, g in zip(self._roster.members, gradients, strict=True):
+            if g is None:
+                continue
+            position = next(i for i, p in enumerate(self.param_groups[m.group]["params"]) if p is m.p)
+            if g.layout != torch.strided:
+                raise ValueError(
+                    f"{self._name(m.group, position)} has a {g.layout} gradient; {type(self).__name__} needs dense "
+                    "ones (sparse=False in the embedding, or torch.optim.SparseAdam for that parameter)"
+                )
+            row = Row(hp[m.group], m.state.get("step", 0) + 1)
+            if g.is_complex() and m.variants.graph(row, tuple(m.p.shape)).keeps_axes:
+                raise ValueError(
+                    f"{self._name(m.group, position)} is complex, and {type(self).__name__} as set up reduces over "
+                    "axes, which has no complex form here (use_gc=False avoids it)"
+                )
 
     def _program(self, statics: tuple[tuple[str, Any], ...], ndim: int, scaled: bool) -> Any:
         key = type(self), statics, ndim, scaled, self.measure_updates
@@ -388,39 +389,6 @@ class Optimizer(torch.optim.Optimizer):
     def _states_of(self, group: Mapping[str, Any]) -> Mapping[str, State]:
         statics, _ = _split({**self._hyper_defaults, **group}, self._hyper_defaults)
         return self.pipeline(_Flags(statics)).states
-
-
-class _Prepared:
-    """A sorted step with what it was sorted from, to find out whether it can be used again."""
-
-    def __init__(self, state: Any, members: list[Tensor], setting: Any, weights: list[Weight]) -> None:
-        self.step = execution.Prepared(weights)
-        self.state, self.members, self.setting = state, members, setting
-        self.active = [p for p in members if p.grad is not None]
-        self.idle = [p for p in members if p.grad is None]
-        self.states = [state[p] for p in self.active]
-        # real views are made for one step, and empty weights are not in it: such models are sorted anew every time
-        self.simple = len(weights) == len(self.active) and not any(p.is_complex() for p in self.active)
-        self.formats = [(p.dtype, g.dtype, g.layout) for p, g in self._pairs(p.grad for p in self.active)]
-
-    def _pairs(self, gradients: Iterable[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
-        return [(p, g) for p, g in zip(self.active, gradients, strict=True) if g is not None]
-
-    def fits(self, state: Any, members: list[Tensor], setting: Any) -> bool:
-        """Are these the same weights, with the same states and flags?"""
-        return (
-            self.simple
-            and setting == self.setting
-            and state is self.state
-            and len(members) == len(self.members)
-            and all(map(operator.is_, members, self.members))
-            and all(state.get(p) is s for p, s in zip(self.active, self.states, strict=True))
-        )
-
-    def accepts(self, gradients: Sequence[Tensor | None]) -> bool:
-        """Are there gradients for the same weights, of the same formats?"""
-        formats = [(p.dtype, g.dtype, g.layout) for p, g in self._pairs(gradients)]
-        return formats == self.formats and all(p.grad is None for p in self.idle)
 
 
 class _Number:
@@ -438,10 +406,6 @@ Number = _Number()
 
 class _Flags(dict[str, Any]):
     """A group as :meth:`Optimizer.pipeline` sees it."""
-
-
-def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _finite(peaks: list[Tensor]) -> list[bool]:

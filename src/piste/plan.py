@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from piste.symbol import HOST, Graph, Sym, topological
@@ -69,7 +70,7 @@ class Plan:
     def states(self) -> frozenset[str]:
         return self.graph.states
 
-    @property
+    @cached_property
     def totals(self) -> dict[str, tuple[Sym, int]]:
         """Reductions over every weight: name -> (symbol, stage of its partial sums)."""
         return {r.attr: (r, i) for i, s in enumerate(self.stages) for r in s.partials if r.op == "total"}

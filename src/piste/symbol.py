@@ -24,7 +24,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 __all__ = [
     "ALL",
@@ -106,14 +106,12 @@ def _where() -> str:
     return f"rule {trace.rule!r}" if trace is not None and trace.rule else "a rule"
 
 
-@dataclass(frozen=True)
-class Row:
-    """The host's view of a weight at one step: hyper-parameters, own step number, global shape, index of its group."""
+class Row(NamedTuple):
+    """The host's view of a weight at one step: hyper-parameters, own step number, global shape."""
 
     hp: Mapping[str, float]
     t: int
     shape: tuple[int, ...] = ()
-    group: int = 0
 
     @property
     def numel(self) -> int:
@@ -121,7 +119,7 @@ class Row:
 
     def at(self, shape: tuple[int, ...]) -> Row:
         """The same numbers for a weight of this shape."""
-        return Row(self.hp, self.t, shape, self.group)
+        return Row(self.hp, self.t, shape)
 
 
 @dataclass
@@ -381,6 +379,7 @@ def nary(op: str, *values: Any, attr: Any = None, kind: Kind | None = None) -> S
 # Host numbers: one small Python function for all that a plan needs in a step
 
 HostFunction = Callable[[Row], tuple[float, ...]]
+_HOST_SPACE = {"sqrt": math.sqrt, "exp": math.exp, "log": math.log}
 
 
 def topological(roots: Iterable[Sym]) -> list[Sym]:
@@ -421,7 +420,7 @@ def compile_host(roots: Sequence[Sym]) -> HostFunction:
         names[sym] = f"x{len(names)}"
         lines.append(f"    {names[sym]} = {_host_text(sym, names)}")
     lines.append(f"    return ({''.join(names[r] + ', ' for r in roots)})")
-    space: dict[str, Any] = {"sqrt": math.sqrt, "exp": math.exp, "log": math.log}
+    space: dict[str, Any] = dict(_HOST_SPACE)
     exec(compile("\n".join(lines), "<piste host numbers>", "exec"), space)
     function: HostFunction = space["host"]
     return function
@@ -443,6 +442,11 @@ class Graph:
     def keeps_axes(self) -> bool:
         """Does anything in it depend on the axes of the weight?"""
         return any(s.kind == MATRIX or s.kind.keep for s in topological(self.outputs.values()))
+
+    @cached_property
+    def totals(self) -> frozenset[str]:
+        """Names of the reductions over every weight."""
+        return frozenset(s.attr for s in topological(self.outputs.values()) if s.op == "total")
 
     @cached_property
     def ordered_states(self) -> tuple[str, ...]:
@@ -471,7 +475,7 @@ def _uses_shape(symbols: Iterable[Sym]) -> bool:
 class Fork:
     """A host condition of a rule, and what was found behind either outcome."""
 
-    test: HostFunction
+    test: Sym
     branches: dict[bool, Fork | Graph] = field(default_factory=dict)
 
 
@@ -482,26 +486,51 @@ class Variants:
     trace: Callable[[Row], tuple[list[tuple[Sym, bool]], Graph]]
     root: Fork | Graph | None = None
     by_shape: bool = False  # do guards depend on the weight's shape?
+    find: Callable[[Row], Graph | None] = lambda row: None  # the whole tree as one function
 
     def graph(self, row: Row, shape: tuple[int, ...]) -> Graph:
         """The graph for these host numbers and a weight of this shape."""
-        if self.by_shape:
-            row = row.at(shape)
-        node = self.root
-        while isinstance(node, Fork):
-            node = node.branches.get(bool(node.test(row)[0]))
-        return node if node is not None else self._add(row.at(shape))
+        found = self.find(row.at(shape) if self.by_shape else row)
+        return found if found is not None else self._add(row.at(shape))
 
     def _add(self, row: Row) -> Graph:
         path, graph = self.trace(row)
         graph = graph.interned()
         self.by_shape |= _uses_shape(s for s, _ in path)
-        if not path:
+        if path:
+            fork = self.root if isinstance(self.root, Fork) else Fork(path[0][0])
+            self.root = fork
+            for (_, outcome), (following, _) in pairwise(path):
+                fork = fork.branches.setdefault(outcome, Fork(following))  # type: ignore[assignment]
+            fork.branches[path[-1][1]] = graph
+        else:
             self.root = graph
-            return graph
-        fork = self.root if isinstance(self.root, Fork) else Fork(compile_host([path[0][0]]))
-        self.root = fork
-        for (_, outcome), (following, _) in pairwise(path):
-            fork = fork.branches.setdefault(outcome, Fork(compile_host([following])))  # type: ignore[assignment]
-        fork.branches[path[-1][1]] = graph
+        self.find = _compile_tree(self.root)
         return graph
+
+
+def _compile_tree(root: Fork | Graph) -> Callable[[Row], Graph | None]:
+    """A decision tree as one function of a row."""
+    graphs: list[Graph] = []
+    lines = ["def find(row):", "    hp = row.hp"]
+
+    def write(node: Fork | Graph | None, names: dict[Sym, str], indent: str) -> None:
+        if node is None:
+            lines.append(f"{indent}return None")
+        elif isinstance(node, Graph):
+            lines.append(f"{indent}return graphs[{len(graphs)}]")
+            graphs.append(node)
+        else:
+            for sym in topological([node.test]):
+                if sym not in names:
+                    names[sym] = f"x{len(names)}"
+                    lines.append(f"{indent}{names[sym]} = {_host_text(sym, names)}")
+            lines.append(f"{indent}if {names[node.test]}:")
+            write(node.branches.get(True), dict(names), indent + "    ")
+            write(node.branches.get(False), names, indent)
+
+    write(root, {}, "    ")
+    space: dict[str, Any] = {**_HOST_SPACE, "graphs": graphs}
+    exec(compile("\n".join(lines), "<piste guards>", "exec"), space)
+    find: Callable[[Row], Graph | None] = space["find"]
+    return find

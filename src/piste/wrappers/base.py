@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from piste.checkpoint import after_loading, before_loading, check_tensor, weights_by_id
+from piste.roster import real
 from piste.slots import Pipeline, program
 from piste.storage import State
 from piste.symbol import Variants
@@ -135,8 +136,9 @@ class Wrapper(torch.optim.Optimizer):
         if set(entries) != legal:
             had = ", ".join(sorted(entries)) or "none"
             raise ValueError(f"parameter {name} has {self.name} entries: {had}; expected: {', '.join(sorted(legal))}")
-        real = torch.view_as_real(weight) if weight.is_complex() else weight
-        checked = {key: check_tensor(entries[key], key, name, state, real) for key, state in self.states().items()}
+        checked = {
+            key: check_tensor(entries[key], key, name, state, real(weight)) for key, state in self.states().items()
+        }
         return {"step": int(entries["step"]), **checked}
 
     def __getstate__(self) -> dict[str, Any]:

@@ -9,11 +9,11 @@ import torch
 
 from piste import execution
 from piste.checks import check_hyperparameters
-from piste.execution import Weight
+from piste.execution import Member, Roster
 from piste.parts.after import lookahead
+from piste.roster import real
 from piste.slots import Pipeline, update
 from piste.storage import State, allocate
-from piste.symbol import Row
 from piste.wrappers.base import Wrapper
 
 __all__ = ["Lookahead"]
@@ -79,28 +79,15 @@ class Lookahead(Wrapper):
         weights = [p for group in self.param_groups for p in group["params"] if p.requires_grad and p.numel()]
         for p in weights:
             if p not in self.own:
-                self.own[p] = {"step": 0, "slow": allocate(lookahead.states["slow"], _real(p))}
+                self.own[p] = {"step": 0, "slow": allocate(lookahead.states["slow"], real(p))}
         loss, taken = self.inner_step(closure)
         if taken and weights:
             self._synchronise([p for p in weights if p in self.own])
         return loss
 
     def _synchronise(self, weights: list[torch.Tensor]) -> None:
-        rows: dict[int, Row] = {}
-        due = []
-        for p in weights:
-            own = self.own[p]
-            t = own["step"] + 1
-            row = rows.setdefault(t, Row({"k": self.k, "alpha": self.alpha}, t))
-            variants = self.program(_PIPELINE, p.ndim)
-            if variants.graph(row, tuple(p.shape)).outputs:
-                # the rule sees no gradient; the weight stands in its place
-                due.append(Weight(_real(p), _real(p), own, lookahead.states, variants, row))
-            else:
-                own["step"] = t
-        if due:
-            execution.run(execution.Prepared(due), execution.engine_for(self.engine_name))
-
-
-def _real(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        members = [Member(p, 0, self.own[p], lookahead.states, self.program(_PIPELINE, p.ndim)) for p in weights]
+        # the rule sees no gradient; the weight stands in its place
+        step = Roster(members).sort(weights, [{"k": self.k, "alpha": self.alpha}])
+        execution.run(step.buckets, execution.engine_for(self.engine_name))
+        step.finish()
