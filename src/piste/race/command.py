@@ -1,0 +1,187 @@
+"""The commands: ``piste race``, ``piste list``, ``piste report``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+import piste
+from piste.race import report
+from piste.race.contenders import ContenderError
+from piste.race.executor import ExecutorError
+from piste.race.standings import recommended
+from piste.race.starter import STARTER
+from piste.race.store import Store, StoreError
+from piste.race.study import DeviceError, InterruptedRaceError, Settings, race, stored_result, stored_settings
+from piste.race.task import BUILT_IN, TaskError
+from piste.race.terminal import show_result, view_for
+
+__all__ = ["command"]
+
+_TASKS = ("char_transformer", "digits")
+_OPTIMIZERS = "sgd_momentum,adamw,ranger,rangeradabelief"
+_RESULTS = Path("piste-race")
+_ASKED = ("task", "optimizers", "schedules", "steps", "seeds", "trials", "device")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(piste.__version__, prog_name="piste")
+def command() -> None:
+    """Optimizers for PyTorch, raced honestly on your own problem."""
+
+
+@contextmanager
+def _explained(debug: bool, out: Path | None = None) -> Iterator[None]:
+    """Turn errors that a user can mend into one message, with the traceback only where it was asked for."""
+    try:
+        yield
+    except (InterruptedRaceError, KeyboardInterrupt):
+        click.echo(f"piste: stopped; all finished runs are kept. Go on with: piste race --resume --out {out}", err=True)
+        sys.exit(130)
+    except (ContenderError, TaskError, DeviceError, StoreError, ExecutorError, OSError) as error:
+        if debug:
+            traceback.print_exc()
+        message = str(error) if not isinstance(error, OSError) else f"{error.filename or ''}: {error.strerror or error}"
+        click.echo(f"piste: {message}", err=True)
+        sys.exit(1 if isinstance(error, (StoreError, ExecutorError, OSError)) else 2)
+
+
+def _names(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in value.split(",") if name.strip())
+
+
+def _debug(function: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--debug", is_flag=True, help="Show the traceback of an error.")(function)
+
+
+@command.command(name="race", short_help="Race optimizers on a task.")
+@click.argument("task", required=False, metavar="[TASK.py[:name]]")
+@click.option("--optimizers", default=_OPTIMIZERS, show_default=True, callback=_names, help="Names, with commas.")
+@click.option(
+    "--schedules", default="", callback=_names, help="Crossed with the optimizers. [default: each one's companion]"
+)
+@click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps of a run. [default: the task's]")
+@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Confirmation runs each.")
+@click.option("--trials", type=click.IntRange(min=1), default=4, show_default=True, help="Learning rates each.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, …")
+@click.option("--out", type=click.Path(path_type=Path), help="Directory of results. [default: piste-race/<tasks>]")
+@click.option("--resume", is_flag=True, help="Go on with the last race in --out, as it was asked for.")
+@click.option("--new", type=click.Path(path_type=Path), metavar="FILE.py", help="Write a task to start from, and end.")
+@_debug
+@click.pass_context
+def _race(
+    context: click.Context,
+    task: str | None,
+    optimizers: tuple[str, ...],
+    schedules: tuple[str, ...],
+    steps: int | None,
+    seeds: int,
+    trials: int,
+    device: str,
+    out: Path | None,
+    resume: bool,
+    new: Path | None,
+    debug: bool,
+) -> None:
+    """Race optimizers on TASK: a built-in one (char_transformer, digits, digits_vit), or a file of your own.
+
+    Every contender tries the same number of learning rates around its own prior; its best is trained again on fresh
+    seeds and scored on data used for nothing else. Without TASK, two built-in tasks are raced. Finished runs are kept:
+    the same command goes on where it was stopped.
+    """
+    given = [name for name in _ASKED if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
+    if new is not None:
+        _write_starter(new)
+        return
+    if resume:
+        if given:
+            raise click.UsageError(f"--resume goes on with a race as it was asked for; leave out {', '.join(given)}")
+        out = out or _latest()
+    else:
+        out = out or _RESULTS / "+".join([_stem(task)] if task else _TASKS)
+    with _explained(debug, out):
+        store = Store(out)
+        if resume:
+            settings = stored_settings(store)
+        else:
+            tasks = (task,) if task else _TASKS
+            settings = Settings(tasks, optimizers, schedules, steps, trials, seeds, device)
+        console = Console()
+        result = race(settings, store, view_for(console), shlex.join(["piste", *sys.argv[1:]]))
+        path = report.write(result, store.report)
+        show_result(console, result, path)
+        if not any(recommended(each.standings) for each in result.results):
+            click.echo("piste: no run of any contender finished; the report says why", err=True)
+            sys.exit(1)
+
+
+def _stem(task: str) -> str:
+    """A task's name for a directory: ``my_task`` of ``dir/my_task.py:small`` is ``my_task-small``."""
+    if task in BUILT_IN:
+        return task
+    file, _, name = Path(task).name.partition(":")
+    return "-".join(part for part in (file.removesuffix(".py"), name) if part)
+
+
+def _latest() -> Path:
+    """The directory of the last race here."""
+    studies = sorted(_RESULTS.glob("*/study.json"), key=lambda path: path.stat().st_mtime)
+    if not studies:
+        raise click.UsageError(f"there is no race to resume in {_RESULTS.resolve()}; name its directory with --out")
+    return studies[-1].parent
+
+
+def _write_starter(path: Path) -> None:
+    """Write the starter task, unless something is in its place."""
+    if path.suffix != ".py" or not path.stem.replace("-", "_").isidentifier():
+        raise click.UsageError(f"--new {path}: the file must be called like my_task.py")
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(STARTER.replace("{file}", str(path)).replace("{name}", path.stem))
+    except FileExistsError:
+        raise click.UsageError(f"--new {path}: there is such a file, and it stays as it is") from None
+    except OSError as error:
+        raise click.UsageError(f"--new {path}: {error.strerror}") from None
+    click.echo(f"wrote {path}; it runs as it is: piste race {shlex.quote(str(path))}")
+
+
+@command.command(name="list", short_help="List the names that piste.create takes.")
+@click.argument("pattern", default="*")
+def _list(pattern: str) -> None:
+    """List presets whose name fits PATTERN (with * and ?; case and hyphens make no difference)."""
+    names = piste.list_optimizers(pattern)
+    if not names:
+        click.echo(f"piste: no name fits {pattern!r}; piste list shows all", err=True)
+        sys.exit(1)
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+    for column in ("name", "class", "schedule", "lr prior", "description"):
+        table.add_column(column, no_wrap=column != "description")
+    for name in names:
+        preset = piste.presets[name]
+        prior = preset.lr_prior
+        low, high = prior.center / 10**prior.decades_below, prior.center * 10**prior.decades_above
+        settings = f"{low:.2g} … {high:.2g}"
+        table.add_row(name, preset.optimizer.__name__, preset.schedule, settings, preset.description)
+    Console().print(table)
+
+
+@command.command(name="report", short_help="Write the report of a race again.")
+@click.argument("directory", type=click.Path(path_type=Path))
+@_debug
+def _report(directory: Path, debug: bool) -> None:
+    """Show the standings of the race in DIRECTORY and write its report.html, from what is kept there."""
+    with _explained(debug, directory):
+        store = Store(directory)
+        result = stored_result(store)
+        for line in store.damaged:
+            click.echo(f"piste: {line}", err=True)
+        show_result(Console(), result, report.write(result, store.report))

@@ -1,0 +1,60 @@
+"""The file that ``piste race --new my_task.py`` writes: it runs as it is, with every place to change marked."""
+
+from __future__ import annotations
+
+__all__ = ["STARTER"]
+
+STARTER = '''"""A task for `piste race {file}`. It runs as it is; your own model, data and loss go into the marked places."""
+
+import torch
+from torch import nn
+
+from piste.race import Splits, Task
+
+
+# 1. The model: a new one at every call. The race seeds torch before, so all optimizers start from the same weights.
+def model():
+    return nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2))
+
+
+# 2. The data, in three parts: `train` is trained on, `valid` chooses the learning rate, `report` makes the scores and
+#    is used for nothing else. A part is a tensor, a tuple of tensors of equal length, or a torch Dataset.
+def data():
+    generator = torch.Generator().manual_seed(0)
+    turn = torch.rand(3000, generator=generator) * 9
+    label = torch.randint(2, (3000,), generator=generator)
+    angle = turn + label * torch.pi
+    points = torch.stack([angle.cos(), angle.sin()], dim=1) * turn[:, None] / 9
+    points += 0.03 * torch.randn(points.shape, generator=generator)
+    return Splits(
+        train=(points[:2000], label[:2000]),
+        valid=(points[2000:2500], label[2000:2500]),
+        report=(points[2500:], label[2500:]),
+    )
+
+
+# 3. The loss that is trained: a scalar, averaged over the batch.
+def loss(model, batch):
+    points, label = batch
+    return nn.functional.cross_entropy(model(points), label)
+
+
+# 4. The number you care about, averaged over the batch (leave it out of the task to take the loss).
+def accuracy(model, batch):
+    points, label = batch
+    return (model(points).argmax(dim=1) == label).float().mean()
+
+
+task = Task(
+    name="{name}",
+    model=model,
+    data=data,
+    loss=loss,
+    metric=accuracy,
+    metric_name="accuracy",
+    higher_is_better=True,
+    steps=300,
+    batch_size=64,
+    description="two spirals, to be replaced by your problem",
+)
+'''

@@ -1,0 +1,233 @@
+"""What a race shows in a terminal while it goes, and at its end."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from piste.race.progress import Row, duration
+from piste.race.record import RunRecord, Standing, StudyResult, TaskResult
+from piste.race.standings import recommended
+from piste.race.study import State
+
+__all__ = ["LiveView", "PlainView", "show_result", "view_for"]
+
+
+def view_for(console: Console) -> LiveView | PlainView:
+    """A table that is drawn again and again on a terminal, a line a run elsewhere."""
+    return LiveView(console) if console.is_terminal else PlainView(console)
+
+
+def number(value: float) -> str:
+    """Four digits, or a dash."""
+    return "-" if math.isnan(value) else f"{value:.4g}"
+
+
+class PlainView:
+    """One line for every run, for logs and pipes."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def looking(self, tasks: Sequence[str]) -> None:
+        """The tasks are being inspected."""
+        self._say(f"looking at {' and '.join(tasks)} …")
+
+    def begin(self, state: State, damaged: Sequence[str]) -> None:
+        """The plan is made; the runs start."""
+        for line in (*damaged, *plan_lines(state)):
+            self._say(line)
+
+    def finished(self, state: State, made: RunRecord) -> None:
+        """A run has ended."""
+        key = made.key
+        outcome = number(made.curve.valid_metric[-1]) if made.finished else f"{made.status}: {made.message}"
+        run = f"{key.task}  {key.contender}  lr {key.lr:g}  seed {key.seed}  {key.phase}"
+        self._say(f"[{state.made}/{state.total}] {run}: {outcome}   ({duration(state.seconds_left)} left)")
+
+    def tick(self, state: State) -> None:
+        """Time has passed."""
+
+    def end(self) -> None:
+        """No more runs, for whatever reason."""
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class LiveView:
+    """A table of all contenders, with what is running, how far it is and when it will end."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.live: Live | None = None
+        self.status = console.status("")
+
+    def looking(self, tasks: Sequence[str]) -> None:
+        """The tasks are being inspected."""
+        self.status.update(f"looking at {escape(' and '.join(tasks))}")
+        self.status.start()
+
+    def begin(self, state: State, damaged: Sequence[str]) -> None:
+        """The plan is made; the runs start."""
+        self.status.stop()
+        for line in damaged:
+            self.console.print(line, style="yellow", markup=False)
+        for line in plan_lines(state):
+            self.console.print(line, markup=False, highlight=False)
+        self.live = Live(self._picture(state), console=self.console, refresh_per_second=4, transient=True)
+        self.live.start()
+
+    def finished(self, state: State, made: RunRecord) -> None:
+        """A run has ended."""
+        if not made.finished and self.live is not None:
+            key = made.key
+            line = f"{key.task}  {key.contender}  lr {key.lr:g}  seed {key.seed}: {made.status}, {made.message}"
+            self.live.console.print(line, style="yellow", markup=False, highlight=False)
+
+    def tick(self, state: State) -> None:
+        """Time has passed."""
+        if self.live is not None:
+            self.live.update(self._picture(state))
+
+    def end(self) -> None:
+        """No more runs, for whatever reason."""
+        self.status.stop()
+        if self.live is not None:
+            self.live.stop()
+
+    def _picture(self, state: State) -> RenderableType:
+        table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+        for title, side in (("task", "left"), ("contender", "left"), ("trials", "right"), ("best lr", "right")):
+            table.add_column(title, justify=side, no_wrap=True)  # type: ignore[arg-type]
+        for title in ("confirmed", "score", "lost"):
+            table.add_column(title, justify="right", no_wrap=True)
+        table.add_column("now", no_wrap=True, style="dim")
+        before = None
+        for row in state.rows:
+            table.add_row(*_cells(row, state, first=row.card.name != before))
+            before = row.card.name
+        return Group(table, Text(), _progress(state))
+
+
+def _cells(row: Row, state: State, *, first: bool) -> list[str | Text]:
+    active = [(job, step) for job, step in state.running if _same(job.key.task, job.key.contender, row)]
+    now = ", ".join(f"lr {job.key.lr:g} {step / job.key.steps:.0%}" for job, step in active)
+    return [
+        Text(row.card.name if first else ""),
+        Text(row.contender.name, style="bold" if active else ""),
+        f"{row.trials_made}/{row.trials}",
+        "-" if row.lr is None else f"{row.lr:g}",
+        f"{row.confirmed}/{row.seeds}",
+        number(row.score),
+        Text(str(row.lost), style="yellow") if row.lost else "",
+        now,
+    ]
+
+
+def _same(task: str, contender: str, row: Row) -> bool:
+    return (task, contender) == (row.card.name, row.contender.name)
+
+
+def _progress(state: State) -> RenderableType:
+    line = Table.grid(padding=(0, 2, 0, 0))
+    elapsed = duration(time.monotonic() - state.started)
+    line.add_row(
+        ProgressBar(total=max(1, state.total), completed=state.made, width=40),
+        f"{state.made}/{state.total} runs",
+        f"{elapsed} gone",
+        f"about {duration(state.seconds_left)} left",
+    )
+    return line
+
+
+def plan_lines(state: State) -> list[str]:
+    """What the race is going to do."""
+    plan = state.plan
+    lines = []
+    for card in plan.cards:
+        about = f" ({card.description})" if card.description else ""
+        lines.append(f"task {card.name}{about}: {card.parameters:,} weights, {plan.steps_of(card)} steps a run")
+    lines.append(f"contenders: {', '.join(c.name for c in plan.contenders)}")
+    each = f"{plan.trials} learning rates and {plan.seeds} fresh seeds for each contender on each task"
+    lines.append(f"plan: {each}, {state.total} runs or a few more, on {plan.device}")
+    if state.made:
+        lines.append(f"{state.made} of them are there already")
+    lines.append(f"estimated time: {duration(state.seconds_left)}")
+    return lines
+
+
+def show_result(console: Console, result: StudyResult, report: Path) -> None:
+    """Standings, verdicts, and where the report is."""
+    for task in result.results:
+        console.print()
+        console.print(_standings(task, console.width))
+        console.print(Text(task.verdict, style="bold"))
+    console.print()
+    for note in result.notes:
+        console.print(f"note: {note}", style="dim", markup=False, highlight=False)
+    console.print(f"report: {report.resolve()}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _standings(task: TaskResult, width: int) -> Table:
+    direction = "higher" if task.higher_is_better else "lower"
+    title = Text(f"{task.task}: {task.metric_name}, {direction} is better", style="bold")
+    table = Table(title=title, title_justify="left", box=None, header_style="dim", padding=(0, 2, 0, 0))
+    choice = recommended(task.standings)
+    names = _short_names(task.standings)
+    rows = [
+        _standing(standing, name, leader=standing is task.standings[0], chosen=standing is choice)
+        for standing, name in zip(task.standings, names, strict=True)
+    ]
+    shown = [title for title in rows[0] if width >= _WIDE or title not in _ONLY_WIDE] if rows else []
+    for title in shown:
+        table.add_column(title, justify="left" if title in ("", "contender") else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(row[title] for title in shown))
+    return table
+
+
+_WIDE = 120  # columns of a terminal that shows every column of the table
+_ONLY_WIDE = ("to the leader", "lost")
+
+
+def _short_names(standings: Sequence[Standing]) -> list[str]:
+    """The optimizer alone where each races with one schedule."""
+    optimizers = [standing.optimizer for standing in standings]
+    once = len(set(optimizers)) == len(optimizers)
+    return optimizers if once else [standing.contender for standing in standings]
+
+
+def _standing(standing: Standing, name: str, *, leader: bool, chosen: bool) -> dict[str, str | Text]:
+    mark = "take" if chosen else "tied" if standing.tied else ""
+    lost = standing.diverged_trials + len(standing.failures)
+    known = not math.isnan(standing.mean)
+    gap = f"{standing.difference:+.3g} [{standing.difference_low:+.3g}, {standing.difference_high:+.3g}]"
+    lr = standing.best_hyperparameters.get("lr", math.nan)
+    return {
+        "": Text(mark, style="green" if chosen else "cyan"),
+        "contender": Text(name, style="bold" if chosen else ""),
+        "lr": number(lr) + {"low": " ↓", "high": " ↑"}.get(standing.edge, ""),
+        "mean [95 %]": f"{standing.mean:.4g} [{standing.low:.4g}, {standing.high:.4g}]" if known else "-",
+        "to the leader": "" if leader or not known or math.isnan(standing.difference) else gap,
+        "ms/step": f"{standing.cost.step_seconds * 1e3:.3g}",
+        "state": _bytes(standing.cost.state_bytes),
+        "lost": Text(str(lost), style="yellow") if lost else "",
+    }
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
