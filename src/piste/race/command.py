@@ -70,8 +70,8 @@ def _debug(function: Callable[..., Any]) -> Callable[..., Any]:
     "--schedules", default="", callback=_names, help="Crossed with the optimizers. [default: each one's companion]"
 )
 @click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps of a run. [default: the task's]")
-@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Confirmation runs each.")
-@click.option("--trials", type=click.IntRange(min=1), default=4, show_default=True, help="Learning rates each.")
+@click.option("--seeds", type=click.IntRange(min=1), default=5, show_default=True, help="Confirmation runs each.")
+@click.option("--trials", type=click.IntRange(min=1), default=5, show_default=True, help="Learning rates each.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, …")
 @click.option("--out", type=click.Path(path_type=Path), help="Directory of results. [default: piste-race/<tasks>]")
 @click.option("--resume", is_flag=True, help="Go on with the last race in --out, as it was asked for.")

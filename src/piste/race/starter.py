@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["STARTER"]
 
-STARTER = '''"""A task for `piste race {file}`. It runs as it is; your own model, data and loss go into the marked places."""
+STARTER = '''"""A task for `piste race {file}`. It runs as it is; your model, data and loss go where it says so."""
 
 import torch
 from torch import nn

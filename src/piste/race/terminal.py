@@ -188,11 +188,11 @@ def _standings(task: TaskResult, width: int) -> Table:
         _standing(standing, name, leader=standing is task.standings[0], chosen=standing is choice)
         for standing, name in zip(task.standings, names, strict=True)
     ]
-    shown = [title for title in rows[0] if width >= _WIDE or title not in _ONLY_WIDE] if rows else []
-    for title in shown:
-        table.add_column(title, justify="left" if title in ("", "contender") else "right", no_wrap=True)
+    shown = [column for column in rows[0] if width >= _WIDE or column not in _ONLY_WIDE] if rows else []
+    for column in shown:
+        table.add_column(column, justify="left" if column in ("", "contender") else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(row[title] for title in shown))
+        table.add_row(*(row[column] for column in shown))
     return table
 
 

@@ -65,7 +65,8 @@ class _Block(nn.Module):
         query, key, value = heads.permute(2, 0, 3, 1, 4)
         mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.attention_out(mixed.transpose(1, 2).reshape(batch, time, WIDTH))
-        return x + self.perceptron(self.perceptron_norm(x))
+        wide: Tensor = self.perceptron(self.perceptron_norm(x))
+        return x + wide
 
 
 class CharTransformer(nn.Module):
