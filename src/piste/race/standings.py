@@ -9,6 +9,7 @@ from piste.race.contenders import Contender
 from piste.race.inspection import TaskCard
 from piste.race.protocol import MOST_EXTENSIONS, Plan, Records, Tuning, confirmations, keys_so_far, tuning
 from piste.race.record import CONFIRM, FINISHED, TUNE, Cost, RunRecord, Standing, StudyResult, TaskResult
+from piste.race.report.words import size
 from piste.race.statistics import Comparison, compare
 
 FEW_SEEDS = 5
@@ -68,7 +69,7 @@ def recommended(standings: list[Standing]) -> Standing | None:
     times = [standing.cost.step_seconds for standing in group if not math.isnan(standing.cost.step_seconds)]
     limit = min(times, default=math.inf) * (1 + _SAME_TIME)
     fast = [standing for standing in group if standing.cost.step_seconds <= limit] or group
-    return min(fast, key=lambda standing: (standing.cost.state_bytes, standing.cost.step_seconds))
+    return min(fast, key=lambda standing: standing.cost.state_bytes)  # of equal ones the first, which scored best
 
 
 def _confirmed(
@@ -221,7 +222,7 @@ def _behind(standings: list[Standing]) -> str:
 
 def _cost_words(standing: Standing) -> str:
     cost = standing.cost
-    return f"{1000 * cost.step_seconds:.3g} ms a step, {cost.state_bytes / 2**20:.2g} MiB of optimizer state"
+    return f"{1000 * cost.step_seconds:.3g} ms a step, {size(cost.state_bytes)} of optimizer state"
 
 
 def _interval(standing: Standing) -> str:
@@ -278,8 +279,8 @@ def _search_notes(plan: Plan, records: Records) -> list[str]:
                     f"{where}: the best lr is still the {_WORDS[state.edge]} tried{reach}; give it more trials."
                 )
             elif state.extensions:
-                extra = "1 trial" if state.extensions == 1 else f"{state.extensions} trials"
-                notes.append(f"{where}: the best lr was at an edge, so {extra} beyond it were added.")
+                extra = "1 trial was" if state.extensions == 1 else f"{state.extensions} trials were"
+                notes.append(f"{where}: the best lr was at an edge, so {extra} added beyond it.")
     return notes
 
 

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from piste.race.progress import Row, duration
 from piste.race.record import RunRecord, Standing, StudyResult, TaskResult
+from piste.race.report.words import size
 from piste.race.standings import recommended
 from piste.race.study import State
 
@@ -220,14 +221,6 @@ def _standing(standing: Standing, name: str, *, leader: bool, chosen: bool) -> d
         "mean [95 %]": f"{standing.mean:.4g} [{standing.low:.4g}, {standing.high:.4g}]" if known else "-",
         "to the leader": "" if leader or not known or math.isnan(standing.difference) else gap,
         "ms/step": f"{standing.cost.step_seconds * 1e3:.3g}",
-        "state": _bytes(standing.cost.state_bytes),
+        "state": size(standing.cost.state_bytes),
         "lost": Text(str(lost), style="yellow") if lost else "",
     }
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"
