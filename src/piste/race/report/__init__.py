@@ -1,6 +1,6 @@
 """The report of a race: one HTML file that holds everything it shows and needs no network.
 
-``page`` turns a study into words, ``plots`` into pictures, the template into HTML; ``write`` puts the file down.
+``make_page`` turns a study into words, ``plots`` into pictures, the template into HTML; ``write`` puts the file down.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from markupsafe import Markup
 
 from piste.race.record import StudyResult, canonical_json
 
-from .page import page
+from .page import make_page
 from .palette import COLOURS
 
 __all__ = ["write"]
@@ -70,7 +70,7 @@ def write(result: StudyResult, path: str | os.PathLike[str]) -> Path:
 
 def render(result: StudyResult) -> str:
     """The report as text."""
-    content = page(result)
+    content = make_page(result)
     plotly_script = plotly.offline.get_plotlyjs()
     script = _file("page.js")
     figures = [plot.data() for section in content.sections for plot in section.pictures if not plot.empty]

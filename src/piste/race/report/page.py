@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from piste.race.record import CONFIRM, TUNE, RunRecord, Standing, StudyResult, TaskResult
+from piste.race.standings import recommended
 from piste.race.statistics import LEVEL
 
 from . import words
@@ -81,8 +82,9 @@ class Section:
         task: the task's name.
         metric: what was scored.
         direction: ``"lower is better"`` or ``"higher is better"``.
-        mood: ``"clear"``, ``"tie"`` or ``"none"``: whether there is one winner, a tied group, or nothing to take.
+        mood: ``"clear"``, ``"tie"``, ``"unsure"`` (one seed) or ``"none"`` (no contender was scored).
         badge: the mood in words.
+        advice: the words before the name of the contender to take.
         taken: the contender to take, or ``""``.
         lr: its learning rate.
         verdict: the race's own sentences.
@@ -101,6 +103,7 @@ class Section:
     direction: str
     mood: str
     badge: str
+    advice: str
     taken: str
     lr: str
     verdict: str
@@ -133,7 +136,7 @@ class Page:
 LONGEST_RANKING = 6
 
 
-def page(result: StudyResult) -> Page:
+def make_page(result: StudyResult) -> Page:
     """What the template shows."""
     all_looks = looks(result)
     sections = []
@@ -155,25 +158,12 @@ def page(result: StudyResult) -> Page:
     )
 
 
-def taken(standings: list[Standing]) -> Standing | None:
-    """The contender to take: of the leader's tied group the one with the cheapest step, as the race's verdict says."""
-    group = [standing for standing in standings if standing.tied and standing.best_hyperparameters]
-    return min(group, key=_price, default=None)
-
-
-def _price(standing: Standing) -> tuple[float, int]:
-    step = standing.cost.step_seconds
-    return (step if math.isfinite(step) else math.inf, standing.cost.state_bytes)
-
-
 # One task ------------------------------------------------------------------------------------------------------------
 
 
 def _section(task: TaskResult, runs: list[RunRecord], all_looks: dict[str, Look], identifier: str) -> Section:
-    choice = taken(task.standings)
-    group = [standing for standing in task.standings if standing.tied and standing.best_hyperparameters]
-    mood = "none" if choice is None else "tie" if len(group) > 1 else "clear"
-    badge = {"none": "no result", "tie": f"tie of {len(group)}", "clear": "clear winner"}[mood]
+    choice = _choice(task.standings)
+    mood, badge, advice = _mood(task.standings, choice)
     places = _score_places(task.standings)
     difference_places = _difference_places(task.standings)
     shown = task.standings[:LONGEST_RANKING]
@@ -188,6 +178,7 @@ def _section(task: TaskResult, runs: list[RunRecord], all_looks: dict[str, Look]
         direction="higher is better" if task.higher_is_better else "lower is better",
         mood=mood,
         badge=badge,
+        advice=advice,
         taken=choice.contender if choice else "",
         lr=words.short(choice.best_hyperparameters.get("lr")) if choice else "",
         verdict=task.verdict,
@@ -199,6 +190,25 @@ def _section(task: TaskResult, runs: list[RunRecord], all_looks: dict[str, Look]
         pictures=pictures(task, runs, all_looks, identifier),
         key=[(s.contender, all_looks[s.contender]) for s in task.standings],
     )
+
+
+def _choice(standings: list[Standing]) -> Standing | None:
+    """The contender to take; from a single seed, which cannot tell a tie, the one that scored best."""
+    if standings and len(standings[0].scores) == 1:
+        return standings[0]
+    return recommended(standings)
+
+
+def _mood(standings: list[Standing], choice: Standing | None) -> tuple[str, str, str]:
+    """Mood, badge and advice."""
+    group = [standing for standing in standings if standing.tied]
+    if choice is None:
+        return "none", "no result", "Nothing to take"
+    if len(choice.scores) == 1:
+        return "unsure", "one seed: unsure", "Best so far:"
+    if len(group) > 1:
+        return "tie", f"tie of {len(group)}", "Take"
+    return "clear", "clear winner" if len(standings) > 1 else "raced alone", "Take"
 
 
 def _facts(choice: Standing, task: TaskResult, places: int) -> list[Fact]:
@@ -221,6 +231,8 @@ def _sureness(choice: Standing, task: TaskResult) -> Fact:
     others = [standing for standing in task.standings if standing is not choice]
     scored = [standing for standing in others if standing.scores]
     tied = [standing.contender for standing in others if standing.tied]
+    if len(choice.scores) == 1:
+        return Fact("against the others", "cannot be told", "one seed does not show what is chance")
     if tied:
         return Fact("against the others", "no difference found", f"between it and {words.listing(tied)}")
     if not scored:
@@ -268,8 +280,8 @@ def _place(
     if not standing.scores:
         remark = "no result"
     elif standing is choice:
-        remark = "take this"
-    elif standing.tied:
+        remark = "take this" if len(standing.scores) > 1 else "best"
+    elif standing.tied and len(standing.scores) > 1:
         remark = "tied"
     else:
         remark = words.fixed(standing.difference, difference_places, signed=True)
@@ -323,6 +335,8 @@ def _tied_word(standing: Standing, *, leader: bool) -> str:
         return "no result"
     if leader:
         return "leader"
+    if len(standing.scores) == 1:
+        return "unknown"
     return "tied" if standing.tied else "no"
 
 

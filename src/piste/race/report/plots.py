@@ -528,8 +528,7 @@ def differences(task: TaskResult, looks: dict[str, Look], identifier: str) -> Pi
         identifier,
         "differences",
         "Behind the leader, and how surely",
-        "Mean paired difference over common seeds with its bootstrap interval. Hollow: tied, no difference from the "
-        "leader was found. Filled: worse than the leader.",
+        _differences_caption(standings),
         _differences_alt(standings),
         figure,
         [],
@@ -570,7 +569,18 @@ def _difference_label(standing: Standing, *, leader: bool) -> str:
         return f"{name} · no result"
     if leader:
         return f"<b>{name}</b> · leader"
+    if len(standing.scores) == 1:
+        return f"{name} · one seed"
     return f"{name} · tied" if standing.tied else name
+
+
+def _differences_caption(standings: Sequence[Standing]) -> str:
+    if standings and len(standings[0].scores) == 1:
+        return "One seed each: there is no interval, and no telling a difference from chance."
+    return (
+        "Mean paired difference over common seeds with its bootstrap interval. Hollow: tied, no difference from the "
+        "leader was found. Filled: worse than the leader."
+    )
 
 
 def _differences_alt(standings: Sequence[Standing]) -> str:
