@@ -8,10 +8,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import conformance_table
 import pytest
-from conformance import values
+import torch
+from conformance import distributed, values
 from conformance.matrix import Promise, promises
-from conformance.subjects import Subject, subjects
+from conformance.subjects import WRAPPED, Subject, subjects
+from oracles.formulas import FORMULAS
+
+from piste import optimizers
+from piste.registry import OPTIMIZERS
 
 SUBJECTS = subjects()
 PROMISES = promises()
@@ -49,3 +55,26 @@ def test_compiled_smoke() -> None:
     """The fast tests compile one optimizer, so that a broken compile engine is seen at once."""
     subject = next(s for s in SUBJECTS if s.name == "AdamW")
     values.engines_agree(subject, "compile")
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[torch.Tensor]]]:
+    return distributed.together(tmp_path_factory.mktemp("ddp"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("subject", SUBJECTS, ids=lambda s: s.id)
+def test_two_processes_equal_one(subject: Subject, two_processes: list[dict[str, list[torch.Tensor]]]) -> None:
+    distributed.check(subject, two_processes)
+
+
+def test_every_optimizer_has_a_row() -> None:
+    """A class that is exported but not registered would be in no promise."""
+    assert {s.name for s in SUBJECTS} - {WRAPPED} == set(optimizers.__all__) == {info.name for info in OPTIMIZERS}
+    assert {s.name for s in SUBJECTS} >= set(FORMULAS)
+
+
+def test_the_published_page_is_current() -> None:
+    """docs/conformance.md is what the table writes when every promise is kept: same rows, same columns, no fault."""
+    expected = conformance_table.page(conformance_table.all_kept())
+    assert conformance_table.PAGE.read_text(encoding="utf-8") == expected, "run: python tests/conformance_table.py"

@@ -24,6 +24,7 @@ from conformance.subjects import (
     train,
     weights_of,
 )
+from piste.registry import optimizer_info
 
 MIDDLE = 8  # two steps into the second Lookahead period (k = 6), two steps after the last gap of the problem
 
@@ -84,6 +85,20 @@ def load_keeps_dtypes(subject: Subject, engine: str) -> None:
     fresh = subject.make([torch.nn.Parameter(p.detach().clone()) for p in params], engine)
     fresh.load_state_dict(through_a_file(saved))
     assert_identical(fresh.state_dict()["state"], saved["state"])
+
+
+@promise("keeps the states its record names, no others", not_for_wrappers="keeps one more than the wrapped optimizer")
+def states(subject: Subject, engine: str) -> None:
+    """What `optimizer_info(name).state` says is what memory is spent on (these settings keep every state)."""
+    params = weights_of(SMALL)
+    optimizer = subject.make(params, engine)
+    train(params, optimizer, SMALL)
+    kept = {k for s in optimizer.state_dict()["state"].values() for k, v in s.items() if torch.is_tensor(v) and v.dim()}
+    named = set(optimizer_info(subject.name).state)
+    assert kept <= named
+    switches = {"amsgrad": {"smax", "vmax"}}  # the one switch that FULL_STATE leaves off for some
+    off = {state for switch, of in switches.items() if not optimizer.param_groups[0].get(switch) for state in of}
+    assert named - kept <= off
 
 
 @promise("loading copies: later steps leave the saved dictionary alone")

@@ -24,7 +24,6 @@ class Promise:
     engines: tuple[str, ...] = ENGINES
     compiled: bool = False  # also under `compile`, in the slow tests
     not_for_wrappers: str = ""  # why Lookahead has no such cell
-    slow_engines: tuple[str, ...] = ()
 
     def applies(self, subject: Subject) -> bool:
         return not (subject.wrapped and self.not_for_wrappers)
@@ -39,12 +38,11 @@ def promise(
     engines: tuple[str, ...] = ENGINES,
     compiled: bool = False,
     not_for_wrappers: str = "",
-    slow_engines: tuple[str, ...] = (),
 ) -> Callable[[Check], Check]:
     """Adds a check to the matrix."""
 
     def add(check: Check) -> Check:
-        PROMISES.append(Promise(check.__name__, title, check, engines, compiled, not_for_wrappers, slow_engines))
+        PROMISES.append(Promise(check.__name__, title, check, engines, compiled, not_for_wrappers))
         return check
 
     return add

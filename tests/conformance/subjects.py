@@ -13,6 +13,7 @@ from oracles.formulas import FORMULAS, Formula
 from oracles.replay import GAPS, SHAPES, FormulaRun, Problem, random_problem, set_gradients
 
 import piste
+from piste.registry import OPTIMIZERS
 
 # Fast engines are exercised on everything; the compiled one on little (see `matrix`).
 ENGINES = ("reference", "foreach")
@@ -67,15 +68,6 @@ class Subject:
         )
 
 
-def _classes() -> dict[str, type[torch.optim.Optimizer]]:
-    """Every optimizer class that the package exports."""
-    return {
-        name: value
-        for name, value in vars(piste).items()
-        if isinstance(value, type) and value.__module__.startswith("piste.optimizers.")
-    }
-
-
 def _subject(name: str, cls: type[torch.optim.Optimizer]) -> Subject:
     return Subject(name, cls, {"lr": 0.05} | FULL_STATE.get(name, {}))
 
@@ -89,7 +81,7 @@ def _centralization_turned(subject: Subject) -> Subject:
 
 def subjects() -> list[Subject]:
     """Every optimizer class, with and without gradient centralization, and Lookahead round one of them."""
-    plain = [_subject(name, cls) for name, cls in sorted(_classes().items())]
+    plain = [_subject(info.name, info.optimizer) for info in OPTIMIZERS]
     wrapped = replace(_subject("AdamW", piste.AdamW), name=WRAPPED, wrapped=True)
     return [*plain, *map(_centralization_turned, plain), wrapped]
 

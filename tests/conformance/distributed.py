@@ -1,0 +1,83 @@
+"""Promises that need two processes: DistributedDataParallel over gloo, on the CPU.
+
+One pair of processes serves all optimizers, because starting them costs seconds. FSDP2 (DTensor weights) has no test
+yet and is a "not yet" in the table.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from conformance.subjects import Subject, subjects
+
+PROCESSES = 2
+STEPS = 8  # past RAdam's switch and one Lookahead sync
+TITLE = "DDP on two processes equals one"
+
+
+def _model() -> nn.Module:
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(18, 3)).double()
+
+
+def _batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(6)
+    return [
+        (
+            torch.randn(4 * PROCESSES, 1, 4, 4, generator=generator, dtype=torch.float64),
+            torch.randn(4 * PROCESSES, 3, generator=generator, dtype=torch.float64),
+        )
+        for _ in range(STEPS)
+    ]
+
+
+def _train(subject: Subject, model: nn.Module, rank: int | None) -> list[torch.Tensor]:
+    """All batches, or this process's half of each; the loss is a mean, so halves average to the whole."""
+    optimizer = subject.make(model.parameters(), clip_norm=1.0)
+    for inputs, targets in _batches():
+        if rank is not None:
+            inputs, targets = (x.chunk(PROCESSES)[rank] for x in (inputs, targets))
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(inputs), targets).backward()
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def alone(subject: Subject) -> list[torch.Tensor]:
+    """One process, whole batches."""
+    return _train(subject, _model(), None)
+
+
+def _process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES
+    )
+    try:
+        results = {
+            subject.id: _train(subject, nn.parallel.DistributedDataParallel(_model()), rank) for subject in subjects()
+        }
+        torch.save(results, Path(folder) / f"rank{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def together(folder: Path) -> list[dict[str, list[torch.Tensor]]]:
+    """The final weights of every optimizer, as each process has them."""
+    torch.multiprocessing.spawn(_process, args=(str(folder),), nprocs=PROCESSES)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
+
+
+def check(subject: Subject, ranks: list[dict[str, list[torch.Tensor]]]) -> None:
+    """All processes hold the same bits; against one process, gradients were summed in another order.
+
+    1e-9: float64 rounding of a gradient, divided by roots of small second moments, over eight steps.
+    """
+    first, *others = (rank[subject.id] for rank in ranks)
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    for a, b in zip(first, alone(subject), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)

@@ -1,0 +1,136 @@
+"""Runs the conformance matrix and writes it to docs/conformance.md: ``python tests/conformance_table.py``.
+
+About three minutes, because the compile engine and the two-process runs are in it. `tests/test_conformance.py` checks
+that the page in the repository is what this file writes when every promise is kept.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from conformance import distributed
+from conformance.matrix import Promise, promises
+from conformance.subjects import Subject, subjects
+
+from piste.registry import OPTIMIZERS
+
+PAGE = Path(__file__).parent.parent / "docs" / "conformance.md"
+
+Cell = tuple[str, str, str]  # promise, subject, engine
+Results = Mapping[Cell, bool]
+
+LETTERS = {"reference": "R", "foreach": "F", "compile": "C"}
+
+INTRODUCTION = """\
+# Conformance
+
+Every optimizer of piste keeps the promises below. Each is a test of `tests/conformance/`, run for every optimizer of
+the registry, with and without gradient centralization, and for the wrapper `Lookahead` round AdamW. A new optimizer
+joins the table by joining the registry.
+
+**R** kept on the reference engine · **F** on foreach · **C** on compile, where it is tried (each shape costs seconds) ·
+**✓** kept, and the engine plays no part · **✗** broken · — does not apply (see below the table).
+
+This page is written by `python tests/conformance_table.py`, which runs all of it; a test fails when the page and the
+registry differ.
+"""
+
+NOT_YET = """\
+Not in the table yet: FSDP2 (weights as DTensor) equal to one process; peak extra memory (`make bench` measures it).
+"""
+
+
+def _columns() -> list[str]:
+    return list(dict.fromkeys(s.name for s in subjects()))
+
+
+def _engines(promise: Promise) -> tuple[str, ...]:
+    return (*promise.engines, "compile") if promise.compiled else promise.engines
+
+
+def cells() -> list[tuple[Promise, Subject, str]]:
+    """Everything there is to run, distribution apart."""
+    return [(p, s, e) for p in promises() for s in subjects() if p.applies(s) for e in _engines(p)]
+
+
+def all_kept() -> dict[Cell, bool]:
+    """The results of a library without a fault."""
+    kept = {(p.name, s.id, e): True for p, s, e in cells()}
+    return kept | {(distributed.TITLE, s.id, ""): True for s in subjects()}
+
+
+def _mark(results: Results, promise: Promise, column: str) -> str:
+    rows = [s for s in subjects() if s.name == column and promise.applies(s)]
+    if not rows:
+        return "—"
+    held = {e: all(results[promise.name, s.id, e] for s in rows) for e in _engines(promise)}
+    if not all(held.values()):
+        return "✗ " + " ".join(LETTERS[e] for e, fine in held.items() if not fine)
+    return "✓" if promise.engines == ("reference",) else " ".join(LETTERS[e] for e in held)
+
+
+def _ddp_mark(results: Results, column: str) -> str:
+    return "✓" if all(results[distributed.TITLE, s.id, ""] for s in subjects() if s.name == column) else "✗"
+
+
+def _row(cells_: list[str]) -> str:
+    return f"| {' | '.join(cells_)} |"
+
+
+def page(results: Results) -> str:
+    """The whole page."""
+    columns = _columns()
+    lines = [INTRODUCTION, _row(["promise", *columns]), _row(["---", *[":-:"] * len(columns)])]
+    lines += [_row([p.title, *(_mark(results, p, c) for c in columns)]) for p in promises()]
+    lines += [_row([distributed.TITLE, *(_ddp_mark(results, c) for c in columns)]), "", NOT_YET]
+    lines += ["Why a promise does not apply to the wrapper:", ""]
+    lines += [f"* {p.title}: {p.not_for_wrappers}." for p in promises() if p.not_for_wrappers]
+    lines += ["", "## Where the expected numbers come from", ""]
+    lines += [
+        "Float64 formulas typed a second time, in NumPy (`tests/oracles/formulas.py`), for every optimizer; and:",
+        "",
+    ]
+    lines += [_row(["optimizer", "compared live with", "source"]), _row(["---"] * 3)]
+    lines += [_row([info.name, info.oracle, info.source]) for info in OPTIMIZERS]
+    return "\n".join(lines) + "\n"
+
+
+def _held(check: Callable[[], None], name: str) -> bool:
+    try:
+        check()
+    except Exception:  # whatever it is, it is a broken promise, and the table goes on
+        print(f"BROKEN {name}", file=sys.stderr)
+        traceback.print_exc(limit=-3)
+        return False
+    return True
+
+
+def run() -> dict[Cell, bool]:
+    """Every check, in this process; two more processes for DDP."""
+    torch.set_num_threads(1)
+    results: dict[Cell, bool] = {}
+    for p, s, e in cells():
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", ".*torch.jit.script_method.*", DeprecationWarning)
+            results[p.name, s.id, e] = _held(lambda p=p, s=s, e=e: p.check(s, e), f"{p.name} {s.id} {e}")
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = distributed.together(Path(folder))
+    for s in subjects():
+        results[distributed.TITLE, s.id, ""] = _held(lambda s=s: distributed.check(s, ranks), f"DDP {s.id}")
+    return results
+
+
+if __name__ == "__main__":
+    found = run()
+    PAGE.write_text(page(found), encoding="utf-8")
+    broken = sum(not kept for kept in found.values())
+    print(f"{PAGE}: {len(found) - broken} of {len(found)} cells kept")
+    sys.exit(1 if broken else 0)
