@@ -1,0 +1,1 @@
+"""Speed and memory of piste against torch's own optimizers: ``make bench``."""
