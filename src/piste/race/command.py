@@ -18,6 +18,7 @@ import piste
 from piste.race import report
 from piste.race.contenders import ContenderError
 from piste.race.executor import ExecutorError
+from piste.race.record import StudyResult
 from piste.race.standings import recommended
 from piste.race.starter import STARTER
 from piste.race.store import Store, StoreError
@@ -117,8 +118,7 @@ def _race(
             settings = Settings(tasks, optimizers, schedules, steps, trials, seeds, device)
         console = Console()
         result = race(settings, store, view_for(console), shlex.join(["piste", *sys.argv[1:]]))
-        path = report.write(result, store.report)
-        show_result(console, result, path)
+        show_result(console, result, _write_report(store, result))
         if not any(recommended(each.standings) for each in result.results):
             click.echo("piste: no run of any contender finished; the report says why", err=True)
             sys.exit(1)
@@ -184,4 +184,9 @@ def _report(directory: Path, debug: bool) -> None:
         result = stored_result(store)
         for line in store.damaged:
             click.echo(f"piste: {line}", err=True)
-        show_result(Console(), result, report.write(result, store.report))
+        show_result(Console(), result, _write_report(store, result))
+
+
+def _write_report(store: Store, result: StudyResult) -> Path:
+    with store.explained():
+        return report.write(result, store.report)

@@ -1,0 +1,135 @@
+"""The store: whole files or none, damage noticed, one race at a time."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from report_studies import plain_study
+
+from piste.race import store as store_module
+from piste.race.record import RunRecord
+from piste.race.store import Store, StoreError
+
+RECORDS = plain_study().records
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "race")
+
+
+def _filled(store: Store, count: int = 3) -> list[RunRecord]:
+    with store.writing():
+        for record in RECORDS[:count]:
+            store.add(record)
+    return RECORDS[:count]
+
+
+def test_records_come_back_as_they_went(store: Store) -> None:
+    records = _filled(store)
+    found = store.load()
+    assert {id_: r.to_json() for id_, r in found.items()} == {r.key.id: r.to_json() for r in records}
+    assert sorted(path.name for path in store.runs.iterdir()) == sorted(f"{r.key.id}.json" for r in records)
+
+
+@pytest.mark.parametrize("place", [0.1, 0.5, 0.9])
+def test_one_flipped_bit_is_noticed(store: Store, place: float) -> None:
+    records = _filled(store)
+    victim = store.runs / f"{records[1].key.id}.json"
+    content = bytearray(victim.read_bytes())
+    digits = [i for i, byte in enumerate(content) if chr(byte).isdigit()]
+    content[digits[int(place * len(digits))]] ^= 1
+    victim.write_bytes(content)
+    found = store.load()
+    assert set(found) == {records[0].key.id, records[2].key.id}
+    assert "is damaged" in store.damaged[0]
+    assert str(victim) in store.damaged[0]
+    assert not victim.exists()
+    assert victim.with_name(victim.name + ".damaged").exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"checksum": 1}', "\x00" * 100])
+def test_what_is_no_record_is_set_aside(store: Store, text: str) -> None:
+    _filled(store)
+    (store.runs / "feedfeedfeedfeedfeed.json").write_text(text)
+    assert len(store.load()) == 3
+    assert len(store.damaged) == 1
+
+
+def test_a_record_under_another_name_is_set_aside(store: Store) -> None:
+    records = _filled(store)
+    path = store.runs / f"{records[0].key.id}.json"
+    path.rename(path.with_name("0" * 20 + ".json"))
+    assert len(store.load()) == 2
+    assert "its name is not its id" in store.damaged[0]
+
+
+def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot be used"), Store(tmp_path / "file" / "race").writing():
+        pass
+
+
+def test_a_full_disk_keeps_what_is_there(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    _filled(store)
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with store.writing():
+        monkeypatch.setattr(store_module.os, "fsync", full)
+        with pytest.raises(StoreError, match=r"No space left.*free some space.*3 finished runs in it are kept"):
+            store.add(RECORDS[5])
+        monkeypatch.undo()
+    assert len(store.load()) == 3
+    assert store.damaged == []
+    assert not list(store.path.rglob("*.tmp"))
+
+
+def test_leftovers_of_a_killed_writer_are_swept(store: Store) -> None:
+    _filled(store)
+    (store.runs / "half.json.tmp").write_text("{")
+    with store.writing():
+        assert len(store.load()) == 3
+    assert not list(store.path.rglob("*.tmp"))
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from piste.race.store import Store
+with Store(Path(sys.argv[1])).writing():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_race_is_refused_until_the_first_dies(store: Store) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(store.path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(StoreError, match=rf"another race is using .*process {holder.pid}.*--out"), store.writing():
+            pass
+        os.kill(holder.pid, signal.SIGKILL)
+        holder.wait()
+        with store.writing():
+            assert store.load() == {}
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def test_no_study_is_said(store: Store) -> None:
+    with pytest.raises(StoreError, match="there is no race in"):
+        store.read_study()
+    store.path.mkdir()
+    store.study.write_text("{")
+    with pytest.raises(StoreError, match="is damaged"):
+        store.read_study()
