@@ -57,7 +57,10 @@ def _explained(debug: bool, out: Path | None = None) -> Iterator[None]:
 
 
 def _names(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in value.split(",") if name.strip())
+    names = tuple(name.strip() for name in value.split(",") if name.strip())
+    if not names and value != parameter.default:
+        raise click.BadParameter(f"{value!r} holds no name; legal: {parameter.name} with commas between them")
+    return names
 
 
 def _debug(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,101 @@
+"""The command: what it says to people, above all when something is wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+import piste
+from piste.race.command import command
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(command, arguments)
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["race", "--help"], ["list", "-h"], ["report", "-h"]])
+def test_help_is_there(arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 0
+    assert "Usage:" in result.output
+
+
+def test_list_shows_what_create_takes() -> None:
+    result = run("list", "sgd*")
+    assert [line.split()[0] for line in result.output.splitlines()[1:] if line[0] != " "] == piste.list_optimizers(
+        "sgd*"
+    )
+    missing = run("list", "zzz")
+    assert missing.exit_code == 1
+    assert "no name fits 'zzz'" in missing.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing.py"], "there is no file nothing.py (piste race --new nothing.py"),
+        (["digit"], "did you mean digits?"),
+        (["--optimizers", "rnger"], "ranger"),
+        (["--optimizers", "adamw,adamw"], "adamw"),
+        (["--optimizers", ","], "optimizer"),
+        (["--schedules", "flat_cosin"], "flat_cosine"),
+        (["--device", "quantum"], "device 'quantum' cannot be used here"),
+        (["--steps", "0"], "0 is not in the range x>=1"),
+        (["--seeds", "many"], "'many' is not a valid integer"),
+        (["--resume"], "there is no race to resume"),
+        (["--resume", "--steps", "3"], "leave out steps"),
+        (["--resume", "--out", "nowhere"], "there is no race in nowhere"),
+        (["--new", "my task.txt"], "must be called like my_task.py"),
+    ],
+)
+def test_mistakes_end_in_one_message(arguments: list[str], message: str, tmp_path: Path) -> None:
+    result = run("race", *arguments)
+    assert result.exit_code in (1, 2)
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert list(tmp_path.glob("**/*.json")) == []
+
+
+def test_debug_shows_the_traceback() -> None:
+    assert "Traceback" in run("race", "nothing.py", "--debug").output
+
+
+def test_new_writes_a_starter_and_overwrites_nothing() -> None:
+    result = run("race", "--new", "mine.py")
+    assert result.exit_code == 0
+    assert "piste race mine.py" in result.output
+    before = Path("mine.py").read_text()
+    assert 'name="mine"' in before
+    again = run("race", "--new", "mine.py")
+    assert again.exit_code == 2
+    assert "stays as it is" in again.output
+    assert Path("mine.py").read_text() == before
+
+
+def test_a_directory_that_cannot_be_written() -> None:
+    Path("file").write_text("")
+    result = run("race", "digits", "--out", "file/race")
+    assert result.exit_code == 1
+    assert "cannot be used" in result.output
+
+
+def test_report_of_nothing() -> None:
+    result = run("report", "nowhere")
+    assert result.exit_code == 1
+    assert "there is no race in nowhere" in result.output
+
+
+def test_without_the_extra_it_says_how_to_get_it() -> None:
+    script = "import sys; sys.modules['click'] = None; sys.argv = ['piste']; from piste.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "piste: the command needs click, which comes with: pip install 'piste[race]'"
