@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -46,7 +49,7 @@ def peak_extra_bytes(make: Callable[[list[torch.nn.Parameter]], torch.optim.Opti
     optimizer = make(parameters(shapes))
     for _ in range(WARM_UP):
         optimizer.step()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with _no_chatter(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         optimizer.step()
     held = highest = 0
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -54,6 +57,19 @@ def peak_extra_bytes(make: Callable[[list[torch.nn.Parameter]], torch.optim.Opti
         held += event.nbytes()
         highest = max(highest, held)
     return highest
+
+
+@contextmanager
+def _no_chatter() -> Iterator[None]:
+    """Some builds of torch's profiler announce themselves on the standard error of the process."""
+    kept = os.dup(2)
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def import_seconds(rounds: int) -> dict[str, float]:

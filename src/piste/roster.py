@@ -117,12 +117,13 @@ class Roster:
 
     def _way(self, i: int, t: int, hp: Sequence[Mapping[str, float]], rows: dict[Any, Row]) -> tuple[Graph, Row]:
         """The graph of a member's step, and its host numbers, shared by all weights for which they are the same."""
-        m, shape = self.members[i], self.shapes[i]
-        row = rows.get((m.group, t)) or Row(hp[m.group], t)
-        graph = m.variants.graph(row, shape)
+        group, variants = self.members[i].group, self.members[i].variants
+        row = rows.get((group, t)) or Row(hp[group], t)
+        graph = variants.graph(row, self.shapes[i])
         if graph.by_shape:
-            return graph, rows.setdefault((m.group, t, shape), row.at(shape))
-        return graph, rows.setdefault((m.group, t), row)
+            shape = self.shapes[i]
+            return graph, rows.setdefault((group, t, shape), row.at(shape))
+        return graph, rows.setdefault((group, t), row)
 
     def _layout(self, active: Sequence[int], graphs: Sequence[Graph], gradients: Sequence[Tensor | None]) -> _Layout:
         """Sort the members of a step by plan, device and dtypes. Empty weights take their steps in no bucket."""
