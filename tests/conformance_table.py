@@ -105,8 +105,7 @@ def _held(check: Callable[[], None], name: str) -> bool:
     try:
         check()
     except Exception:  # whatever it is, it is a broken promise, and the table goes on
-        print(f"BROKEN {name}", file=sys.stderr)
-        traceback.print_exc(limit=-3)
+        sys.stderr.write(f"BROKEN {name}\n{traceback.format_exc(limit=-3)}\n")
         return False
     return True
 
@@ -132,5 +131,5 @@ if __name__ == "__main__":
     found = run()
     PAGE.write_text(page(found), encoding="utf-8")
     broken = sum(not kept for kept in found.values())
-    print(f"{PAGE}: {len(found) - broken} of {len(found)} cells kept")
+    sys.stdout.write(f"{PAGE.name}: {len(found) - broken} of {len(found)} cells kept\n")
     sys.exit(1 if broken else 0)

@@ -179,7 +179,7 @@ def foreign_gradient_dtype(subject: Subject, engine: str) -> None:
                 torch.testing.assert_close(p.detach(), torch.tensor(w).to(weight), rtol=tolerance, atol=1e-6)
 
 
-@promise("complex weights")
+@promise("complex weights (refused under centralization)")
 def complex_weights(subject: Subject, engine: str) -> None:
     """Real and imaginary parts move as two real weights, or the optimizer refuses, names complex and does nothing."""
     problem = random_problem([(3, 4), (3, 4), (5,), (5,)], seed=38)
