@@ -43,6 +43,9 @@ class Document(HTMLParser):
         if tag not in ("meta", "link", "wbr", "input", "path", "rect", "br"):
             self._open.append(len(self.elements) - 1)
 
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
     def handle_endtag(self, tag: str) -> None:
         if any(self.elements[index][0] == tag for index in self._open):  # else an empty element that was never open
             while self.elements[self._open.pop()][0] != tag:
@@ -523,9 +526,8 @@ def test_the_metric_has_its_own_curve_where_there_is_one() -> None:
 def test_blow_ups_do_not_squeeze_the_rest() -> None:
     task = _result("a")
     good = _curve([4.0, 2.0, 1.0])
-    runs = _runs(
-        [("a", 0.1, 1, "confirm", "finished", good), ("a", 0.1, 2, "confirm", "diverged", diverged(good, 1.0))]
-    )
+    blown = diverged(good, 1.0)
+    runs = _runs([("a", 0.1, 1, "confirm", "finished", good), ("a", 0.1, 2, "confirm", "diverged", blown)])
     layout = plots.curves(task, runs, _looks(task), "id").figure.layout
     assert layout.yaxis.range[1] == pytest.approx(math.log10(8.0))
     assert "cut off" in layout.title.text

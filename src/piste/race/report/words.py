@@ -20,9 +20,8 @@ def number(value: float | None, digits: int = 3) -> str:
         return "∞" if value > 0 else f"{MINUS}∞"
     if value == 0:
         return "0"
-    if abs(value) < 10**digits:
-        value = float(f"{value:.{digits - 1}e}")  # so that 0.9999 counts as 1.00
-    exponent = math.floor(math.log10(abs(value)))
+    rounded = float(f"{value:.{digits - 1}e}")  # 0.9999 is to be 1.00
+    exponent = math.floor(math.log10(abs(rounded)))
     text = f"{value:.{max(0, digits - 1 - exponent)}f}" if -5 < exponent < 6 else f"{value:.{digits - 1}e}"
     return text.replace("-", MINUS)
 
