@@ -532,7 +532,7 @@ def differences(task: TaskResult, looks: dict[str, Look], identifier: str) -> Pi
         _differences_alt(standings),
         figure,
         [],
-        "" if standings else "No contender was scored.",
+        "" if any(standing.scores for standing in standings) else "No contender was scored.",
     )
 
 
