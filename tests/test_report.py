@@ -10,6 +10,8 @@ import itertools
 import json
 import math
 import re
+import subprocess
+import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,8 +23,9 @@ import torch
 from report_studies import HOSTILE, USUAL, diverged, empty_study, large_study, plain_study, standing, troubled_study
 
 import piste
+from piste.race import words
 from piste.race.record import Cost, Curve, RunRecord, StudyResult, TaskResult, canonical_json
-from piste.race.report import plots, recipe, render, words, write
+from piste.race.report import plots, recipe, render, write
 from piste.race.report.page import Section, make_page
 from piste.race.report.palette import COLOURS, looks
 
@@ -633,3 +636,9 @@ def test_hostile_code_stays_a_string() -> None:
 
 def test_no_code_without_a_setting() -> None:
     assert recipe.recipe(standing("a", [1.0], [1.0], Cost.unknown(), best_hyperparameters={}), 10) == ""
+
+
+@pytest.mark.parametrize("module", ["standings", "study", "report", "words"])
+def test_each_module_can_be_imported_first(module: str) -> None:
+    """The report reads standings, and standings share the report's words: that must not become a circle."""
+    subprocess.run([sys.executable, "-c", f"import piste.race.{module}"], check=True)

@@ -9,8 +9,8 @@ from piste.race.contenders import Contender
 from piste.race.inspection import TaskCard
 from piste.race.protocol import MOST_EXTENSIONS, Plan, Records, Tuning, confirmations, keys_so_far, tuning
 from piste.race.record import CONFIRM, FINISHED, TUNE, Cost, RunRecord, Standing, StudyResult, TaskResult
-from piste.race.report.words import size
 from piste.race.statistics import Comparison, compare
+from piste.race.words import size
 
 FEW_SEEDS = 5
 FEW_TRIALS = 4

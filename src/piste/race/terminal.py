@@ -16,9 +16,9 @@ from rich.text import Text
 
 from piste.race.progress import Row, duration
 from piste.race.record import RunRecord, Standing, StudyResult, TaskResult
-from piste.race.report.words import size
 from piste.race.standings import recommended
 from piste.race.study import State
+from piste.race.words import size
 
 __all__ = ["LiveView", "PlainView", "show_result", "view_for"]
 

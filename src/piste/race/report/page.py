@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from piste.race import words
 from piste.race.record import CONFIRM, TUNE, RunRecord, Standing, StudyResult, TaskResult
 from piste.race.standings import recommended
 from piste.race.statistics import LEVEL
 
-from . import words
 from .palette import Look, looks
 from .plots import Picture, pictures
 from .recipe import recipe

@@ -14,9 +14,9 @@ from typing import Any, Final
 
 import plotly.graph_objects as go  # type: ignore[import-untyped]
 
+from piste.race import words
 from piste.race.record import CONFIRM, TUNE, Curve, RunRecord, Standing, TaskResult
 
-from . import words
 from .palette import Look
 
 FONT: Final = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"

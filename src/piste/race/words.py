@@ -1,4 +1,4 @@
-"""Numbers and names as a reader wants them: few digits, a unit, and a dash for what is not known."""
+"""Numbers and names as a reader wants them: few digits, a unit, a dash for the unknown. For terminal and report."""
 
 from __future__ import annotations
 
