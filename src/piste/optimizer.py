@@ -18,7 +18,8 @@ from piste.execution import Member, Roster
 from piste.roster import real
 from piste.slots import Pipeline, program
 from piste.storage import STATE_FORMATS, WEIGHT_FORMATS, State
-from piste.symbol import Row, Variants
+from piste.symbol import Row
+from piste.variants import Variants
 
 __all__ = ["EngineOptions", "LastStep", "Optimizer", "Options", "Params"]
 

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from piste.symbol import HOST, Graph, Sym, topological
+from piste.symbol import HOST, Sym, topological
+from piste.variants import Graph
 
 __all__ = ["Plan", "Stage", "build"]
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from piste.bucket import Bucket
 from piste.plan import Plan, build
 from piste.storage import State, allocate, compute_dtype
-from piste.symbol import Graph, Row, Variants
+from piste.symbol import Row
+from piste.variants import Graph, Variants
 
 __all__ = ["Member", "Roster", "Sorted", "plans_built"]
 

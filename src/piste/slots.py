@@ -30,7 +30,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, TypeAlias, overload
 
 from piste.storage import State
-from piste.symbol import ALL, FULL, HOST, Graph, LanguageError, Row, Sym, Trace, Variants, nary
+from piste.symbol import ALL, FULL, HOST, LanguageError, Row, Sym, Trace, nary
+from piste.variants import Graph, Variants
 
 __all__ = ["Part", "Pipeline", "after", "apply", "decay", "direction", "prepare", "program", "scale", "update"]
 

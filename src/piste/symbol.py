@@ -13,7 +13,8 @@ computes, from which every engine is fed. Each symbol has a *kind*, which says h
 ===============  ======================================================================================
 
 Host numbers may steer Python's ``if``: the branch taken is recorded as a guard, so a rule that says ``if rho > 5`` as
-its paper does has one graph for each outcome, found again by evaluating the guards (:class:`Variants`). Data may not.
+its paper does has one graph for each outcome, found again by evaluating the guards (:mod:`piste.variants`). Data may
+not.
 """
 
 from __future__ import annotations
@@ -21,10 +22,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from itertools import pairwise
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, NoReturn
 
 __all__ = [
     "ALL",
@@ -32,15 +31,12 @@ __all__ = [
     "HOST",
     "MATRIX",
     "TENSOR",
-    "Fork",
-    "Graph",
     "HostFunction",
     "Kind",
     "LanguageError",
     "Row",
     "Sym",
     "Trace",
-    "Variants",
     "compile_host",
     "host_node",
     "reduced",
@@ -379,7 +375,7 @@ def nary(op: str, *values: Any, attr: Any = None, kind: Kind | None = None) -> S
 # Host numbers: one small Python function for all that a plan needs in a step
 
 HostFunction = Callable[[Row], tuple[float, ...]]
-_HOST_SPACE = {"sqrt": math.sqrt, "exp": math.exp, "log": math.log}
+HOST_SPACE = {"sqrt": math.sqrt, "exp": math.exp, "log": math.log}
 
 
 def topological(roots: Iterable[Sym]) -> list[Sym]:
@@ -398,7 +394,7 @@ def topological(roots: Iterable[Sym]) -> list[Sym]:
     return list(order)
 
 
-def _host_text(sym: Sym, names: Mapping[Sym, str]) -> str:
+def host_text(sym: Sym, names: Mapping[Sym, str]) -> str:
     if sym.op == "const":
         return f"float({str(sym.attr)!r})" if not math.isfinite(sym.attr) else repr(sym.attr)
     if sym.op == "hp":
@@ -418,119 +414,9 @@ def compile_host(roots: Sequence[Sym]) -> HostFunction:
     lines = ["def host(row):", "    hp = row.hp"]
     for sym in topological(roots):
         names[sym] = f"x{len(names)}"
-        lines.append(f"    {names[sym]} = {_host_text(sym, names)}")
+        lines.append(f"    {names[sym]} = {host_text(sym, names)}")
     lines.append(f"    return ({''.join(names[r] + ', ' for r in roots)})")
-    space: dict[str, Any] = dict(_HOST_SPACE)
+    space: dict[str, Any] = dict(HOST_SPACE)
     exec(compile("\n".join(lines), "<piste host numbers>", "exec"), space)
     function: HostFunction = space["host"]
     return function
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Graphs and their variants
-
-
-@dataclass(frozen=True, eq=False)
-class Graph:
-    """What one variant of a rule computes: the new weight (``"p"``) and the new states, by name."""
-
-    outputs: Mapping[str, Sym]
-    states: frozenset[str]  # every state that is read or written
-    by_shape: bool = False  # do its host numbers depend on the weight's shape?
-
-    @cached_property
-    def keeps_axes(self) -> bool:
-        """Does anything in it depend on the axes of the weight?"""
-        return any(s.kind == MATRIX or s.kind.keep for s in topological(self.outputs.values()))
-
-    @cached_property
-    def totals(self) -> frozenset[str]:
-        """Names of the reductions over every weight."""
-        return frozenset(s.attr for s in topological(self.outputs.values()) if s.op == "total")
-
-    @cached_property
-    def ordered_states(self) -> tuple[str, ...]:
-        return tuple(sorted(self.states))
-
-    _interned: ClassVar[dict[tuple[Any, ...], Graph]] = {}
-
-    def interned(self) -> Graph:
-        """The one graph of this structure: ranks and variants that compute the same share plans and buckets."""
-        number: dict[Sym, int] = {}
-        rows: list[Any] = [tuple(self.outputs), self.states]
-        for sym in topological(self.outputs.values()):
-            number[sym] = len(number)
-            attr = repr(sym.attr) if sym.op == "const" else sym.attr
-            rows.append((sym.op, tuple(number[a] for a in sym.args), attr, sym.kind))
-        rows.append(tuple(number[s] for s in self.outputs.values()))
-        by_shape = _uses_shape(self.outputs.values())
-        return self._interned.setdefault(tuple(rows), replace(self, by_shape=by_shape))
-
-
-def _uses_shape(symbols: Iterable[Sym]) -> bool:
-    return any(s.op in ("shape", "numel") for s in topological(symbols))
-
-
-@dataclass
-class Fork:
-    """A host condition of a rule, and what was found behind either outcome."""
-
-    test: Sym
-    branches: dict[bool, Fork | Graph] = field(default_factory=dict)
-
-
-@dataclass
-class Variants:
-    """All graphs of one rule under one choice of static flags; a graph is traced when it is first needed."""
-
-    trace: Callable[[Row], tuple[list[tuple[Sym, bool]], Graph]]
-    root: Fork | Graph | None = None
-    by_shape: bool = False  # do guards depend on the weight's shape?
-    find: Callable[[Row], Graph | None] = lambda row: None  # the whole tree as one function
-
-    def graph(self, row: Row, shape: tuple[int, ...]) -> Graph:
-        """The graph for these host numbers and a weight of this shape."""
-        found = self.find(row.at(shape) if self.by_shape else row)
-        return found if found is not None else self._add(row.at(shape))
-
-    def _add(self, row: Row) -> Graph:
-        path, graph = self.trace(row)
-        graph = graph.interned()
-        self.by_shape |= _uses_shape(s for s, _ in path)
-        if path:
-            fork = self.root if isinstance(self.root, Fork) else Fork(path[0][0])
-            self.root = fork
-            for (_, outcome), (following, _) in pairwise(path):
-                fork = fork.branches.setdefault(outcome, Fork(following))  # type: ignore[assignment]
-            fork.branches[path[-1][1]] = graph
-        else:
-            self.root = graph
-        self.find = _compile_tree(self.root)
-        return graph
-
-
-def _compile_tree(root: Fork | Graph) -> Callable[[Row], Graph | None]:
-    """A decision tree as one function of a row."""
-    graphs: list[Graph] = []
-    lines = ["def find(row):", "    hp = row.hp"]
-
-    def write(node: Fork | Graph | None, names: dict[Sym, str], indent: str) -> None:
-        if node is None:
-            lines.append(f"{indent}return None")
-        elif isinstance(node, Graph):
-            lines.append(f"{indent}return graphs[{len(graphs)}]")
-            graphs.append(node)
-        else:
-            for sym in topological([node.test]):
-                if sym not in names:
-                    names[sym] = f"x{len(names)}"
-                    lines.append(f"{indent}{names[sym]} = {_host_text(sym, names)}")
-            lines.append(f"{indent}if {names[node.test]}:")
-            write(node.branches.get(True), dict(names), indent + "    ")
-            write(node.branches.get(False), names, indent)
-
-    write(root, {}, "    ")
-    space: dict[str, Any] = {**_HOST_SPACE, "graphs": graphs}
-    exec(compile("\n".join(lines), "<piste guards>", "exec"), space)
-    find: Callable[[Row], Graph | None] = space["find"]
-    return find

@@ -12,7 +12,7 @@ from piste.checkpoint import after_loading, before_loading, check_tensor, weight
 from piste.roster import real
 from piste.slots import Pipeline, program
 from piste.storage import State
-from piste.symbol import Variants
+from piste.variants import Variants
 
 __all__ = ["Wrapper"]
 
