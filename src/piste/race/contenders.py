@@ -68,24 +68,38 @@ def make_contenders(optimizers: Sequence[str], schedules: Sequence[str]) -> tupl
     Raises:
         ContenderError: a name is unknown (the nearest one is suggested) or given twice.
     """
-    _refuse_repeats("optimizer", optimizers)
+    names = [name for pattern in optimizers for name in _names(pattern)]
+    _refuse_repeats("optimizer", names)
     _refuse_repeats("schedule", schedules)
     for schedule in schedules:
         if schedule not in SCHEDULES:
             raise ContenderError(f"no schedule {schedule!r}{_near(schedule, SCHEDULES)}; there are {_list(SCHEDULES)}")
-    return tuple(contender for optimizer in optimizers for contender in _with_schedules(optimizer, schedules))
+    return tuple(contender for name in names for contender in _with_schedules(name, schedules))
 
 
 def make_optimizer(
-    contender: Contender, model: nn.Module, lr: float, total_steps: int
+    contender: Contender, model: nn.Module, lr: float, total_steps: int, domain: str = ""
 ) -> tuple[torch.optim.Optimizer, LRScheduler]:
     """The contender's optimizer and schedule on a model's weights."""
     if contender.optimizer.startswith(_TORCH):
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         optimizer = _torch_class(contender.optimizer)(weights, lr=lr)  # type: ignore[call-arg]
     else:
-        optimizer = piste.create(contender.optimizer, model, lr=lr)
+        # Some presets have settings of their own for a field of application (the eps of AdaBelief).
+        field = {"domain": domain} if domain in piste.presets[contender.optimizer].domains else {}
+        optimizer = piste.create(contender.optimizer, model, lr=lr, **field)
     return optimizer, getattr(piste.schedules, contender.schedule)(optimizer, total_steps)
+
+
+def _names(pattern: str) -> list[str]:
+    """The presets that a name or a pattern means, spelt as they are in ``piste.presets``."""
+    if pattern.startswith(_TORCH):
+        return [pattern]
+    found = piste.list_optimizers(pattern)
+    if not found:
+        near = _near(pattern.lower(), sorted(piste.presets))
+        raise ContenderError(f"no optimizer {pattern!r}{near}; piste list shows them all")
+    return found
 
 
 def _with_schedules(optimizer: str, schedules: Sequence[str]) -> list[Contender]:
@@ -93,9 +107,6 @@ def _with_schedules(optimizer: str, schedules: Sequence[str]) -> list[Contender]
         default_lr = inspect.signature(_torch_class(optimizer)).parameters["lr"].default
         prior = (float(default_lr), _TORCH_DECADES, _TORCH_DECADES)
         return [Contender(optimizer, schedule, *prior) for schedule in schedules or ("constant",)]
-    if optimizer not in piste.presets:
-        names = sorted(piste.presets)
-        raise ContenderError(f"no optimizer preset {optimizer!r}{_near(optimizer, names)}; piste list shows them all")
     preset = piste.presets[optimizer]
     prior = (preset.lr_prior.center, preset.lr_prior.decades_below, preset.lr_prior.decades_above)
     return [Contender(optimizer, schedule, *prior) for schedule in schedules or (preset.schedule,)]

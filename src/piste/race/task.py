@@ -26,6 +26,9 @@ BUILT_IN = {
 }
 
 
+DOMAINS = ("", "vision", "nlp", "rl")
+
+
 class TaskError(ValueError):
     """A task cannot be loaded or used; the message says which and why."""
 
@@ -47,6 +50,8 @@ class Task:
         steps: optimizer steps of one run, unless ``--steps`` says otherwise.
         batch_size: examples of a training batch.
         description: one line.
+        domain: ``"vision"``, ``"nlp"``, ``"rl"`` or ``""``: the field of application, for presets that have settings
+            by field (AdaBelief's eps).
         version: change it whenever results can no longer be compared though this file stayed the same (a data file
             that changed, say). It is part of what identifies a run.
 
@@ -78,6 +83,7 @@ class Task:
     steps: int = 250
     batch_size: int = 32
     description: str = ""
+    domain: str = ""
     version: str = ""
 
     def __post_init__(self) -> None:
@@ -92,6 +98,8 @@ class Task:
             raise ValueError(f"metric must be a function or None, not {self.metric!r}")
         if self.metric is None and (self.metric_name != "loss" or self.higher_is_better):
             raise ValueError("metric_name and higher_is_better belong to a metric, but metric is None")
+        if self.domain not in DOMAINS:
+            raise ValueError(f"domain must be one of {', '.join(map(repr, DOMAINS))}, not {self.domain!r}")
         for argument in ("steps", "batch_size"):
             value = getattr(self, argument)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:

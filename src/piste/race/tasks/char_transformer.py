@@ -101,6 +101,7 @@ char_transformer = Task(
     loss=_loss,
     steps=300,
     batch_size=16,
+    domain="nlp",
     description=f"a small GPT predicts the next character of Python's help text ({len(TEXT):,} characters)",
     # The text differs between Python versions.
     version=f"text {TEXT_HASH}",

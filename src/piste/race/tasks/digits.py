@@ -85,6 +85,7 @@ digits = Task(
     higher_is_better=True,
     steps=150,
     batch_size=32,
+    domain="vision",
     description="a small CNN reads handwritten digits (1,797 images of 8x8)",
 )
 
@@ -98,5 +99,6 @@ digits_vit = Task(
     higher_is_better=True,
     steps=150,
     batch_size=32,
+    domain="vision",
     description="a small ViT reads handwritten digits (1,797 images of 8x8)",
 )
