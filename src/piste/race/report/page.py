@@ -280,7 +280,7 @@ def _place(
     if not standing.scores:
         remark = "no result"
     elif standing is choice:
-        remark = "take this" if len(standing.scores) > 1 else "best"
+        remark = "take" if len(standing.scores) > 1 else "best"
     elif standing.tied and len(standing.scores) > 1:
         remark = "tied"
     else:

@@ -441,7 +441,7 @@ def _basin_layout(measure: Measure, values: list[Series], figure: go.Figure) -> 
 def _lr_ticks(lrs: list[Series]) -> int:
     """At most so many labels that only powers of ten get one, or 1, 2, 5 in a narrow range."""
     known = [lr for series in lrs for lr in series if lr is not None]
-    return max(3, int(math.log10(max(known) / min(known)))) if known else 3
+    return max(4, int(math.log10(max(known) / min(known)))) if known else 4
 
 
 def _add_strip(figure: go.Figure, rows: int) -> None:
