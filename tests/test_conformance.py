@@ -16,6 +16,7 @@ from conformance.matrix import Promise, promises
 from conformance.subjects import WRAPPED, Subject, subjects
 from oracles.formulas import FORMULAS
 
+import piste
 from piste import optimizers
 from piste.registry import OPTIMIZERS
 
@@ -66,6 +67,38 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, li
 @pytest.mark.parametrize("subject", SUBJECTS, ids=lambda s: s.id)
 def test_two_processes_equal_one(subject: Subject, two_processes: list[dict[str, list[torch.Tensor]]]) -> None:
     distributed.check(subject, two_processes)
+
+
+@pytest.mark.parametrize("other", [{"momentum": 0.0}, {"momentum": 0.9, "dampening": 0.1}], ids=str)
+@pytest.mark.parametrize("later", [False, True], ids=["constructor", "add_param_group"])
+def test_nesterov_needs_momentum_without_dampening(other: dict[str, float], later: bool) -> None:
+    """As in torch, which raises ValueError for both."""
+    fresh = torch.nn.Parameter(torch.zeros(2))
+    good = piste.SGD([torch.nn.Parameter(torch.zeros(2))], momentum=0.9, nesterov=True)
+
+    def act() -> None:
+        if later:
+            good.add_param_group({"params": [fresh], **other})
+        else:
+            piste.SGD([fresh], nesterov=True, **other)
+
+    with pytest.raises(ValueError, match="nesterov"):
+        act()
+    assert len(good.param_groups) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"), [({"k": 0}, "k"), ({"k": 1.5}, "k"), ({"alpha": 1.5}, "alpha"), ({"alpha": -0.1}, "alpha")]
+)
+def test_lookahead_refuses_illegal_numbers(settings: dict[str, float], word: str) -> None:
+    inner = piste.AdamW([torch.nn.Parameter(torch.zeros(2))])
+    with pytest.raises(ValueError, match=f"{word}={settings[word]}"):
+        piste.Lookahead(inner, **settings)  # type: ignore[arg-type]
+
+
+def test_lookahead_wraps_optimizers_only() -> None:
+    with pytest.raises((TypeError, ValueError), match="optimizer"):
+        piste.Lookahead([torch.nn.Parameter(torch.zeros(2))])  # type: ignore[arg-type]
 
 
 def test_every_optimizer_has_a_row() -> None:

@@ -22,7 +22,11 @@ ILLEGAL: dict[str, list[Any]] = {
     "weight_decay": [-0.1, math.nan],
     "momentum": [-0.1, math.nan],
     "dampening": [math.nan],
+    "alpha": [-0.1, 1.5, math.nan],
     "k": [0, -1, 2.5],
+    "maximize": ["yes"],
+    "use_gc": ["no"],
+    "amsgrad": [None],
     "clip_norm": [-1.0, 0.0, math.nan],
 }
 ILLEGAL_OPTIONS: dict[str, list[Any]] = {
