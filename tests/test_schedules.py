@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
+import piste
 from piste import schedules
 
 STEPS = 40
@@ -158,6 +159,8 @@ def test_momentum_left_alone(moms):
 
 
 OPTIMIZERS = {
+    "piste.Ranger": lambda params: piste.Ranger(params, lr=0.1),
+    "piste.SGD": lambda params: piste.SGD(params, lr=0.1, momentum=0.9, nesterov=True),
     "SGD": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
     "AdamW": lambda params: torch.optim.AdamW(params, lr=0.1),
     "AdamW, tensor lr": lambda params: torch.optim.AdamW(params, lr=torch.tensor(0.1)),
@@ -267,6 +270,19 @@ def test_a_group_added_later_joins_in():
     resumed = schedules.flat_cosine(again, 8)
     resumed.load_state_dict(schedule.state_dict())
     assert resumed.get_last_lr() == schedule.get_last_lr() == [lr(group) for group in again.param_groups]
+
+
+@pytest.mark.parametrize("outside", [True, False])
+def test_a_wrapped_optimizer_is_scheduled_from_outside_and_from_inside(outside):
+    inner = torch.optim.AdamW(weights(2), lr=1.0)
+    wrapper = piste.Lookahead(inner)
+    schedule = schedules.one_cycle(wrapper if outside else inner, 4)
+    for optimizer in (wrapper, inner):
+        group = optimizer.param_groups[0]
+        assert (group["lr"], group["betas"]) == (1 / 25, (0.95, 0.999))
+    wrapper.step()
+    schedule.step()
+    assert (inner.param_groups[0]["lr"], wrapper.param_groups[0]["betas"][0]) == pytest.approx((1.0, 0.85))
 
 
 def test_pickle_and_deepcopy():
