@@ -61,6 +61,7 @@ class Case:
         made: Optimizers = {
             "torch foreach": lambda params: theirs(params, foreach=True, **settings),
             "piste foreach": lambda params: ours(params, engine="foreach", **settings),
+            "piste reference": lambda params: ours(params, engine="reference", **settings),
             "torch loop": lambda params: theirs(params, foreach=False, **settings),
         }
         if self.name in ("AdamW", "SGD"):
@@ -74,6 +75,15 @@ CASES = (
     Case("RAdam", {"lr": 1e-4}),
     Case("RMSprop", {"lr": 1e-4, "momentum": 0.9}),
 )
+
+# Where torch has no counterpart, the nearest that it has: Ranger is RAdam, which alone may hold as much, and more.
+MEMORY: dict[str, Optimizers] = {
+    **{case.name: case.optimizers() for case in CASES if case.target},
+    "Ranger (torch: RAdam)": {
+        "torch foreach": lambda params: torch.optim.RAdam(params, lr=1e-4, foreach=True),
+        "piste foreach": lambda params: piste.Ranger(params, lr=1e-4, engine="foreach"),
+    },
+}
 
 
 def parameters(shapes: Shapes) -> list[torch.nn.Parameter]:

@@ -1,4 +1,4 @@
-"""How it is measured: peers in turn within one process, medians over rounds; memory by counting allocations."""
+"""How it is measured: peers in turn within one process, ratios round by round; memory by counting allocations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -18,21 +20,44 @@ from benchmarks.cases import Optimizers, Shapes, parameters
 from piste.execution import plans_built
 
 WARM_UP = 8  # steps: past RAdam's switch, and every buffer touched
+PERIOD = 14  # steps from the first: past RAdam's switch, and Lookahead has synchronised twice
+
+Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 
 
-def interleaved(jobs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each job, A B A B, so that what disturbs the machine disturbs all alike."""
+class Ratio(NamedTuple):
+    """Median and quartiles of the ratios of single rounds: how sure a figure is on a shared machine."""
+
+    median: float
+    low: float
+    high: float
+
+
+def interleaved(jobs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each job in each round. Jobs take turns, so that what disturbs the machine disturbs all alike.
+
+    Each round starts with another job: none always follows the one that leaves the caches at their worst.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    for _ in range(rounds):
-        for name, job in jobs.items():
+    names = list(jobs)
+    for turn in range(rounds):
+        start_with = turn % len(names)
+        for name in names[start_with:] + names[:start_with]:
             start = time.perf_counter()
-            job()
+            jobs[name]()
             seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
 
 
-def step_seconds(optimizers: Optimizers, shapes: Shapes, rounds: int) -> dict[str, float]:
-    """Median time of a step of each optimizer on weights of its own."""
+def ratio(numerator: list[float], denominator: list[float]) -> Ratio:
+    """One job's seconds as a multiple of another's, round by round."""
+    ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return Ratio(median, low, high)
+
+
+def step_seconds(optimizers: Optimizers, shapes: Shapes, rounds: int) -> dict[str, list[float]]:
+    """Times of a step of each optimizer on weights of its own."""
     made = {name: make(parameters(shapes)) for name, make in optimizers.items()}
     for optimizer in made.values():
         for _ in range(WARM_UP):
@@ -40,23 +65,27 @@ def step_seconds(optimizers: Optimizers, shapes: Shapes, rounds: int) -> dict[st
     return interleaved({name: optimizer.step for name, optimizer in made.items()}, rounds)
 
 
-def peak_extra_bytes(make: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer], shapes: Shapes) -> int:
-    """The most memory that a step holds beyond what was held before it.
+def peak_extra_bytes(make: Make, shapes: Shapes) -> int:
+    """The most memory that the first steps ever hold beyond weights, gradients and the optimizer's state.
 
     torch's profiler reports every allocation and release of the CPU allocator in order; their running sum has a
-    highest point.
+    highest point. It is counted from before the optimizer is made, and what ends up in ``optimizer.state`` is taken
+    off at the end, so a buffer that is kept from one step to the next counts as well.
     """
-    optimizer = make(parameters(shapes))
-    for _ in range(WARM_UP):
-        optimizer.step()
+    weights = parameters(shapes)
     with _no_chatter(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        optimizer.step()
-    held = highest = 0
+        optimizer = make(weights)
+        for _ in range(PERIOD):
+            optimizer.step()
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        highest = max(highest, held)
-    return highest
+    held = accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(held, default=0) - _state_bytes(optimizer)
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    tensors = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    return sum(storages.values())
 
 
 @contextmanager
@@ -73,51 +102,58 @@ def _no_chatter() -> Iterator[None]:
 
 
 def import_seconds(rounds: int) -> dict[str, float]:
-    """Median time of ``import piste`` after ``import torch``, in fresh interpreters."""
-    script = "import torch, time; t = time.perf_counter(); import piste; print(time.perf_counter() - t)"
-    made = [float(subprocess.check_output([sys.executable, "-c", script])) for _ in range(rounds)]
-    return {"import piste, after torch": statistics.median(made)}
+    """Median times of ``import torch`` and then of ``import piste``, both in each of many fresh interpreters."""
+    script = (
+        "import time; t0 = time.perf_counter(); import torch; t1 = time.perf_counter(); import piste; "
+        "print(t1 - t0, time.perf_counter() - t1)"
+    )
+    made = [subprocess.check_output([sys.executable, "-c", script], text=True).split() for _ in range(rounds)]
+    torch_alone, piste_after = zip(*made, strict=True)
+    return {
+        "import torch": statistics.median(map(float, torch_alone)),
+        "import piste, after torch": statistics.median(map(float, piste_after)),
+    }
 
 
-def waking_ratio(
-    make: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer], layers: int, rounds: int
-) -> tuple[float, float, int]:
-    """Layers that each wake at another step against layers that all step from the start.
+class Waking(NamedTuple):
+    """Step times as multiples of the dense step's, and plans built after the tenth step."""
 
-    Returns:
-        Ratio of step times while the last ones wake, ratio once all are awake, plans built after the tenth step.
-    """
+    waking: Ratio
+    awake: Ratio
+    plans: int
+
+
+def waking_ratio(make: Make, layers: int, rounds: int) -> Waking:
+    """Layers that each wake at another step (the last ``rounds`` of them, then all awake) against dense steps."""
     dense, waking = parameters([(16,)] * layers), parameters([(16,)] * layers)
     gradients = [p.grad for p in waking]
     for p in waking:
         p.grad = None
-    ours = {"dense": make(dense), "waking": make(waking)}
+    jobs = {"dense": make(dense).step, "waking": make(waking).step}
     seconds: dict[str, list[float]] = {"dense": [], "waking": []}
     plans = 0
     for step in range(layers + rounds):
         if step < layers:
             waking[step].grad = gradients[step]
-        for name, optimizer in ours.items():
-            start = time.perf_counter()
-            optimizer.step()
-            seconds[name].append(time.perf_counter() - start)
+        for name, taken in interleaved(jobs, 1).items():
+            seconds[name] += taken
         if step == 9:
             plans = plans_built()
 
-    def ratio(part: slice) -> float:
-        return statistics.median(seconds["waking"][part]) / statistics.median(seconds["dense"][part])
+    def part(where: slice) -> Ratio:
+        return ratio(seconds["waking"][where], seconds["dense"][where])
 
     late = min(rounds, layers // 2)
-    return ratio(slice(layers - late, layers)), ratio(slice(layers, None)), plans_built() - plans
+    return Waking(part(slice(layers - late, layers)), part(slice(layers, None)), plans_built() - plans)
 
 
-def scheduled_ratio(make: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer], rounds: int) -> float:
-    """Steps before each of which lr and betas change, against steps under constant ones."""
+def scheduled_ratio(make: Make, rounds: int) -> tuple[Ratio, int]:
+    """Steps before each of which lr and betas change, against steps under constant ones; and plans built meanwhile."""
     made = {name: make(parameters([(16,)] * 300)) for name in ("constant", "scheduled")}
     for optimizer in made.values():
         for _ in range(WARM_UP):
             optimizer.step()
-    count = 0
+    count, plans = 0, plans_built()
 
     def scheduled() -> None:
         nonlocal count
@@ -128,4 +164,4 @@ def scheduled_ratio(make: Callable[[list[torch.nn.Parameter]], torch.optim.Optim
         made["scheduled"].step()
 
     found = interleaved({"constant": made["constant"].step, "scheduled": scheduled}, rounds)
-    return found["scheduled"] / found["constant"]
+    return ratio(found["scheduled"], found["constant"]), plans_built() - plans

@@ -7,28 +7,76 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import __main__ as bench
 from benchmarks import measure
-from benchmarks.cases import CASES, SHAPES
+from benchmarks.cases import CASES, MEMORY, SHAPES
 
 
 def test_every_case_runs_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "SHAPES", {"300 tensors of 16": [(4,)] * 3, "one": [(33, 2)]})
-    monkeypatch.setattr(bench.measure, "import_seconds", lambda rounds: {"import piste, after torch": 0.01})
+    monkeypatch.setattr(
+        bench.measure, "import_seconds", lambda rounds: {"import torch": 1.0, "import piste, after torch": 0.01}
+    )
     bench.main(["--rounds", "2", "--threads", "1", "--out", str(tmp_path / "results.json")])
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results["speed"]) == 2 * len(CASES)
-    assert all(ratio > 0 for row in results["speed"] for ratio in row["speed"].values())
+    for row in results["speed"]:
+        assert all(0 < found["low"] <= found["median"] <= found["high"] for found in row["speed"].values())
+        assert row["speed"]["torch foreach"]["median"] == 1
+    assert {row["case"] for row in results["memory"]} == set(MEMORY)
     assert results["overheads"]["waking_AdamW"]["plans"] == 0
+    assert results["overheads"]["scheduled"]["plans"] == 0
 
 
 def test_memory_is_counted() -> None:
     """torch's foreach AdamW holds one buffer as large as the weights."""
     peak = measure.peak_extra_bytes(CASES[0].optimizers()["torch foreach"], [(1000,), (24, 1000)])
     assert 4 * 25_000 <= peak < 4 * 26_500
+
+
+class Hoarder(torch.optim.SGD):
+    """Keeps a buffer from step to step, and in every fifth needs another."""
+
+    count = 0
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        self.count += 1
+        self.kept = torch.empty(1000)
+        if self.count % 5 == 0:
+            torch.empty(500)
+
+
+def test_memory_that_is_kept_between_steps_and_rare_needs_are_counted() -> None:
+    peak = measure.peak_extra_bytes(Hoarder, [(10,)])
+    assert peak == 4 * 2000  # in every step the new buffer is made before the old one is let go
+
+    class Rare(Hoarder):
+        def step(self, closure: None = None) -> None:  # type: ignore[override]
+            self.count += 1
+            torch.empty(3000 if self.count % 6 == 0 else 10)
+
+    assert measure.peak_extra_bytes(Rare, [(10,)]) == 4 * 3000
+
+
+def test_state_is_no_extra_memory() -> None:
+    """torch's foreach SGD with momentum works in place; its buffers are state."""
+    peak = measure.peak_extra_bytes(CASES[1].optimizers()["torch foreach"], [(1000,), (24, 1000)])
+    assert peak < 100
+
+
+def test_ratios_are_of_rounds() -> None:
+    """A disturbance that doubles both times of a round leaves its ratio alone."""
+    assert measure.ratio([2.0, 4.0, 2.0], [1.0, 2.0, 1.0]) == (2.0, 2.0, 2.0)
+
+
+def test_each_round_starts_with_another_job() -> None:
+    order: list[str] = []
+    measure.interleaved({name: lambda name=name: order.append(name) for name in "abc"}, 3)
+    assert "".join(order) == "abcbcacab"
 
 
 def test_lists_have_the_sizes_they_claim() -> None:
