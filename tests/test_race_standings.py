@@ -1,0 +1,232 @@
+"""From records to the verdict, on races made up number by number: which runs are asked for, and what they count."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from piste.race.contenders import Contender, make_contenders
+from piste.race.inspection import TaskCard
+from piste.race.protocol import MOST_EXTENSIONS, TUNE_SEED, Plan, next_runs, tuning
+from piste.race.record import CONFIRM, DIVERGED, FAILED, FINISHED, TUNE, Cost, Curve, RunKey, RunRecord
+from piste.race.standings import recommended, study_result
+
+CARD = TaskCard("/line.py", "line", "f00d", "", "loss", False, 10, 5, (60, 20, 20), 0.001, 0.001)
+UNTRAINED = 9.0
+Outcome = float | str  # the score of a run, or the status of one that did not finish
+
+
+def plan_for(names: str = "adamw,ranger,sgd", *, trials: int = 5, seeds: int = 5, higher: bool = False) -> Plan:
+    card = replace(CARD, higher_is_better=higher, metric_name="accuracy" if higher else "loss")
+    return Plan((card,), make_contenders(names.split(","), ()), None, trials, seeds, "cpu", {"torch": "2"})
+
+
+def record_of(key: RunKey, outcome: Outcome, *, untrained: float = UNTRAINED, step_seconds: float = 0.01) -> RunRecord:
+    """A run that reached ``outcome``, or ended with it after the first look."""
+    done = isinstance(outcome, float)
+    losses = [untrained, outcome] if isinstance(outcome, float) else [untrained]
+    curve = Curve(list(range(len(losses))), [0.0] * len(losses), losses, losses, losses)
+    tested = outcome if isinstance(outcome, float) and key.phase == CONFIRM else None
+    cost = Cost(step_seconds, step_seconds / 10, 80, 10**6, 10, 5)
+    status, message = (FINISHED, "") if done else (str(outcome), "as planned")
+    return RunRecord(1, key.id, key, status, message, curve, tested, tested, cost, {"cores": "2"}, "2026-01-01")
+
+
+def raced(
+    plan: Plan, outcome: Callable[[RunKey], Outcome], slow: str = "", untrained: float = UNTRAINED
+) -> dict[str, RunRecord]:
+    """All records of a race in which every run ends as ``outcome`` says, in the order in which it asks for them."""
+    records: dict[str, RunRecord] = {}
+    while missing := next_runs(plan, records):
+        for _, _, key in missing:
+            seconds = 0.05 if slow and key.optimizer == slow else 0.01
+            records[key.id] = record_of(key, outcome(key), untrained=untrained, step_seconds=seconds)
+    return records
+
+
+def result_of(plan: Plan, records: dict[str, RunRecord]):  # type: ignore[no-untyped-def]
+    return study_result(plan, records, title="", created="", command="", workers=1, machine={})
+
+
+def middle(plan: Plan, contender: str) -> float:
+    """The middle one of the learning rates that a contender tries at first."""
+    who = next(c for c in plan.contenders if c.name == contender)
+    return sorted(key.lr for key in tuning(plan, plan.cards[0], who, {}).runs)[plan.trials // 2]
+
+
+def valley(plan: Plan, **confirmed: Callable[[int], Outcome]) -> Callable[[RunKey], Outcome]:
+    """Tune losses with their best at the middle learning rate; confirmed runs as given for each optimizer."""
+
+    def outcome(key: RunKey) -> Outcome:
+        if key.phase == CONFIRM:
+            return confirmed[key.optimizer](key.seed)
+        return 1.0 + abs(math.log10(key.lr / middle(plan, key.contender)))
+
+    return outcome
+
+
+# What is run
+
+
+def test_all_contenders_get_the_same_number_of_trials_and_the_same_fresh_seeds() -> None:
+    plan = plan_for()
+    made = raced(plan, valley(plan, adamw=lambda s: 1.0 + s, ranger=lambda s: 2.0 + s, sgd=lambda s: 3.0 + s)).values()
+    for contender in plan.contenders:
+        own = [record.key for record in made if record.key.contender == contender.name]
+        tried = [key for key in own if key.phase == TUNE]
+        assert len({key.lr for key in tried}) == len(tried) == 5
+        assert {key.seed for key in tried} == {TUNE_SEED}
+        low = contender.lr_center / 10**contender.decades_below
+        high = contender.lr_center * 10**contender.decades_above
+        assert all(low * 0.999 <= key.lr <= high * 1.001 for key in tried)
+        again = [key for key in own if key.phase == CONFIRM]
+        assert sorted(key.seed for key in again) == [1, 2, 3, 4, 5]
+        assert {key.lr for key in again} == {middle(plan, contender.name)}
+
+
+def test_more_trials_keep_the_earlier_ones() -> None:
+    few, many = (plan_for(trials=trials) for trials in (3, 8))
+    for contender in few.contenders:
+        first, second = ([key.id for key in tuning(plan, CARD, contender, {}).runs] for plan in (few, many))
+        assert second[:3] == first
+
+
+@pytest.mark.parametrize(("sign", "edge"), [(1, "low"), (-1, "high")])
+def test_a_best_at_the_edge_extends_the_range_twice_and_is_told(sign: int, edge: str) -> None:
+    plan = plan_for("adamw")
+    first = [key.lr for key in tuning(plan, CARD, plan.contenders[0], {}).runs]
+    records = raced(plan, lambda key: 5.0 + sign * math.log10(key.lr))
+    state = tuning(plan, plan.cards[0], plan.contenders[0], records)
+    assert (state.edge, state.extensions) == (edge, MOST_EXTENSIONS)
+    added = [key.lr for key in state.runs[len(first) :]]
+    assert added == sorted(added, reverse=edge == "low")
+    assert all(lr < min(first) if edge == "low" else lr > max(first) for lr in added)
+    result = result_of(plan, records)
+    assert result.results[0].standings[0].edge == edge
+    assert any("still the" in note and "give it more trials" in note for note in result.notes)
+
+
+def test_an_edge_next_to_diverged_runs_is_no_edge_of_what_was_tried() -> None:
+    """The highest lr diverged: the best one below it has a neighbour, so nothing is extended."""
+    plan = plan_for("adamw")
+    lrs = sorted(key.lr for key in tuning(plan, CARD, plan.contenders[0], {}).runs)
+    records = raced(plan, lambda key: DIVERGED if key.lr == lrs[-1] else 5.0 - math.log10(key.lr))
+    state = tuning(plan, CARD, plan.contenders[0], records)
+    assert state.best is not None
+    assert (state.best.key.lr, state.edge, state.extensions) == (lrs[-2], "", 0)
+    assert result_of(plan, records).results[0].standings[0].diverged_trials == 1
+
+
+def test_contenders_take_turns_and_trials_come_first() -> None:
+    plan = plan_for()
+    order = [who.name for _, who, _ in next_runs(plan, {})]
+    assert order[:3] == order[3:6] == [contender.name for contender in plan.contenders]
+    records = {run.id: record_of(run, 1.0) for run in tuning(plan, CARD, plan.contenders[0], {}).runs}
+    phases = [key.phase for _, _, key in next_runs(plan, records)]
+    assert phases == sorted(phases, key=[TUNE, CONFIRM].index)
+
+
+# What it counts
+
+
+@pytest.mark.parametrize("higher", [False, True])
+def test_a_lost_confirmation_counts_as_the_worst_seen_and_stays(higher: bool) -> None:
+    """Four brilliant seeds and a lost one do not beat five good ones, and the lost one is in scores and failures."""
+    plan = plan_for("adamw,ranger", higher=higher)
+    good, brilliant, untrained = (0.8, 0.9, 0.1) if higher else (0.2, 0.1, 0.9)
+
+    def outcome(key: RunKey) -> Outcome:
+        if key.phase == TUNE:
+            distance = abs(math.log10(key.lr / middle(plan, key.contender))) / 100
+            return good - distance if higher else good + distance
+        if key.optimizer == "adamw":
+            return good + key.seed / 1e4
+        return FAILED if key.seed == 3 else brilliant + key.seed / 1e4
+
+    task = result_of(plan, raced(plan, outcome, untrained=untrained)).results[0]
+    by_name = {standing.optimizer: standing for standing in task.standings}
+    assert task.standings[0].optimizer == "adamw"
+    assert by_name["ranger"].scores[2] == untrained
+    assert len(by_name["ranger"].scores) == by_name["ranger"].seeds == 5
+    assert by_name["ranger"].failures == [f"seed 3 at lr {middle(plan, 'ranger+flat_cosine'):g}: failed, as planned"]
+    assert not by_name["ranger"].tied
+    assert recommended(task.standings) is by_name["adamw"]
+
+
+def test_one_that_loses_runs_is_no_equal_of_a_leader_that_does_not() -> None:
+    plan = plan_for("adamw,ranger", seeds=3)
+    ends = valley(plan, adamw=lambda s: 1.0 + s, ranger=lambda s: DIVERGED if s == 1 else 1.0 + s)
+    task = result_of(plan, raced(plan, ends)).results[0]
+    assert [standing.optimizer for standing in task.standings] == ["adamw", "ranger"]
+    assert [standing.tied for standing in task.standings] == [True, False]
+
+
+def test_one_whose_trials_all_fail_is_last_and_in_the_table() -> None:
+    plan = plan_for("ranger,adamw")
+    ends = valley(plan, adamw=lambda s: 1.0 + s / 100)
+    records = raced(plan, lambda key: FAILED if key.optimizer == "ranger" else ends(key))
+    task = result_of(plan, records).results[0]
+    last = task.standings[-1]
+    assert (last.optimizer, last.scores, last.diverged_trials, last.best_hyperparameters) == ("ranger", [], 5, {})
+    assert len(last.failures) == 5
+    assert "adamw+one_cycle wins on line" in task.verdict
+    assert "no other contender finished" in task.verdict
+
+
+def test_nothing_that_finishes_gives_no_verdict() -> None:
+    task = result_of(plan := plan_for(), raced(plan, lambda key: DIVERGED)).results[0]
+    assert task.verdict.startswith("No verdict on line")
+    assert recommended(task.standings) is None
+    assert len(task.standings) == 3
+
+
+def test_of_a_tied_group_the_cheapest_is_taken_and_the_others_are_named() -> None:
+    plan = plan_for()
+    wobble = [0.0, 0.03, -0.02, 0.05, -0.04, 0.01]
+    ends = valley(plan, adamw=lambda s: 1.0 + s / 9, ranger=lambda s: 0.999 + s / 9 + wobble[s], sgd=lambda s: 4.0 + s)
+    task = result_of(plan, raced(plan, ends, slow="ranger")).results[0]
+    assert {standing.optimizer for standing in task.standings if standing.tied} == {"adamw", "ranger"}
+    chosen = recommended(task.standings)
+    assert chosen is not None
+    assert chosen.optimizer == "adamw"
+    assert "No difference found on line" in task.verdict
+    assert "Take adamw+one_cycle" in task.verdict
+    assert task.verdict.count("Behind them: sgd+") == 1
+
+
+def test_a_clear_win_says_by_how_much() -> None:
+    plan = plan_for("adamw,ranger")
+    ends = valley(plan, adamw=lambda s: 1.0 + s / 10, ranger=lambda s: 1.5 + s / 10 + s / 1000)
+    task = result_of(plan, raced(plan, ends)).results[0]
+    assert "adamw+one_cycle wins on line" in task.verdict
+    assert "0.503" in task.verdict
+    assert "lower than the next, ranger+flat_cosine" in task.verdict
+
+
+def test_one_seed_claims_nothing() -> None:
+    plan = plan_for("adamw,ranger", seeds=1)
+    task = result_of(plan, raced(plan, valley(plan, adamw=lambda s: 1.0, ranger=lambda s: 8.0))).results[0]
+    assert "one seed cannot tell a difference from chance" in task.verdict
+
+
+def test_a_race_cut_short_compares_common_seeds_and_says_so() -> None:
+    plan = plan_for("adamw,ranger")
+    records = raced(plan, valley(plan, adamw=lambda s: 1.0 + s, ranger=lambda s: 2.0 + s))
+    kept = {
+        name: record
+        for name, record in records.items()
+        if not (record.key.phase == CONFIRM and record.key.optimizer == "ranger" and record.key.seed in (1, 4))
+    }
+    result = result_of(plan, kept)
+    scores = {standing.optimizer: standing.scores for standing in result.results[0].standings}
+    assert scores == {"adamw": [3.0, 4.0, 6.0], "ranger": [4.0, 5.0, 7.0]}
+    assert any("not finished: 2 or more runs are missing" in note for note in result.notes)
+
+
+def test_the_plan_survives_its_file() -> None:
+    plan = plan_for()
+    assert Plan.from_json(plan.to_json()) == plan
+    assert isinstance(Plan.from_json(plan.to_json()).contenders[0], Contender)
