@@ -208,6 +208,23 @@ def test_layer_decay_of_plain_and_tied_models():
     assert rates(model)["words.weight"] == 0.25  # as an embedding, where it stands first
 
 
+def test_layer_decay_of_a_head_tied_to_a_block():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+            self.head = nn.Linear(2, 2)
+            self.head.weight = self.blocks[0].weight
+
+    assert rates(Tied()) == {
+        "blocks.0.weight": 0.25,
+        "blocks.0.bias": 0.25,
+        "blocks.1.weight": 0.5,
+        "blocks.1.bias": 0.5,
+        "head.bias": 1.0,
+    }
+
+
 def test_layer_decay_with_a_depth_of_your_own_and_frozen_layers():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
     found = rates(model, depth=lambda name: 0 if name.startswith("0") else 3)

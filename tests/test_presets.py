@@ -279,6 +279,8 @@ def test_overrides_reach_the_class_and_the_groups():
     optimizer = piste.create("adamw", small_model(), layer_decay=0.5, decoupled_weight_decay=False)
     assert {group["lr"] for group in optimizer.param_groups} == {1e-3, 5e-4, 2.5e-4}
     assert not any(group["decoupled_weight_decay"] for group in optimizer.param_groups)
+    optimizer = piste.create("adamw", small_model(), layer_decay=0.5, lr=1.0)
+    assert {group["lr"] for group in optimizer.param_groups} == {1.0, 0.5, 0.25}
 
 
 @pytest.mark.parametrize(

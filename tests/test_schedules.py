@@ -240,6 +240,14 @@ def test_a_schedule_made_on_a_resumed_optimizer_continues():
         assert (mine["lr"], mine["momentum"]) == (theirs["lr"], theirs["momentum"])
 
 
+def test_the_peaks_are_part_of_the_state():
+    first, other = sgd(lr=1.0), sgd(lr=0.125)
+    saved = schedules.flat_cosine(first, 8).state_dict()
+    schedule = schedules.flat_cosine(other, 8)
+    schedule.load_state_dict(saved)
+    assert walk(other, schedule, 2, lr) == [[1.0], [1.0]]
+
+
 def test_a_tensor_learning_rate_keeps_its_memory():
     rate, first = torch.tensor(2.0, dtype=torch.float64), torch.tensor(0.9, dtype=torch.float64)
     optimizer = torch.optim.Adam(weights(2), lr=rate)
