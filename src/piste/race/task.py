@@ -104,6 +104,11 @@ class Task:
             value = getattr(self, argument)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{argument} must be a whole number >= 1, not {value!r}")
+        for argument in ("metric_name", "description", "version"):
+            if not isinstance(getattr(self, argument), str):
+                raise ValueError(f"{argument} must be text, not {getattr(self, argument)!r}")
+        if not isinstance(self.higher_is_better, bool):
+            raise ValueError(f"higher_is_better must be True or False, not {self.higher_is_better!r}")
 
 
 @dataclass(frozen=True)
@@ -166,13 +171,17 @@ def _import_file(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise TaskError(f"{path}{_line_of(error, path)} raises {type(error).__name__}: {error}") from error
+        raise TaskError(f"{path}{_line_of(error, path)} raises {_in_one_line(error)}") from error
     return module
+
+
+def _in_one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _line_of(error: BaseException, path: Path) -> str:
     """Where in the task file an error started, as ``:line``."""
-    if isinstance(error, SyntaxError):
+    if isinstance(error, SyntaxError) and error.filename == str(path):
         return f":{error.lineno}" if error.lineno else ""
     lines = [frame.tb_lineno for frame in _frames(error) if Path(frame.tb_frame.f_code.co_filename).name == path.name]
     return f":{lines[-1]}" if lines else ""
@@ -206,7 +215,7 @@ def _checked(module: ModuleType, name: str, where: str) -> LoadedTask:
         try:
             value = value()
         except (Exception, SystemExit) as error:
-            raise TaskError(f"{where}: {name}() raises {type(error).__name__}: {error}") from error
+            raise TaskError(f"{where}: {name}() raises {_in_one_line(error)}") from error
         name = f"{name}()"
     if not isinstance(value, Task):
         raise TaskError(f"{where}: {name} must be a piste.race.Task, not {type(value).__name__}")
