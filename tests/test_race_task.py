@@ -81,6 +81,46 @@ def test_the_starter_and_the_built_in_tasks_pass_inspection(tmp_path: Path) -> N
         (GOOD + "task = make(loss=lambda model, batch: torch.tensor(1.0))", "task line: .*loss"),
         (GOOD + "task = make(loss=lambda model, batch: batch[7])", "IndexError"),
         (GOOD + "task = make(metric=lambda model, batch: 'high', metric_name='m')", "task line: .*metric"),
+        ("raise ValueError('first\\nsecond')", "my_task.py:1 raises ValueError: first second"),
+        (GOOD + "task = make(name=3)", "name must be letters"),
+        (GOOD + "task = make(name='')", "name must be letters"),
+        (GOOD + "task = make(loss=None)", "loss must be a function, not None"),
+        (GOOD + "task = make(metric='accuracy')", "metric must be a function or None, not 'accuracy'"),
+        (GOOD + "task = make(steps=2.5)", "steps must be a whole number >= 1, not 2.5"),
+        (GOOD + "task = make(steps=True)", "steps must be a whole number >= 1, not True"),
+        (GOOD + "task = make(batch_size=-8)", "batch_size must be a whole number >= 1, not -8"),
+        (GOOD + "task = make(version=object())", "version must be text, not <object"),
+        (GOOD + "task = make(description=7)", "description must be text, not 7"),
+        (GOOD + "task = make(metric=loss, metric_name=None)", "metric_name must be text, not None"),
+        (GOOD + "task = make(metric=loss, higher_is_better='no')", "higher_is_better must be True or False, not 'no'"),
+        (GOOD + "task = make(epochs=3)", "TypeError: .*epochs"),
+        (
+            GOOD + "def broken():\n    raise KeyError('w')\ntask = make(model=broken)",
+            r"model\(\) .*'w' \(my_task.py:17\)",
+        ),
+        (GOOD + "one = torch.nn.Linear(1, 1)\ntask = make(model=lambda: one)", "the same one twice"),
+        (GOOD + "task = make(model=lambda: torch.nn.Identity())", "the model has no weights to train"),
+        (GOOD + "task = make(model=lambda: (torch.seed(), torch.nn.Linear(1, 1))[1])", "other initial weights"),
+        (
+            GOOD + "def broken():\n    return open('gone')\ntask = make(data=broken)",
+            r"data\(\) raises .*gone.*my_task.py:17",
+        ),
+        (GOOD + "x = torch.ones(9, 1)\ntask = make(data=lambda: Splits((x, x[1:]), (x, x), (x, x)))", "equal lengths"),
+        (
+            GOOD + "x = torch.ones(9, 1)\ntask = make(data=lambda: Splits((x, x), (x[:0], x[:0]), (x, x)))",
+            "valid is empty",
+        ),
+        (GOOD + "task = make(data=lambda: Splits('a', 'b', 'c'))", "train must be a tuple of tensors .* not str"),
+        (GOOD + "task = make(loss=lambda model, batch: loss(model, batch) * float('nan'))", "untrained model is nan"),
+        (
+            GOOD + "def broken(model):\n    return 1\ntask = make(loss=broken)",
+            r"loss\(model, batch\) raises TypeError.*broken",
+        ),
+        (
+            GOOD + "task = make(metric=lambda model, batch: batch[0], metric_name='m')",
+            r"metric\(model, batch\) .*one number",
+        ),
+        (GOOD + "task = make(metric=lambda m, b: float('inf'), metric_name='m')", "untrained model's m is not finite"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path: Path, text: str, message: str) -> None:
@@ -88,6 +128,27 @@ def test_what_is_wrong_is_said(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(TaskError, match=message) as caught:
         inspect(reference)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("other = 3", r"my_task.py: other must be a piste.race.Task, not int"),
+        ("def other():\n    return 3", r"my_task.py: other\(\) must be a piste.race.Task, not int"),
+        ("def other():\n    return 1 / 0", r"my_task.py: other\(\) raises ZeroDivisionError: division by zero"),
+        ("def other(size):\n    return size", r"my_task.py: other\(\) raises TypeError: .*size"),
+    ],
+)
+def test_a_named_thing_that_is_no_task(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(TaskError, match=message):
+        load_task(write(tmp_path, text) + ":other")
+
+
+def test_an_error_in_a_file_beside_the_task_is_placed_where_the_task_imports_it(tmp_path: Path) -> None:
+    (tmp_path / "beside_the_race_task.py").write_text("\n" * 40 + "x = (")
+    reference = write(tmp_path, "\n\nimport beside_the_race_task")
+    with pytest.raises(TaskError, match=r"my_task.py:3 raises SyntaxError: .*beside_the_race_task.py, line 41"):
+        load_task(reference)
 
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:
