@@ -173,7 +173,10 @@ def test_ctrl_c_keeps_runs_and_resume_goes_on(tmp_path: Path) -> None:
     assert "Traceback" not in output
     kept = contents(tmp_path)
     assert len(kept) >= 2
-    resumed = race(tmp_path, "--resume")
+    changed = race(tmp_path, task, "--trials", "3", "--resume", status=2)
+    assert "there trials is 2, not 3" in " ".join(changed.split())
+    assert kept == contents(tmp_path)
+    resumed = race(tmp_path, task, *SMALL, "--resume")  # saying it all again is no change
     assert re.search(r"[1-9]\d* of them are there already", resumed)
     assert kept.items() <= contents(tmp_path).items()
 

@@ -46,7 +46,10 @@ def _explained(debug: bool, out: Path | None = None) -> Iterator[None]:
     try:
         yield
     except (InterruptedRaceError, KeyboardInterrupt):
-        click.echo(f"piste: stopped; all finished runs are kept. Go on with: piste race --resume --out {out}", err=True)
+        # Before the tasks have been tried there is nothing to resume.
+        again = f"piste race --resume --out {shlex.quote(str(out))}" if out and Store(out).study.exists() else ""
+        words = f"all finished runs are kept. Go on with: {again}" if again else "nothing was run yet"
+        click.echo(f"piste: stopped; {words}", err=True)
         sys.exit(130)
     except (ContenderError, TaskError, DeviceError, StoreError, ExecutorError, OSError) as error:
         if debug:
@@ -106,25 +109,38 @@ def _race(
     if new is not None:
         _write_starter(new)
         return
-    if resume:
-        if given:
-            raise click.UsageError(f"--resume goes on with a race as it was asked for; leave out {', '.join(given)}")
-        out = out or _latest()
-    else:
-        out = out or _RESULTS / "+".join([_stem(task)] if task else _TASKS)
+    asked = Settings((task,) if task else _TASKS, optimizers, schedules, steps, trials, seeds, device)
+    if out is None:
+        out = _latest() if resume and task is None else _RESULTS / "+".join(_stem(each) for each in asked.tasks)
     with _explained(debug, out):
         store = Store(out)
-        if resume:
-            settings = stored_settings(store)
-        else:
-            tasks = (task,) if task else _TASKS
-            settings = Settings(tasks, optimizers, schedules, steps, trials, seeds, device)
+        settings, words = _stored(store, asked, given) if resume else (asked, shlex.join(["piste", *sys.argv[1:]]))
         console = Console()
-        result = race(settings, store, view_for(console), shlex.join(["piste", *sys.argv[1:]]))
+        result = race(settings, store, view_for(console), words)
         show_result(console, result, _write_report(store, result))
         if not any(recommended(each.standings) for each in result.results):
             click.echo("piste: no run of any contender finished; the report says why", err=True)
             sys.exit(1)
+
+
+def _stored(store: Store, asked: Settings, given: list[str]) -> tuple[Settings, str]:
+    """The last race in a directory and its command. Options may be repeated with ``--resume``, not changed."""
+    stored = stored_settings(store)
+    for name in given:
+        field = "tasks" if name == "task" else name
+        before, now = getattr(stored, field), getattr(asked, field)
+        if now != before:
+            raise click.UsageError(
+                f"--resume goes on with the race in {store.path} as it was asked for, and there {name} is "
+                f"{_words(before)}, not {_words(now)}; without --resume a changed race reuses what stays the same"
+            )
+    return stored, str(store.read_study()["command"])
+
+
+def _words(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(value) or "each one's companion"
+    return "the task's own" if value is None else str(value)
 
 
 def _stem(task: str) -> str:

@@ -7,7 +7,15 @@ import statistics as medians
 
 from piste.race.contenders import Contender
 from piste.race.inspection import TaskCard
-from piste.race.protocol import MOST_EXTENSIONS, Plan, Records, Tuning, confirmations, keys_so_far, tuning
+from piste.race.protocol import (
+    FEWEST_TRIALS_TO_EXTEND,
+    Plan,
+    Records,
+    Tuning,
+    confirmations,
+    keys_so_far,
+    tuning,
+)
 from piste.race.record import CONFIRM, FINISHED, TUNE, Cost, RunRecord, Standing, StudyResult, TaskResult
 from piste.race.statistics import Comparison, compare
 from piste.race.words import size
@@ -274,14 +282,18 @@ def _search_notes(plan: Plan, records: Records) -> list[str]:
             state = tuning(plan, card, contender, records)
             where = f"{contender.name} on {card.name}"
             if state.edge:
-                reach = f" after {MOST_EXTENSIONS} extensions" if state.extensions else ""
-                notes.append(
-                    f"{where}: the best lr is still the {_WORDS[state.edge]} tried{reach}; give it more trials."
-                )
+                reach = f" after {state.extensions} extensions of the range" if state.extensions else ""
+                notes.append(f"{where}: the best lr is the {_WORDS[state.edge]} tried{reach}; {_beyond(plan)}.")
             elif state.extensions:
                 extra = "1 trial was" if state.extensions == 1 else f"{state.extensions} trials were"
                 notes.append(f"{where}: the best lr was at an edge, so {extra} added beyond it.")
     return notes
+
+
+def _beyond(plan: Plan) -> str:
+    if plan.trials < FEWEST_TRIALS_TO_EXTEND:
+        return f"{FEWEST_TRIALS_TO_EXTEND} trials or more extend the range"
+    return "a better one may lie beyond"
 
 
 _WORDS = {"low": "lowest", "high": "highest"}

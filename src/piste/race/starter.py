@@ -18,7 +18,7 @@ def model():
 
 
 # 2. The data, in three parts: `train` is trained on, `valid` chooses the learning rate, `report` makes the scores and
-#    is used for nothing else. A part is a tensor, a tuple of tensors of equal length, or a torch Dataset.
+#    is used for nothing else. A part is a tuple of tensors of equal length, or a map-style torch Dataset.
 def data():
     generator = torch.Generator().manual_seed(0)
     turn = torch.rand(3000, generator=generator) * 9
@@ -56,5 +56,7 @@ task = Task(
     steps=300,
     batch_size=64,
     description="two spirals, to be replaced by your problem",
+    # domain="vision",  # or "nlp" or "rl": for optimizers with a setting by field, such as AdaBelief's eps
+    # version="2",  # change it when data outside this file changes: earlier runs then no longer count
 )
 '''

@@ -210,7 +210,7 @@ def _short_names(standings: Sequence[Standing]) -> list[str]:
 
 def _standing(standing: Standing, name: str, *, leader: bool, chosen: bool) -> dict[str, str | Text]:
     mark = "take" if chosen else "tied" if standing.tied else ""
-    lost = standing.diverged_trials + len(standing.failures)
+    lost = len(standing.failures)
     known = not math.isnan(standing.mean)
     gap = f"{standing.difference:+.3g} [{standing.difference_low:+.3g}, {standing.difference_high:+.3g}]"
     lr = standing.best_hyperparameters.get("lr", math.nan)
