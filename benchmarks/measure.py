@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import statistics
 import subprocess
@@ -73,6 +74,7 @@ def peak_extra_bytes(make: Make, shapes: Shapes) -> int:
     off at the end, so a buffer that is kept from one step to the next counts as well.
     """
     weights = parameters(shapes)
+    gc.collect()  # what an earlier measurement left must not be released during this one
     with _no_chatter(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         optimizer = make(weights)
         for _ in range(PERIOD):

@@ -68,6 +68,16 @@ def test_state_is_no_extra_memory() -> None:
     assert peak < 100
 
 
+def test_garbage_of_an_earlier_measurement_is_not_counted() -> None:
+    make = CASES[0].optimizers()["torch foreach"]
+    alone = measure.peak_extra_bytes(make, [(16,)] * 50)
+    for _ in range(20):
+        cycle: list[object] = [torch.empty(10_000)]
+        cycle.append(cycle)
+    del cycle
+    assert measure.peak_extra_bytes(make, [(16,)] * 50) == alone
+
+
 def test_ratios_are_of_rounds() -> None:
     """A disturbance that doubles both times of a round leaves its ratio alone."""
     assert measure.ratio([2.0, 4.0, 2.0], [1.0, 2.0, 1.0]) == (2.0, 2.0, 2.0)
