@@ -113,12 +113,11 @@ def _with_schedules(optimizer: str, schedules: Sequence[str]) -> list[Contender]
 
 
 def _torch_class(name: str) -> type[torch.optim.Optimizer]:
-    short = name.removeprefix(_TORCH)
-    found: type[torch.optim.Optimizer] = getattr(torch.optim, short, torch.optim.Optimizer)
-    is_optimizer = inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)
+    found = getattr(torch.optim, name.removeprefix(_TORCH), None)
     # LBFGS needs a closure and SparseAdam sparse gradients; the base class has no lr.
-    if not is_optimizer or short in ("LBFGS", "SparseAdam", "Optimizer"):
-        raise ContenderError(f"no optimizer {name!r} that can race (torch.optim.{short})")
+    unable = (torch.optim.LBFGS, torch.optim.SparseAdam, torch.optim.Optimizer)
+    if not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)) or found in unable:
+        raise ContenderError(f"no optimizer {name!r} that can race (torch.optim.{name.removeprefix(_TORCH)})")
     return found
 
 
