@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,65 @@ def test_a_full_disk_keeps_what_is_there(store: Store, monkeypatch: pytest.Monke
     assert len(store.load()) == 3
     assert store.damaged == []
     assert not list(store.path.rglob("*.tmp"))
+
+
+LIMITED = """
+import resource, signal, sys
+from pathlib import Path
+from piste.race.store import Store, StoreError
+from report_studies import plain_study
+records = plain_study().records
+store = Store(Path(sys.argv[1]))
+with store.writing():
+    store.add(records[0])
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+    try:
+        store.add(records[1])
+    except StoreError as error:
+        print(error)
+print(len(store.load()), store.damaged, sorted(path.suffix for path in store.runs.iterdir()))
+"""
+
+
+def test_a_file_that_the_system_cuts_off_is_never_a_record(store: Store) -> None:
+    """For real this time: the system refuses to let a file grow beyond a part of a record."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(store.path)],
+        capture_output=True, text=True, check=True, cwd=Path(__file__).parent,
+    )  # fmt: skip
+    refusal, left = done.stdout.splitlines()
+    assert "can no longer be written: File too large; free some space" in refusal
+    assert "the 1 finished runs in it are kept" in refusal
+    assert left == "1 [] ['.json']"
+
+
+def test_no_flipped_bit_changes_a_record_unnoticed(store: Store) -> None:
+    """Any byte of the file: refused, or (in the spaces between) the very same record."""
+    record = _filled(store, 1)[0]
+    path = store.runs / f"{record.key.id}.json"
+    content = path.read_bytes()
+    noticed = 0
+    for place in range(0, len(content), 7):
+        changed = content[:place] + bytes([content[place] ^ (1 << place % 8)]) + content[place + 1 :]
+        path.write_bytes(changed)
+        found = store.load(set_aside=False)
+        assert all(each.to_json() == record.to_json() for each in found.values())
+        noticed += not found
+    assert noticed > 0.5 * len(range(0, len(content), 7))
+    assert path.exists()
+
+
+def test_a_run_does_not_overwrite_another(store: Store) -> None:
+    """Different keys have different ids, equal ones the same, whatever the order of their fields."""
+    ids = {record.key.id for record in RECORDS}
+    assert len(ids) == len({repr(record.key) for record in RECORDS}) == len(RECORDS)
+    key = RECORDS[0].key
+    turned = dict(reversed(key.versions.items()))
+    assert list(turned) != list(key.versions)
+    assert replace(key, versions=turned).id == key.id
+    for change in ({"seed": 99}, {"steps": 251}, {"task_hash": "0"}, {"phase": "?"}, {"hyperparameters": {"lr": 1.0}}):
+        assert replace(key, **change).id != key.id  # type: ignore[arg-type]
 
 
 def test_leftovers_of_a_killed_writer_are_swept(store: Store) -> None:

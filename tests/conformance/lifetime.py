@@ -153,6 +153,31 @@ def add_group_late(subject: Subject, engine: str) -> None:
     assert optimizer.param_groups[1]["weight_decay"] == optimizer.param_groups[0]["weight_decay"]
 
 
+def _without_empty_entries(seen: dict[str, Any]) -> dict[str, Any]:
+    """A weight without a state may have an empty entry or none."""
+    saved = seen["state_dict"]
+    state = {number: entries for number, entries in saved["state"].items() if entries}
+    return seen | {"state_dict": saved | {"state": state}}
+
+
+@promise("a step without any gradient changes nothing", not_for_wrappers="it counts steps of the model")
+def no_gradients(subject: Subject, engine: str) -> None:
+    """Before the first gradient and between others; also with clipping, whose norm is then of nothing."""
+    for options in ({}, {"clip_norm": 0.5}, {"nonfinite": "skip"}, {"nonfinite": "raise"}):
+        params, plain = weights_of(SMALL), weights_of(SMALL)
+        optimizer, reference = subject.make(params, engine, **options), subject.make(plain, engine, **options)
+        nothing = [None] * len(params)
+        for step in range(8):
+            set_gradients(params, nothing)
+            before = _without_empty_entries(frozen(params, optimizer))
+            optimizer.step()
+            assert_identical(_without_empty_entries(frozen(params, optimizer)), before)
+            set_gradients(params, SMALL.gradients[step])
+            optimizer.step()
+        train(plain, reference, SMALL, range(8))
+        assert_identical([p.detach() for p in params], [p.detach() for p in plain])
+
+
 def _go_on(optimizer: torch.optim.Optimizer, steps: range) -> list[torch.Tensor]:
     params = [p for group in optimizer.param_groups for p in group["params"]]
     train(params, optimizer, SMALL, steps)

@@ -154,6 +154,60 @@ def _per_weight(optimizer: torch.optim.Optimizer) -> list[dict[str, object]]:
     return list(optimizer.state_dict()["state"].values())
 
 
+@promise("weights keep their storage")
+def storage_kept(subject: Subject, engine: str) -> None:
+    """Written in place, so views, flat buffers and other holders of the memory see the new numbers."""
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        problem = random_problem([(3, 4), (5,)], seed=40, steps=7)
+        flat = torch.cat([torch.tensor(w, dtype=dtype).flatten() for w in problem.weights])
+        params = [flat[:12].view(3, 4).requires_grad_(), flat[12:].requires_grad_()]
+        plain = weights_of(problem, dtype)
+        train(params, subject.make(params, engine), problem)
+        train(plain, subject.make(plain, engine), problem)
+        assert_identical(flat, torch.cat([p.detach().flatten() for p in plain]))
+
+
+@promise("weights of several dtypes in one optimizer")
+def mixed_dtypes(subject: Subject, engine: str) -> None:
+    """Each dtype moves as it does alone."""
+    problem = random_problem([(3, 4), (5,)], seed=41)
+    dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+    together = [p for dtype in dtypes for p in weights_of(problem, dtype)]
+    train(together, subject.make(together, engine), Problem(problem.weights, [row * 4 for row in problem.gradients]))
+    alone = [weights_of(problem, dtype) for dtype in dtypes]
+    for params in alone:
+        train(params, subject.make(params, engine), problem)
+    assert_identical([p.detach() for p in together], [p.detach() for params in alone for p in params])
+
+
+@promise("large weights, taken in pieces or whole", engines=("foreach",))
+def large_weights(subject: Subject, engine: str) -> None:
+    """Fast engines cut weights of half a million elements and more; the small neighbours and clipping see no seam.
+
+    Against the reference, in float64. Among fourteen million results some come from a gradient that cancels to
+    nearly zero before it is divided by its own root, which magnifies rounding a thousandfold; a seam would show whole.
+    """
+    generator = torch.Generator().manual_seed(42)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    starts = [draw(3), draw(600_001), draw(40, 7), draw(1000, 700), draw(700, 900).t()]
+    rows = [[draw(*w.shape) for w in starts] for _ in range(3)]
+    results = []
+    for name in (engine, "reference"):
+        params = [w.clone().requires_grad_() for w in starts]
+        assert not params[-1].is_contiguous()
+        optimizer = subject.make(params, name, clip_norm=100.0)  # the joint norm is near 1,400
+        for step in range(7):
+            for p, g in zip(params, rows[step % 3], strict=True):
+                p.grad = g
+            optimizer.step()
+        results.append([p.detach() for p in params])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
 @promise("gradient dtype other than the weight's")
 def foreign_gradient_dtype(subject: Subject, engine: str) -> None:
     """A float32 gradient on a bf16 weight is used as it is, and a bf16 one on a float32 weight after widening."""
