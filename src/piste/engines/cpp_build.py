@@ -19,12 +19,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import IO, NamedTuple, TypeVar
 
 import torch
 
@@ -126,8 +127,15 @@ def library(source: str, what: str = "") -> ctypes.CDLL:
         with _LOCKS.setdefault(source, threading.Lock()):
             found = _LOADED.get(source)
             if found is None:
-                found = _LOADED[source] = _load(source, what or "generated code")
+                found = _LOADED[source] = _named(what or "generated code", source)
     return found
+
+
+def _named(what: str, source: str) -> ctypes.CDLL:
+    try:
+        return _load(source, what)
+    except BuildError as error:
+        raise BuildError(f"{what}: {error}") from error
 
 
 def _load(source: str, what: str) -> ctypes.CDLL:
@@ -304,7 +312,7 @@ class _Pause:
         )
         self.moment: float | None = time.monotonic() + _SILENT
 
-    def wait(self, process: subprocess.Popen[str]) -> None:
+    def wait(self, process: subprocess.Popen[bytes]) -> None:
         """Returns when the process has ended or the pause has been explained."""
         if self.moment is not None:
             try:
@@ -346,38 +354,52 @@ def _build(chain: Toolchain, source: str, folder: Path, pause: _Pause | None, li
 
 
 def _run(command: tuple[str, ...], result: Path, pause: _Pause | None, limit: float) -> None:
-    log = result.with_suffix(".log")
-    surroundings = {**os.environ, "LC_ALL": "C", "TMPDIR": str(result.parent)}
-    with log.open("wb") as output:
-        try:
+    with _words() as output:
+        process = _started(command, result.parent, output)
+        status = _ended(process, command[0], pause, limit)
+        # the file is looked for as well: where the program ignores the end of children, every status reads 0
+        if status != 0 or not result.is_file():
+            output.seek(0)
+            words = output.read(_LONGEST).decode(errors="replace").strip()
+            raise _RefusedError("\n".join(filter(None, (f"{command[0]} {_ending(status)}", words))))
+
+
+def _words() -> IO[bytes]:
+    """What the compiler says goes where it can be said on a full disk, too. A pipe might be kept open by a daemon."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("piste"), "w+b")
+    return tempfile.TemporaryFile()
+
+
+def _started(command: tuple[str, ...], folder: Path, output: IO[bytes]) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "LC_ALL": "C", "TMPDIR": str(folder)},
+            cwd=folder,
             # a session of its own, so that a wrapper's children can be ended with it
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=surroundings,
-                cwd=result.parent,
-                start_new_session=True,
-                text=True,
-            )
-        except OSError as error:
-            raise BuildError(f"{command[0]} cannot be run: {error.strerror}") from error
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise BuildError(f"{command[0]} cannot be run: {error.strerror}") from error
+
+
+def _ended(process: subprocess.Popen[bytes], name: str, pause: _Pause | None, limit: float) -> int:
+    """The status of a process that ended by itself. Whatever else happens, it does not outlive this call."""
     try:
         if pause is not None:
             pause.wait(process)
-        status = process.wait(limit)
+        return process.wait(limit)
     except subprocess.TimeoutExpired:
-        raise BuildError(f"{command[0]} was stopped: it had not finished after {limit:.0f} s") from None
+        raise BuildError(f"{name} was stopped: it had not finished after {limit:g} s") from None
     finally:
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    # the file is looked for as well: where the program ignores the end of children, every status reads 0
-    if status != 0 or not result.is_file():
-        words = log.read_text(encoding="utf-8", errors="replace").strip()[:_LONGEST]
-        raise _RefusedError("\n".join(filter(None, (f"{command[0]} {_ending(status)}", words))))
 
 
 def _ending(status: int) -> str:

@@ -92,9 +92,7 @@ def _private(folder: Path) -> Path:
         raise _UnusableError("no home folder is known; PISTE_CACHE can name a folder")
     if home in folder.parents and not home.is_dir():
         raise _UnusableError(f"the home folder {home} does not exist; PISTE_CACHE can name another")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
+    _make(folder)
     real = folder.resolve(strict=True)
     info = real.stat()
     if not stat.S_ISDIR(info.st_mode):
@@ -107,6 +105,14 @@ def _private(folder: Path) -> Path:
         if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
             raise _UnusableError(f"{parent} above it is writable by everybody")
     return real
+
+
+def _make(folder: Path) -> None:
+    """With what is missing above it, all of it private whatever the umask."""
+    if not folder.parent.exists():
+        _make(folder.parent)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
 
 
 def _others_reach(info: os.stat_result) -> str:
