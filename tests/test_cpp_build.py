@@ -306,6 +306,18 @@ def test_a_long_pause_is_explained_in_one_line(
     assert "\n" not in record.message
 
 
+def test_a_long_probe_is_explained_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(
+        "CXX", wrapper(tmp_path / "slow", 'grep -q piste_probe source.cpp && sleep 0.3\nexec $REAL "$@"')
+    )
+    monkeypatch.setattr(build, "_SILENT", 0.2)
+    build.toolchain()
+    (record,) = caplog.records
+    assert "probe of the compiler" in record.message
+
+
 def test_a_short_pause_is_not(caplog: pytest.LogCaptureFixture) -> None:
     assert build._SILENT == 1.0
     answer()
@@ -788,11 +800,46 @@ def test_a_disk_from_which_nothing_may_be_run(folder: Path, which: str) -> None:
     assert elsewhere(work) == 84
 
 
-@pytest.mark.skipif(ROOT, reason="modes do not stop root")
-def test_a_folder_without_permission_to_write(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder.mkdir()
-    folder.chmod(0o500)
-    refused(folder, caplog, "Permission denied")
+@pytest.fixture
+def ordinary(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """A place of a user whom modes stop, and how a child becomes that user: tests may run as root."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    place = Path(tempfile.mkdtemp())
+    user = 4321 if ROOT else os.geteuid()
+    (place / "temporary").mkdir()
+    (place / "cache").mkdir(mode=0o500)
+    for path in (place, *place.iterdir()):
+        os.chown(path, user, -1)
+    monkeypatch.setattr(tempfile, "tempdir", str(place / "temporary"))
+    monkeypatch.setenv("PISTE_CACHE", str(place / "cache"))
+
+    def become() -> None:
+        if ROOT:
+            os.setgroups([])
+            os.setgid(user)
+            os.setuid(user)
+
+    yield place, become
+    (place / "cache").chmod(0o700)
+    shutil.rmtree(place)
+
+
+@pytest.mark.parametrize("mode", [0o500, 0o000])
+def test_a_folder_without_permission(ordinary: tuple[Path, Callable[[], None]], mode: int) -> None:
+    place, become = ordinary
+    (place / "cache").chmod(mode)
+
+    def work() -> Any:
+        become()
+        return messages_of(lambda: (answer(1), answer(2)))
+
+    numbers, told = elsewhere(work)
+    assert numbers == (1, 2)
+    assert len(told) == 1
+    assert "Permission denied" in told[0]
+    (place / "cache").chmod(0o700)
+    assert not list((place / "cache").iterdir())
+    assert not list((place / "temporary").iterdir())
 
 
 def test_a_limit_on_the_size_of_files() -> None:

@@ -55,7 +55,7 @@ _SERIAL = (("-fopenmp-simd",), ())
 _ENTRIES = ("GOMP_parallel", "__kmpc_fork_call")
 
 #: seconds: until a pause is explained, for a probe, for a library
-_SILENT, _PROBE_LIMIT, _LIMIT = 1.0, 30.0, 120.0
+_SILENT, _PROBE_LIMIT, _LIMIT = 1.0, 60.0, 120.0
 _LONGEST = 4000
 
 _PROBE = """
@@ -154,7 +154,7 @@ def _load(source: str, what: str) -> ctypes.CDLL:
 
 def _fresh(chain: Toolchain, source: str, what: str, folder: Path) -> ctypes.CDLL:
     """Built in that folder, kept in the cache if it can be, and loaded from there if it was."""
-    path = _build(chain, source, folder, _Pause(what, chain), _LIMIT)
+    path = _build(chain, source, folder, _Pause(what, chain.command), _LIMIT)
     kept = cache.keep(chain.key(source), ".so", path.read_bytes())
     if kept is not None:
         with contextlib.suppress(OSError):  # kept where nothing may be run, or removed by somebody
@@ -286,11 +286,12 @@ def _remember(chain: Toolchain) -> Toolchain:
 def _probe(command: tuple[str, ...], identity: str, offered: tuple[str, ...], folder: Path) -> Toolchain:
     """Tries the flags, best ones first, until something is built that can be loaded."""
     refused: BuildError | None = None
+    pause = _Pause("a probe of the compiler", command)
     for native in ((_NATIVE,), ()):
         for extra in (*(_OPENMP if offered else ()), *_SERIAL):
             chain = Toolchain(command, (*_FLAGS, *native, *extra), extra in _OPENMP, identity)
             try:
-                _opened(_build(chain, _PROBE + _PROBE_OPENMP * chain.openmp, folder, None, _PROBE_LIMIT), command)
+                _opened(_build(chain, _PROBE + _PROBE_OPENMP * chain.openmp, folder, pause, _PROBE_LIMIT), command)
             except _RefusedError as error:
                 refused = error
             else:
@@ -305,9 +306,9 @@ class _RefusedError(BuildError):
 class _Pause:
     """Explains a pause once it lasts."""
 
-    def __init__(self, what: str, chain: Toolchain) -> None:
+    def __init__(self, what: str, command: tuple[str, ...]) -> None:
         folder = cache.usable_folder()
-        self.message = f"compiling {what} with {shlex.join(chain.command)}; " + (
+        self.message = f"compiling {what} with {shlex.join(command)}; " + (
             "it cannot be kept and will be compiled again next time" if folder is None else f"it is kept in {folder}"
         )
         self.moment: float | None = time.monotonic() + _SILENT
@@ -342,7 +343,7 @@ def _somewhere(work: Callable[[Path], _Result]) -> _Result:
     raise BuildError(reasons[0])
 
 
-def _build(chain: Toolchain, source: str, folder: Path, pause: _Pause | None, limit: float) -> Path:
+def _build(chain: Toolchain, source: str, folder: Path, pause: _Pause, limit: float) -> Path:
     """Compiles and links in two steps: told of OpenMP, the linker would add a runtime."""
     text, object_file, result = folder / "source.cpp", folder / "object.o", folder / "library.so"
     for old in (object_file, result):
@@ -353,7 +354,7 @@ def _build(chain: Toolchain, source: str, folder: Path, pause: _Pause | None, li
     return result
 
 
-def _run(command: tuple[str, ...], result: Path, pause: _Pause | None, limit: float) -> None:
+def _run(command: tuple[str, ...], result: Path, pause: _Pause, limit: float) -> None:
     with _words() as output:
         process = _started(command, result.parent, output)
         status = _ended(process, command[0], pause, limit)
@@ -387,11 +388,10 @@ def _started(command: tuple[str, ...], folder: Path, output: IO[bytes]) -> subpr
         raise BuildError(f"{command[0]} cannot be run: {error.strerror}") from error
 
 
-def _ended(process: subprocess.Popen[bytes], name: str, pause: _Pause | None, limit: float) -> int:
+def _ended(process: subprocess.Popen[bytes], name: str, pause: _Pause, limit: float) -> int:
     """The status of a process that ended by itself. Whatever else happens, it does not outlive this call."""
     try:
-        if pause is not None:
-            pause.wait(process)
+        pause.wait(process)
         return process.wait(limit)
     except subprocess.TimeoutExpired:
         raise BuildError(f"{name} was stopped: it had not finished after {limit:g} s") from None
