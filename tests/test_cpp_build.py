@@ -118,11 +118,27 @@ def wrapper(path: Path, lines: str) -> str:
     return str(path)
 
 
-def counting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+def ended(pid: int) -> bool:
+    """Whether a process has ended, or ends within a second; it counts although nobody has asked for its status yet."""
+    for _ in range(100):
+        try:
+            os.kill(pid, 0)
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except ProcessLookupError:
+            return True
+        except FileNotFoundError:
+            pass  # just gone, or a system without /proc: asked again
+        time.sleep(0.01)
+    return False
+
+
+def counting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pause: float = 0) -> Callable[[], int]:
     """Puts a compiler in place that writes down what it compiles; how many sources that were, probes apart."""
     log = tmp_path / "compiled"
     log.touch()
-    lines = f'case "$*" in *" -c "*) grep -q answer source.cpp && echo once >> {log};; esac\nexec $REAL "$@"'
+    noting = f"grep -q answer source.cpp && echo once >> {log} && sleep {pause}"
+    lines = f'case "$*" in *" -c "*) {noting};; esac\nexec $REAL "$@"'
     monkeypatch.setenv("CXX", wrapper(tmp_path / "counting", lines))
     return lambda: len(log.read_text().split())
 
@@ -243,7 +259,14 @@ def test_flags_for_this_processor_are_dropped_where_refused(tmp_path: Path, monk
 
 def test_cxx_may_carry_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", f"env {REAL} -DNOTHING")
-    assert build.toolchain().command == ("env", REAL, "-DNOTHING")
+    assert build.toolchain().command == (shutil.which("env"), REAL, "-DNOTHING")
+    assert answer() == 42
+
+
+def test_cxx_may_be_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrapper(tmp_path / "compiler", 'exec $REAL "$@"')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CXX", "./compiler")
     assert answer() == 42
 
 
@@ -468,8 +491,9 @@ def test_a_link_counts_as_what_it_leads_to(
     refused(target, caplog, "belongs to user")
 
 
-def test_a_link_to_nowhere(tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder.symlink_to(tmp_path / "nowhere")
+@pytest.mark.parametrize("target", ["nowhere", "cache"])
+def test_a_link_to_nowhere(tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture, target: str) -> None:
+    folder.symlink_to(tmp_path / target)
     refused(folder, caplog, "cannot be used")
 
 
@@ -543,10 +567,14 @@ def a_pipe(file: Path) -> None:
     os.mkfifo(file)
 
 
+SPOILS = [truncated, emptied, flipped, group_may_write, linked, a_folder, a_pipe]
+
+
 @pytest.mark.parametrize(
-    "spoil", [truncated, emptied, flipped, group_may_write, linked, a_folder, a_pipe], ids=lambda f: f.__name__
+    ("suffix", "spoil"),
+    [*((".so", spoil) for spoil in SPOILS), (".json", truncated), (".json", group_may_write)],
+    ids=lambda value: getattr(value, "__name__", value),
 )
-@pytest.mark.parametrize("suffix", [".so", ".json"])
 def test_a_spoilt_file_is_built_again(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, spoil: Callable[[Path], None]
 ) -> None:
@@ -583,6 +611,15 @@ def test_another_library_under_this_name_is_not_loaded(folder: Path) -> None:
     assert elsewhere(lambda: answer(1)) == 1
 
 
+def test_what_cannot_be_trusted_is_removed(folder: Path) -> None:
+    elsewhere(answer)
+    (file,) = entries(folder)
+    wrong = file.with_name(file.name.replace(file.stem.split("-")[1], "0" * 64))
+    file.rename(wrong)
+    assert elsewhere(answer) == 42
+    assert entries(folder) == [file]
+
+
 def test_an_entry_that_vanishes_while_it_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere(answer)
     found = cache.lookup
@@ -605,8 +642,9 @@ def test_an_entry_that_vanishes_while_it_is_loaded(folder: Path, monkeypatch: py
 def test_processes_that_build_the_same(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, patience: float
 ) -> None:
-    compiled = counting(tmp_path, monkeypatch)
+    compiled = counting(tmp_path, monkeypatch, pause=0.3)
     monkeypatch.setattr(cache, "_TURN", patience)
+    elsewhere(build.toolchain)
     moment = time.monotonic() + 0.3
 
     def work() -> int:
@@ -645,6 +683,22 @@ def test_a_process_killed_while_it_builds(tmp_path: Path, folder: Path, monkeypa
         os.utime(path, (time.time() - 2 * cache._DAY,) * 2)
     assert elsewhere(lambda: answer(1)) == 1
     assert not [path for path in left if path.exists()]
+
+
+def test_an_interrupt_ends_the_compiler(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = tmp_path / "begun"
+    lines = (
+        f'grep -q answer source.cpp && {{ echo $$ > {begun}.new; mv {begun}.new {begun}; sleep 60; }}\nexec $REAL "$@"'
+    )
+    monkeypatch.setenv("CXX", wrapper(tmp_path / "sleepy", lines))
+    child = Child(answer)
+    while not begun.exists():
+        time.sleep(0.01)
+    os.kill(child.pid, signal.SIGINT)
+    with pytest.raises(AssertionError, match="KeyboardInterrupt"):
+        child.result(10.0)
+    assert ended(int(begun.read_text()))
+    assert not list(folder.glob(".piste-*"))
 
 
 def test_threads_share_one_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -931,19 +985,19 @@ def test_a_compiler_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """It is ended with its children, and asked once."""
     assert 60 <= build._LIMIT <= 180
     monkeypatch.setattr(build, "_PROBE_LIMIT", 0.3)
+    monkeypatch.setattr(build, "_SILENT", 0.1)
     pids = tmp_path / "pids"
     start = time.monotonic()
     compiler = wrapper(tmp_path / "hanging", f"sleep 100 & echo $! >> {pids}; wait")
     assert "had not finished after" in reason_of(monkeypatch, compiler)
     assert time.monotonic() - start < 5
     (pid,) = pids.read_text().split()
-    time.sleep(0.1)
-    status = Path(f"/proc/{pid}/stat")
-    assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+    assert ended(int(pid))
 
 
 def test_a_compiler_that_hangs_over_one_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "_LIMIT", 0.3)
+    monkeypatch.setattr(build, "_SILENT", 0.1)
     lines = 'grep -q answer source.cpp && sleep 100\nexec $REAL "$@"'
     monkeypatch.setenv("CXX", wrapper(tmp_path / "hanging", lines))
     start = time.monotonic()

@@ -226,10 +226,13 @@ def _candidates(named: str) -> list[tuple[str, ...]]:
             command = tuple(shlex.split(named))
         except ValueError as error:
             raise BuildError(f"CXX={named!r} cannot be read: {error}") from error
-        if shutil.which(command[0]) is None:
+        path = shutil.which(command[0])
+        if path is None:
             raise BuildError(f"CXX={named!r}: {command[0]} is no program that can be run")
-        return [command]
-    paths = {os.path.realpath(path): (path,) for path in map(shutil.which, reversed(_COMPILERS)) if path is not None}
+        # absolute, as it is started in another folder; links stay, since wrappers go by the name they are called by
+        return [(os.path.abspath(path), *command[1:])]  # noqa: PTH100 (resolves links)
+    here = [os.path.abspath(path) for path in map(shutil.which, reversed(_COMPILERS)) if path]  # noqa: PTH100
+    paths = {os.path.realpath(path): (path,) for path in here}
     if not paths:
         raise BuildError(f"no C++ compiler is installed ({', '.join(_COMPILERS)}); CXX can name one")
     return list(reversed(paths.values()))

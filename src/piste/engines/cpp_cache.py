@@ -93,7 +93,7 @@ def _private(folder: Path) -> Path:
     if home in folder.parents and not home.is_dir():
         raise _UnusableError(f"the home folder {home} does not exist; PISTE_CACHE can name another")
     _make(folder)
-    real = folder.resolve(strict=True)
+    real = Path(os.path.realpath(folder, strict=True))  # Path.resolve() raises RuntimeError where links form a circle
     info = real.stat()
     if not stat.S_ISDIR(info.st_mode):
         raise _UnusableError("it is not a folder")
