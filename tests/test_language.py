@@ -269,8 +269,8 @@ def test_scratch_keeps_a_value_across_a_stage(engine: str) -> None:
     (given,) = run(optimizer, params, 1)
     for p, b, g in zip(params, before, given, strict=True):
         torch.testing.assert_close(p.detach(), b - 0.1 * g.exp() / g.exp().norm(), rtol=1e-12, atol=1e-12)
-    (((part,), *_),) = optimizer._roster.layouts.values()
-    first, second = part.plan.stages
+    ((part,),) = optimizer._roster.layouts.values()
+    first, second = part.seats.plan.stages
     assert [k.attr for k in first.keeps] == ["d"]
     assert "exp" not in {s.op for s in second.compute}, "a value in scratch is not computed again"
 
@@ -417,7 +417,7 @@ def test_shapes_select_variants_and_ranks_share_plans() -> None:
     for p, b, g, factor in zip(params, before, given, (2, 1, 2, 1, 1), strict=True):
         torch.testing.assert_close(p.detach(), b - 0.1 * factor * g)
     (layout,) = optimizer._roster.layouts.values()
-    assert sorted(len(part.members) for part in layout.parts) == [2, 3]
+    assert sorted(len(part.members) for part in layout) == [2, 3]
 
 
 def test_a_state_appears_when_a_rule_first_needs_it() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,36 +13,92 @@ from torch import Tensor
 from piste.plan import Plan
 from piste.symbol import HOST, HostFunction, Row, Sym, compile_host
 
-__all__ = ["Bucket", "Engine", "host_inputs"]
+__all__ = ["Bucket", "Engine", "Seats", "host_inputs"]
 
 
-@dataclass(eq=False)
-class Bucket:
-    """Weights of one plan, device and choice of dtypes.
+class Seats(NamedTuple):
+    """What a bucket has step after step.
 
     Attributes:
-        plan: what is done with them.
-        dtype: the precision in which it is worked out.
-        homes: tensors by where they live: ``"p"``, ``"g"``, ``"state.NAME"``; one per weight.
-        rows: the distinct host rows of these weights (weights of one group and step share one).
-        row_of: for each weight, its row.
-        values: finished reductions, opaque results and scratch buffers, one per weight; reductions over all weights
-            (kind ``ALL``) and the inverse loss scale have a single entry.
-        partials: results of the reductions of the stage that ran last, per weight (per bucket for kind ``ALL``).
+        plan: what is done with its weights.
+        device: where they are.
+        dtype: the precision in which the plan is worked out.
+        homes: tensors by where they live: ``"p"``, ``"state.NAME"``; one per weight.
+        groups: for each weight, the index of its parameter group.
+        shapes: the global shape of each weight.
+        kept: what an engine derives from these tensors, under a key of its own. It lasts while they are the same
+            objects and no weight has moved.
     """
 
     plan: Plan
     device: torch.device
     dtype: torch.dtype
     homes: dict[str, list[Tensor]]
-    rows: list[Row]
-    row_of: list[int]
-    values: dict[Sym, list[Tensor]] = field(default_factory=dict)
-    partials: dict[Sym, list[Tensor]] = field(default_factory=dict)
+    groups: list[int]
+    shapes: list[tuple[int, ...]]
+    kept: dict[Any, Any]
+
+
+@dataclass(eq=False)
+class Bucket:
+    """Weights of one plan, device and choice of dtypes in one step.
+
+    Attributes:
+        seats: what they have in every step.
+        homes: their tensors by where they live: those of ``seats``, and the gradients as ``"g"``.
+        hp: the host numbers of every parameter group.
+        steps: for each weight, its own step number.
+        values: sequences of tensors: finished reductions, opaque results and scratch buffers, one per weight;
+            reductions over all weights (kind ``ALL``) and the inverse loss scale have a single entry.
+        partials: results of the reductions of the stage that ran last, per weight (per bucket for kind ``ALL``).
+    """
+
+    seats: Seats
+    homes: dict[str, list[Tensor]]
+    hp: Sequence[Mapping[str, float]]
+    steps: list[int]
+    values: dict[Sym, Any] = field(default_factory=dict)
+    partials: dict[Sym, Any] = field(default_factory=dict)
     columns: list[float | list[float]] = field(default_factory=list)
 
     def __len__(self) -> int:
-        return len(self.row_of)
+        return len(self.steps)
+
+    @property
+    def plan(self) -> Plan:
+        return self.seats.plan
+
+    @property
+    def device(self) -> torch.device:
+        return self.seats.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.seats.dtype
+
+    @cached_property
+    def _table(self) -> tuple[list[Row], list[int]]:
+        graph = self.plan.graph
+        rows: list[Row] = []
+        places: list[int] = []
+        known: dict[Any, int] = {}
+        for group, step, shape in zip(self.seats.groups, self.steps, self.seats.shapes, strict=True):
+            key = group, step if graph.by_step else 0, shape if graph.by_shape else ()
+            if key not in known:
+                known[key] = len(rows)
+                rows.append(Row(self.hp[group], step, shape))
+            places.append(known[key])
+        return rows, places
+
+    @property
+    def rows(self) -> list[Row]:
+        """The distinct host rows of these weights: those with the same numbers share one."""
+        return self._table[0]
+
+    @property
+    def row_of(self) -> list[int]:
+        """For each weight, its row."""
+        return self._table[1]
 
     def set_columns(self, host: HostFunction) -> None:
         """Work out the host numbers of this step: one float for the whole bucket where all weights agree."""
@@ -57,7 +115,7 @@ class Bucket:
 
 
 class Engine(Protocol):
-    """A way to run plans. Engines hold no state of their own; what they derive is kept in ``plan.lowered``."""
+    """A way to run plans. Engines hold no state of their own; what they derive is kept with the plan or the seats."""
 
     @property
     def name(self) -> str: ...

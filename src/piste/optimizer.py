@@ -211,6 +211,7 @@ class Optimizer(torch.optim.Optimizer):
             self._step_supports_amp_scaling = True
         self.last_step = LastStep(self, {}, None, skipped=False)
         self._roster = Roster([])
+        self._any_complex = False
         self._roster_of: tuple[Any, list[Tensor], Any] = (None, [], None)
 
     @classmethod
@@ -344,21 +345,29 @@ class Optimizer(torch.optim.Optimizer):
                 for p in group["params"]
             ]
             self._roster, self._roster_of = Roster(members), (self.state, weights, setting)
+            self._any_complex = any(p.is_complex() for p in weights)
         gradients = [p.grad for p in weights]
-        if any(g is not None and (g.layout != torch.strided or g.is_complex()) for g in gradients):
+        layouts = {g.layout for g in gradients if g is not None}
+        if self._any_complex or not layouts <= {torch.strided}:
             self._refuse(gradients, [hp for _, hp in groups])
         return gradients, [hp for _, hp in groups]
 
     def _current(self, weights: list[Tensor], setting: Any) -> bool:
         """Does the roster hold these weights, with the states they have now and these flags?"""
-        state, known, flags = self._roster_of
+        states, known, flags = self._roster_of
         return (
             setting == flags
-            and self.state is state
+            and self.state is states
             and len(weights) == len(known)
             and all(map(operator.is_, weights, known))
-            and all(map(operator.is_, map(state.get, weights), self._roster.states))
+            and self._same_states(weights)
         )
+
+    def _same_states(self, weights: list[Tensor]) -> bool:
+        """Usually the states stand in the order of the weights, and a look-up by tensor costs ten times as much."""
+        known = self._roster.states
+        in_order = len(self.state) == len(known) and all(map(operator.is_, self.state.values(), known))
+        return in_order or all(map(operator.is_, map(self.state.get, weights), known))
 
     def _refuse(self, gradients: list[Tensor | None], hp: list[dict[str, float]]) -> None:
         """Refuse gradients that are sparse, and complex ones where axes are told apart."""

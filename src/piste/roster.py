@@ -4,28 +4,34 @@ Each weight's host numbers (hyper-parameters of its group, its own step number) 
 graph. The graphs of a step are cut into plans together, so that a total over all weights is complete in the same stage
 everywhere. Weights with one plan, device and dtypes form a bucket.
 
-The order that results is a *layout*. Layouts are kept: a step in which every weight has the graph and the formats it
-had in an earlier step (all of them, as a rule) only puts new gradients and numbers in place.
+The order that results is a *layout*. Layouts are kept: a step in which the same weights have gradients, and the graphs
+they had in an earlier step (all of them, as a rule), only puts new gradients and numbers in place. What is done per
+weight here is done by functions that run over whole lists, because with hundreds of small weights it is the step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
+from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from piste.bucket import Bucket
+from piste.bucket import Bucket, Seats
 from piste.plan import Plan, build
 from piste.storage import State, allocate, compute_dtype
 from piste.symbol import Row
 from piste.variants import Graph, Variants
 
-__all__ = ["Member", "Roster", "Sorted", "plans_built"]
+__all__ = ["Member", "Roster", "Sorted", "plans_built", "real"]
 
 _PLANS: dict[tuple[Graph, tuple[tuple[str, int], ...]], Plan] = {}
 _MOST_LAYOUTS = 32  # Lookahead's phases and patterns of missing gradients; beyond that, sorting anew costs less
+_MOST_STEPS = 4096  # step numbers of one kind of weight whose graphs are remembered
+
+_dtype, _device = attrgetter("dtype"), attrgetter("device")
 
 
 def plans_built() -> int:
@@ -55,143 +61,187 @@ class Sorted(NamedTuple):
     """A step, ready to run: its buckets, and the step number that each weight will have taken."""
 
     buckets: list[Bucket]
-    counts: list[tuple[dict[str, Any], int]]
+    states: Sequence[dict[str, Any]]
+    counts: Sequence[int]
 
     def finish(self) -> None:
         """Write the step numbers."""
-        for state, count in self.counts:
+        for state, count in zip(self.states, self.counts, strict=True):
             state["step"] = count
 
 
 class _Part(NamedTuple):
-    """The members that make up one bucket of a layout."""
+    """The members that make up one bucket of a layout, and what they were when it was made."""
 
-    plan: Plan
-    state_dtypes: tuple[torch.dtype, ...]
     members: list[int]
-    weights: list[Tensor]
+    seats: Seats
     states: list[dict[str, Any]]
-
-
-class _Layout(NamedTuple):
-    """Parts, with the formats that all weights and gradients had."""
-
-    parts: list[_Part]
-    weights: list[torch.dtype]
-    gradients: list[torch.dtype]
+    pointers: list[int]
+    gradient_dtype: torch.dtype
 
 
 class Roster:
-    """The weights of an optimizer with all layouts in which they have stepped."""
+    """The weights of an optimizer with the layouts in which they have stepped."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = members
+        self.weights = [m.p for m in members]
         self.states = [m.state for m in members]
+        self.groups = [m.group for m in members]
         self.shapes = [tuple(real(m.p).shape) for m in members]
+        self.empty = {i for i, m in enumerate(members) if not m.p.numel()}
         kinds: dict[Any, int] = {}
         # weights of one kind take the same way through the guards of the same rule
         self.kinds = [
             kinds.setdefault((m.group, id(m.variants), shape), len(kinds))
             for m, shape in zip(members, self.shapes, strict=True)
         ]
-        self.layouts: dict[Any, _Layout] = {}
+        self.example = dict(zip(reversed(self.kinds), reversed(range(len(members))), strict=True))
+        self.known: list[dict[int, Graph]] = [{} for _ in kinds]  # by kind: step number -> graph
+        self.known_for: Any = None
+        self.layouts: dict[Any, list[_Part]] = {}
 
     def sort(self, gradients: Sequence[Tensor | None], hp: Sequence[Mapping[str, float]]) -> Sorted:
         """The step that these gradients (None: the weight rests) and numbers per group make."""
-        active = [i for i, g in enumerate(gradients) if g is not None]
-        counts = [(state, state.get("step", 0) + 1) for state in (self.states[i] for i in active)]
-        starts = list(zip([self.kinds[i] for i in active], [t for _, t in counts], strict=True))
-        first = dict(zip(reversed(starts), reversed(active), strict=True))  # a member for each kind and step number
-        rows: dict[Any, Row] = {}
-        ways = {start: self._way(i, start[1], hp, rows) for start, i in first.items()}
-        graphs = [ways[start][0] for start in starts]
-        row_of = {} if len(rows) == 1 else {i: ways[start][1] for i, start in zip(active, starts, strict=True)}
-
-        key = (tuple(active), tuple(graphs))
-        buckets = self._placed(self.layouts.get(key), gradients, rows, row_of)
+        resting = any(map(is_, gradients, repeat(None)))
+        active = [i for i, g in enumerate(gradients) if g is not None] if resting else list(range(len(gradients)))
+        if not active:
+            return Sorted([], [], [])
+        states = _pick(self.states, active) if resting else self.states
+        counts = [state.get("step", 0) + 1 for state in states]
+        graphs = self._graphs(_pick(self.kinds, active) if resting else self.kinds, counts, hp)
+        alike = graphs.count(graphs[0]) == len(graphs)
+        key = tuple(active) if resting else None, graphs[0] if alike else tuple(graphs)
+        buckets = self._placed(self.layouts.get(key), gradients, counts, active, hp)
         if buckets is None:
             if len(self.layouts) >= _MOST_LAYOUTS:
                 self.layouts.clear()
             self.layouts[key] = self._layout(active, graphs, gradients)
-            buckets = self._placed(self.layouts[key], gradients, rows, row_of)
-        return Sorted(buckets or [], counts)
+            buckets = self._placed(self.layouts[key], gradients, counts, active, hp)
+        return Sorted(buckets or [], states, counts)
 
-    def _way(self, i: int, t: int, hp: Sequence[Mapping[str, float]], rows: dict[Any, Row]) -> tuple[Graph, Row]:
-        """The graph of a member's step, and its host numbers, shared by all weights for which they are the same."""
-        group, variants = self.members[i].group, self.members[i].variants
-        row = rows.get((group, t)) or Row(hp[group], t)
-        graph = variants.graph(row, self.shapes[i])
-        if graph.by_shape:
-            shape = self.shapes[i]
-            return graph, rows.setdefault((group, t, shape), row.at(shape))
-        return graph, rows.setdefault((group, t), row)
+    def _graphs(self, kinds: Sequence[int], counts: Sequence[int], hp: Sequence[Mapping[str, float]]) -> list[Graph]:
+        """The graph of each weight's step. Guards are evaluated once per kind and step number."""
+        if counts.count(counts[0]) == len(counts):
+            found = {kind: self._graph(kind, counts[0], hp) for kind in self.example}
+            return [found[kind] for kind in kinds]
+        deciding = [[hp[m.group][name] for name in m.variants.reads] for m in map(self._example, self.example)]
+        if deciding != self.known_for:
+            self.known, self.known_for = [{} for _ in self.known], deciding
+        graphs: list[Graph] = []
+        for kind, t in zip(kinds, counts, strict=True):
+            graph = self.known[kind].get(t)
+            if graph is None:
+                if len(self.known[kind]) >= _MOST_STEPS:
+                    self.known[kind].clear()
+                graph = self.known[kind][t] = self._graph(kind, t, hp)
+            graphs.append(graph)
+        return graphs
 
-    def _layout(self, active: Sequence[int], graphs: Sequence[Graph], gradients: Sequence[Tensor | None]) -> _Layout:
+    def _example(self, kind: int) -> Member:
+        return self.members[self.example[kind]]
+
+    def _graph(self, kind: int, t: int, hp: Sequence[Mapping[str, float]]) -> Graph:
+        member = self._example(kind)
+        return member.variants.graph(Row(hp[member.group], t), self.shapes[self.example[kind]])
+
+    def _layout(self, active: Sequence[int], graphs: list[Graph], gradients: Sequence[Tensor | None]) -> list[_Part]:
         """Sort the members of a step by plan, device and dtypes. Empty weights take their steps in no bucket."""
+        parts: list[_Part] = []
         plans = _aligned(dict.fromkeys(graphs))
-        layout = _Layout([], [], [])
-        parts: dict[Any, _Part] = {}
-        for i, graph in zip(active, graphs, strict=True):
-            (p, _, state, states, _), g = self.members[i], gradients[i]
-            if g is None or not p.numel():
-                continue
-            names = graph.ordered_states
-            for name in names:
-                if name not in state:
-                    state[name] = allocate(states[name], real(p))
-            dtypes = tuple([state[name].dtype for name in names])
-            key = (graph, p.device, p.dtype, g.dtype, dtypes)
-            part = parts.get(key)
-            if part is None:
-                part = parts[key] = _Part(plans[graph], dtypes, [], [], [])
-                layout.parts.append(part)
-            part.members.append(i)
-            part.weights.append(p)
-            part.states.append(state)
-        for part in layout.parts:
-            layout.weights.extend(p.dtype for p in part.weights)
-            layout.gradients.extend(g.dtype for i in part.members if (g := gradients[i]) is not None)
-        return layout
+        for graph, plan in plans.items():
+            alike = len(plans) == 1
+            members = list(active) if alike else [i for i, g in zip(active, graphs, strict=True) if g is graph]
+            if self.empty:
+                members = [i for i in members if i not in self.empty]
+            self._allocate(graph, members)
+            for same in self._by_format(graph, members, gradients):
+                parts.append(self._part(plan, same, gradients))
+        return parts
+
+    def _allocate(self, graph: Graph, members: Sequence[int]) -> None:
+        for name in graph.ordered_states:
+            for i in members:
+                if name not in self.states[i]:
+                    m = self.members[i]
+                    m.state[name] = allocate(m.states[name], real(m.p))
+
+    def _by_format(self, graph: Graph, members: list[int], gradients: Sequence[Tensor | None]) -> Iterable[list[int]]:
+        """Members of one device and choice of dtypes together."""
+        if not members:
+            return []
+        weights, states = _pick(self.weights, members), _pick(self.states, members)
+        kept = [map(_dtype, map(itemgetter(name), states)) for name in graph.ordered_states]
+        given = map(_dtype, _pick(gradients, members))
+        formats = list(zip(map(_device, weights), map(_dtype, weights), given, *kept, strict=True))
+        if formats.count(formats[0]) == len(formats):
+            return [members]
+        alike: dict[Any, list[int]] = {}
+        for i, key in zip(members, formats, strict=True):
+            alike.setdefault(key, []).append(i)
+        return alike.values()
+
+    def _part(self, plan: Plan, members: list[int], gradients: Sequence[Tensor | None]) -> _Part:
+        weights, states = _pick(self.weights, members), _pick(self.states, members)
+        homes = {"p": weights} if not weights[0].is_complex() else {"p": [torch.view_as_real(p) for p in weights]}
+        for name in plan.graph.ordered_states:
+            homes[f"state.{name}"] = list(map(itemgetter(name), states))
+        seats = Seats(
+            plan, weights[0].device, compute_dtype(homes["p"][0].dtype), homes,
+            _pick(self.groups, members), _pick(self.shapes, members), {},
+        )  # fmt: skip
+        return _Part(members, seats, states, _pointers(weights), gradients[members[0]].dtype)  # type: ignore[union-attr]
 
     def _placed(
         self,
-        layout: _Layout | None,
+        layout: list[_Part] | None,
         gradients: Sequence[Tensor | None],
-        rows: Mapping[Any, Row],
-        row_of: Mapping[int, Row],
+        counts: Sequence[int],
+        active: Sequence[int],
+        hp: Sequence[Mapping[str, float]],
     ) -> list[Bucket] | None:
-        """Buckets in a known layout; None if tensors have been replaced by others of another kind since."""
+        """Buckets in a known layout; None if tensors have been replaced by others since."""
         if layout is None:
             return None
+        whole = len(layout) == 1 and len(layout[0].members) == len(active)
+        count_of = {} if whole else dict(zip(active, counts, strict=True))
         buckets: list[Bucket] = []
-        formats: tuple[list[torch.dtype], list[torch.dtype]] = [], []
-        for part in layout.parts:
-            homes: dict[str, list[Any]] = {"p": part.weights, "g": [gradients[i] for i in part.members]}
-            for known, tensors in zip(formats, homes.values(), strict=True):
-                known.extend([x.dtype for x in tensors])
-            if part.weights[0].is_complex():
-                homes = {home: [torch.view_as_real(x) for x in tensors] for home, tensors in homes.items()}
-            for name, dtype in zip(part.plan.graph.ordered_states, part.state_dtypes, strict=True):
-                tensors = homes[f"state.{name}"] = [state.get(name) for state in part.states]
-                if any([x is None or x.dtype != dtype for x in tensors]):  # noqa: C419 (a list is twice as fast)
-                    return None
-            p = homes["p"][0]
-            placed = _places(part.members, rows, row_of)
-            buckets.append(Bucket(part.plan, p.device, compute_dtype(p.dtype), homes, *placed))
-        return buckets if formats == (layout.weights, layout.gradients) else None
+        for part in layout:
+            seats = part.seats
+            given: list[Any] = (
+                list(gradients) if len(part.members) == len(gradients) else _pick(gradients, part.members)
+            )
+            if not _unchanged(part, _pick(self.weights, part.members), given):
+                return None
+            if given[0].is_complex():
+                given = [torch.view_as_real(g) for g in given]
+            steps = list(counts) if whole else [count_of[i] for i in part.members]
+            buckets.append(Bucket(seats, {**seats.homes, "g": given}, hp, steps))
+        return buckets
 
 
-def _places(members: Sequence[int], rows: Mapping[Any, Row], row_of: Mapping[int, Row]) -> tuple[list[Row], list[int]]:
-    """The distinct rows of these members, and for each member the place of its own."""
-    if not row_of:
-        return list(rows.values()), [0] * len(members)
-    places: dict[int, int] = {}
-    found: list[Row] = []
-    for i in members:
-        if id(row_of[i]) not in places:
-            places[id(row_of[i])] = len(found)
-            found.append(row_of[i])
-    return found, [places[id(row_of[i])] for i in members]
+def _unchanged(part: _Part, weights: list[Tensor], gradients: list[Tensor]) -> bool:
+    """Are the tensors of a part still those for which it was made?"""
+    return (
+        set(map(_dtype, gradients)) == {part.gradient_dtype}
+        and _pointers(weights) == part.pointers
+        and all(
+            all(map(is_, tensors, map(dict.get, part.states, repeat(home[6:]))))
+            for home, tensors in part.seats.homes.items()
+            if home != "p"
+        )
+    )
+
+
+def _pointers(tensors: Iterable[Tensor]) -> list[int]:
+    """Where the numbers of these tensors lie: what shows that a weight was moved or its ``.data`` replaced."""
+    return list(map(Tensor.data_ptr, tensors))
+
+
+def _pick(items: Sequence[Any], chosen: Sequence[int]) -> list[Any]:
+    if len(chosen) == len(items):
+        return list(items)
+    return list(itemgetter(*chosen)(items)) if len(chosen) > 1 else [items[i] for i in chosen]
 
 
 def real(tensor: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ decision tree, written out as one small function, by which later steps find the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -16,6 +16,8 @@ from piste.symbol import HOST_SPACE, MATRIX, Row, Sym, host_text, topological
 
 __all__ = ["Fork", "Graph", "Variants"]
 
+_SHAPE = ("shape", "numel")
+
 
 @dataclass(frozen=True, eq=False)
 class Graph:
@@ -24,6 +26,7 @@ class Graph:
     outputs: Mapping[str, Sym]
     states: frozenset[str]  # every state that is read or written
     by_shape: bool = False  # do its host numbers depend on the weight's shape?
+    by_step: bool = False  # ... or on its step number?
 
     @cached_property
     def keeps_axes(self) -> bool:
@@ -50,12 +53,9 @@ class Graph:
             attr = repr(sym.attr) if sym.op == "const" else sym.attr
             rows.append((sym.op, tuple(number[a] for a in sym.args), attr, sym.kind))
         rows.append(tuple(number[s] for s in self.outputs.values()))
-        by_shape = _uses_shape(self.outputs.values())
-        return self._interned.setdefault(tuple(rows), replace(self, by_shape=by_shape))
-
-
-def _uses_shape(symbols: Iterable[Sym]) -> bool:
-    return any(s.op in ("shape", "numel") for s in topological(symbols))
+        used = {sym.op for sym in number}
+        described = replace(self, by_shape=not used.isdisjoint(_SHAPE), by_step="t" in used)
+        return self._interned.setdefault(tuple(rows), described)
 
 
 @dataclass
@@ -73,6 +73,7 @@ class Variants:
     trace: Callable[[Row], tuple[list[tuple[Sym, bool]], Graph]]
     root: Fork | Graph | None = None
     by_shape: bool = False  # do guards depend on the weight's shape?
+    reads: list[str] = field(default_factory=list)  # the hyper-parameters that guards depend on
     find: Callable[[Row], Graph | None] = lambda row: None  # the whole tree as one function
 
     def graph(self, row: Row, shape: tuple[int, ...]) -> Graph:
@@ -83,7 +84,9 @@ class Variants:
     def _add(self, row: Row) -> Graph:
         path, graph = self.trace(row)
         graph = graph.interned()
-        self.by_shape |= _uses_shape(s for s, _ in path)
+        met = topological(s for s, _ in path)
+        self.by_shape |= any(s.op in _SHAPE for s in met)
+        self.reads = sorted({*self.reads, *(s.attr for s in met if s.op == "hp")})
         if path:
             fork = self.root if isinstance(self.root, Fork) else Fork(path[0][0])
             self.root = fork

@@ -32,7 +32,8 @@ def load(bucket: Bucket, stage: Stage, sym: Sym, weight: int) -> Tensor:
     home = stage.loads[sym]
     if home in bucket.homes:
         return bucket.homes[home][weight].to(bucket.dtype)
-    return bucket.values[sym][0 if sym.kind == ALL else weight]
+    value: Tensor = bucket.values[sym][0 if sym.kind == ALL else weight]
+    return value
 
 
 def settle(bucket: Bucket, stage: Stage, weight: int, known: Mapping[Sym, Tensor]) -> None:
