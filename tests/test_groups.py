@@ -327,5 +327,21 @@ def test_bad_models():
         param_groups(nn.ReLU())
     with pytest.raises(ValueError, match=r"'0\.weight' has no shape yet"):
         param_groups(nn.Sequential(nn.LazyLinear(3)))
-    with pytest.raises(TypeError, match="unexpected keyword argument"):
-        param_groups(MODEL, weight_dekay=0.1)
+
+
+@pytest.mark.parametrize(
+    ("option", "meant"),
+    [
+        ("weight_dekay", "weight_decay"),
+        ("decay_norm_and_biases", "decay_norm_and_bias"),
+        ("layerdecay", "layer_decay"),
+        ("learning", None),
+        ("unknown", None),
+        ("model_", None),
+    ],
+)
+def test_unknown_options_are_refused_with_the_nearest(option, meant):
+    with pytest.raises(ValueError, match=f"^param_groups got an unknown option '{option}'") as caught:
+        param_groups(MODEL, **{option: 0.1})
+    assert (f"did you mean '{meant}'" in str(caught.value)) is (meant is not None)
+    assert str(caught.value).endswith("lr, depth, include_frozen, table")

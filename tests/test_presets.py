@@ -277,10 +277,74 @@ def test_overrides_reach_the_class_and_the_groups():
     assert (group["lr"], group["k"], group["weight_decay"]) == (2e-3, 5, 0.3)
     assert len(tables) == 1
     optimizer = piste.create("adamw", small_model(), layer_decay=0.5, decoupled_weight_decay=False)
-    assert {group["lr"] for group in optimizer.param_groups} == {1e-3, 5e-4, 2.5e-4}
+    assert {group["lr"] for group in optimizer.param_groups} == {2e-3, 1e-3, 5e-4}
     assert not any(group["decoupled_weight_decay"] for group in optimizer.param_groups)
     optimizer = piste.create("adamw", small_model(), layer_decay=0.5, lr=1.0)
     assert {group["lr"] for group in optimizer.param_groups} == {1.0, 0.5, 0.25}
+
+
+def rates(optimizer):
+    return {group["lr"] for group in optimizer.param_groups}
+
+
+@pytest.mark.parametrize("name", sorted(presets))
+def test_without_lr_a_preset_starts_in_the_range_where_a_race_looks(name):
+    preset = presets[name]
+    fixed = {"adamw_no_decay": 1e-5}.get(name)
+    expected = preset.lr_prior.center if fixed is None else fixed
+    for made in (name, preset):
+        assert rates(piste.create(made, small_model())) == {expected}
+        assert rates(piste.create(made, list(small_model().parameters()))) == {expected}
+    assert rates(piste.create(name, small_model(), lr=0.0)) == {0.0}
+    if fixed is None:
+        assert preset.hyperparameters.get("lr") is None
+
+
+def test_the_learning_rates_of_the_older_optimizers_are_not_adams():
+    found = {name: rates(piste.create(name, small_model())) for name in ("sgd", "sgd_momentum", "rmsprop")}
+    assert found == {"sgd": {0.5}, "sgd_momentum": {0.05}, "rmsprop": {2e-4}}
+
+
+def test_a_mapping_keeps_its_learning_rates():
+    class Foreign(torch.optim.SGD):
+        """Of a name that piste does not know, with a default of its own."""
+
+        def __init__(self, params, lr=0.125, weight_decay=0.0):
+            super().__init__(params, lr=lr, weight_decay=weight_decay)
+
+    class Chooser(Foreign):
+        """Sets its learning rate itself, as transformers' Adafactor does."""
+
+        def __init__(self, params, lr=None):
+            super().__init__(params, lr=0.75 if lr is None else lr)
+
+    no_decay = {"true_wd": False, "bn_wd": True}
+    found = piste.presets.from_mapping(
+        {
+            "said": {"optimizer": torch.optim.SGD, "hyperparameters": {"momentum": 0.9, "lr": 0.7}},
+            "unsaid": {"optimizer": torch.optim.SGD, "hyperparameters": {"momentum": 0.9}},
+            "foreign": {"optimizer": Foreign, "wd": no_decay},
+            "chooser": {"optimizer": Chooser, "wd": no_decay},
+        }
+    )
+    assert dict(found["unsaid"].hyperparameters) == {"momentum": 0.9}
+    made = {name: rates(piste.create(preset, small_model())) for name, preset in found.items()}
+    # Where the dictionary says nothing, the preset is the built-in one: sgd_momentum.
+    assert made == {"said": {0.7}, "unsaid": {0.05}, "foreign": {0.125}, "chooser": {0.75}}
+    assert found["foreign"].lr_prior == LrPrior(0.125, 1.5, 1.5)
+
+
+def test_groups_with_their_own_rates_keep_them():
+    model = small_model()
+    groups = [{"params": list(model.parameters()), "lr": 0.3}]
+    assert rates(piste.create("adamw", groups)) == {0.3}
+
+
+def test_a_preset_of_any_class_looks_around_its_default():
+    assert Preset("a", torch.optim.Adadelta).lr_prior == LrPrior(1.0, 1.5, 1.5)
+    assert Preset("a", torch.optim.SGD, lr_prior=LrPrior(3.0)).lr_prior == LrPrior(3.0)
+    with pytest.raises(TypeError, match=r"preset .a.: lr_prior=0\.1; legal: an LrPrior"):
+        Preset("a", torch.optim.SGD, lr_prior=0.1)
 
 
 @pytest.mark.parametrize(
@@ -388,7 +452,7 @@ def test_bad_mappings(mapping, message):
 
 
 def test_bad_priors():
-    for arguments in [(0.0,), (-1.0,), (float("nan"),), (1e-3, -1.0)]:
+    for arguments in [(0.0,), (-1.0,), (float("nan"),), (float("inf"),), (1e-3, -1.0), (1e-3, float("nan"))]:
         with pytest.raises(ValueError, match="is not legal; legal: center > 0"):
             LrPrior(*arguments)
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, zip_longest
 from math import isfinite
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["describe_groups", "param_groups"]
+from piste.checks import refuse_unknown
+
+__all__ = ["GROUP_OPTIONS", "describe_groups", "param_groups"]
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _ALWAYS_FP32_BELOW = 4096  # no storage format quantises the state of smaller tensors, so they need no mark
@@ -39,6 +42,7 @@ def param_groups(
     depth: Callable[[str], int] | None = None,
     include_frozen: bool = False,
     table: Callable[[str], object] | None = None,
+    **unknown: NoReturn,
 ) -> list[dict[str, Any]]:
     """Parameter groups of a model, for any torch optimizer: weights decay, biases and norms do not.
 
@@ -70,13 +74,15 @@ def param_groups(
         include_frozen: True keeps parameters with ``requires_grad=False``, so that they can be unfrozen later under the
             same optimizer; False leaves them out.
         table: a function that is handed the table of what went where: ``table=print``.
+        **unknown: nothing else is taken; a misspelt option is refused with the nearest known ones.
 
     Returns:
         Groups with "params", "param_names", "weight_decay" and, where they differ, "lr" and "state".
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
-        ValueError: an argument out of its range, nothing to train, or a lazy parameter that has no shape yet.
+        ValueError: an unknown option, an argument out of its range, nothing to train, or a lazy parameter without
+            shape yet.
 
     Not for optimizers that choose another rule per parameter (Muon): they sort matrices themselves.
 
@@ -91,6 +97,7 @@ def param_groups(
     Sources: no decay on norms and biases: Goyal et al., 2017 (arXiv 1706.02677). Layer-wise decay: Clark et al.,
     ELECTRA, 2020 (arXiv 2003.10555). 32-bit state of embeddings: Dettmers et al., 2022 (arXiv 2110.02861).
     """
+    refuse_unknown("param_groups", unknown, GROUP_OPTIONS)
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model is a {type(model).__name__}; legal: an nn.Module, whose modules say what its weights are"
@@ -123,6 +130,10 @@ def param_groups(
         left_out = [w.name for w in everything if w not in weights]
         table(_table(list(groups.values()), left_out))
     return list(groups.values())
+
+
+#: the options of :func:`param_groups` by name: its arguments but the model
+GROUP_OPTIONS = tuple(name for name in inspect.signature(param_groups).parameters if name not in ("model", "unknown"))
 
 
 def describe_groups(groups: Iterable[dict[str, Any]]) -> str:

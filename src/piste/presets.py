@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -79,8 +80,9 @@ class LrPrior:
     decades_above: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (self.center > 0 and self.decades_below >= 0 and self.decades_above >= 0):
-            raise ValueError(f"{self} is not legal; legal: center > 0, decades of at least 0")
+        finite = all(map(math.isfinite, (self.center, self.decades_below, self.decades_above)))
+        if not (finite and self.center > 0 and self.decades_below >= 0 and self.decades_above >= 0):
+            raise ValueError(f"{self} is not legal; legal: center > 0, decades of at least 0, all finite")
 
 
 @dataclass(frozen=True)
@@ -94,14 +96,15 @@ class Preset:
         wd: what weight decay means here; how much of it there is, ``weight_decay`` says.
         set_betas: False: schedules never cycle the momentum, and ``piste.create`` refuses ``betas=``.
         schedule: its companion, the name of a function in ``piste.schedules``.
-        lr_prior: where a race looks for its learning rate.
+        lr_prior: where a race looks for its learning rate. Its ``center`` is also what ``piste.create`` takes where no
+            ``lr=`` is given and ``hyperparameters`` have none. Left out: a range around the class's own default.
         domains: settings by field of application, chosen with ``domain=``.
         gradient_evaluations: forward-backward passes per step.
         source: where the configuration comes from.
         description: when to take it, in a sentence.
 
     Raises:
-        TypeError: ``optimizer`` is no optimizer class.
+        TypeError: ``optimizer`` is no optimizer class, or ``lr_prior`` no :class:`LrPrior`.
         ValueError: a setting that the class does not know, an unknown schedule, ``betas`` against ``set_betas=False``.
 
     Not a place for a learning rate that was found on one problem: pass ``lr=`` to ``piste.create``.
@@ -111,6 +114,8 @@ class Preset:
         >>> slow = Preset("slow", torch.optim.SGD, {"momentum": 0.99})
         >>> dataclasses.replace(slow, schedule="constant").schedule
         'constant'
+        >>> slow.lr_prior.center
+        0.001
     """
 
     name: str
@@ -119,7 +124,7 @@ class Preset:
     wd: WeightDecay = WeightDecay()
     set_betas: bool = True
     schedule: str = "one_cycle"
-    lr_prior: LrPrior = LrPrior(1e-3, 1.5, 1.5)
+    lr_prior: LrPrior = None  # type: ignore[assignment]  # None lasts until __post_init__, which knows the class
     domains: Mapping[str, Mapping[str, Any]] = field(default_factory=Settings)
     gradient_evaluations: int = 1
     source: str = ""
@@ -132,6 +137,10 @@ class Preset:
         if not self.set_betas and "betas" in self.hyperparameters:
             raise ValueError(f"preset {self.name!r} sets betas, which its set_betas=False forbids")
         schedules.named(self.schedule)
+        if self.lr_prior is None:
+            object.__setattr__(self, "lr_prior", _around_default(self.optimizer))
+        if not isinstance(self.lr_prior, LrPrior):
+            raise TypeError(f"preset {self.name!r}: lr_prior={self.lr_prior!r}; legal: an LrPrior, or None")
         object.__setattr__(self, "hyperparameters", Settings(self.hyperparameters))
         object.__setattr__(self, "domains", Settings({k: Settings(v) for k, v in self.domains.items()}))
 
@@ -147,6 +156,14 @@ def arguments_of(optimizer: type[torch.optim.Optimizer]) -> dict[str, Any]:
     named = {p.name: p.default for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     options = dict.fromkeys(sorted(Options.__optional_keys__)) if issubclass(optimizer, Optimizer) else {}
     return options | named
+
+
+def _around_default(optimizer: type[torch.optim.Optimizer]) -> LrPrior:
+    """The range round the default learning rate of a class that we know nothing else about."""
+    default = arguments_of(optimizer).get("lr")
+    if not (isinstance(default, (int, float)) and math.isfinite(default) and default > 0):
+        default = 1e-3
+    return LrPrior(float(default), 1.5, 1.5)
 
 
 class Presets(Settings[Preset]):
@@ -165,8 +182,9 @@ class Presets(Settings[Preset]):
             mapping: name -> ``{"optimizer": class, "hyperparameters": {...}, "wd": {"true_wd": ..., "bn_wd": ...},
                 "set_betas": ...}``; all but ``"optimizer"`` may be missing. Missing are: no hyperparameters, True for
                 ``true_wd``, ``bn_wd`` and ``set_betas`` (fastai v1's defaults). ``"schedule"`` may be added. Classes
-                may be of piste, of ``torch.optim``, or others. Companion schedule and learning-rate range are those of
-                the piste class of the same name, where there is one.
+                may be of piste, of ``torch.optim``, or others. ``hyperparameters`` are kept as they are, an ``"lr"`` in
+                them included. Companion schedule and learning-rate range are those of the piste class of the same
+                name, where there is one; a class of another name is looked at around its own default.
 
         Raises:
             TypeError: a value is no dictionary or no optimizer class.
@@ -208,28 +226,29 @@ def _from_entry(name: str, entry: Mapping[str, Any]) -> Preset:
         WeightDecay(**wd),
         set_betas,
         entry.get("schedule", schedule),
-        prior,
+        prior,  # type: ignore[arg-type]  # None: Preset asks the class
         source="a mapping in the cheat-sheet's format",
     )
 
 
-def _habits(class_name: str, hyperparameters: Mapping[str, Any]) -> tuple[str, LrPrior]:
-    """Companion schedule and learning-rate range of a class."""
+def _habits(class_name: str, hyperparameters: Mapping[str, Any]) -> tuple[str, LrPrior | None]:
+    """Companion schedule and learning-rate range of a class; no range for classes that piste does not have."""
     schedule = "flat_cosine" if class_name.startswith("Ranger") else "one_cycle"
-    prior = _PRIORS.get(class_name, LrPrior(1e-3, 1.5, 1.5))
+    prior = _PRIORS.get(class_name)
     kept = hyperparameters.get("momentum", 0)
-    if class_name in ("SGD", "RMSprop") and 0 < kept < 1:
+    if prior is not None and class_name in ("SGD", "RMSprop") and 0 < kept < 1:
         # Undampened momentum adds up 1 / (1 - momentum) steps, so the same pace needs a rate that much smaller.
         prior = LrPrior(float(f"{prior.center * (1 - kept):.3g}"), prior.decades_below, prior.decades_above)
     return schedule, prior
 
 
 # All two decades wide, so that equal numbers of trials search equally densely. Momentum 0.9 divides those of SGD and
-# RMSprop by ten. "Measured" means: best of a race on both built-in tasks, a few hundred steps long.
+# RMSprop by ten. "Measured" means: best of a race on both built-in tasks, a few hundred steps long. The centre is where
+# `piste.create` starts without lr=, so it stands where longer runs begin, a little below what short ones like best.
 _PRIORS: Mapping[str, LrPrior] = {
     # 0.1 with momentum, per 256 images (Goyal et al. 2017, arXiv 1706.02677); the best of DeepOBS (Schneider et al.
-    # 2019) are 0.004 to 1.6 without momentum; measured 0.3 without, 0.06 and 0.2 with.
-    "SGD": LrPrior(1.0, 1.3, 0.7),
+    # 2019) are 0.004 to 1.6 without momentum; measured 0.3 without (1.0 is unstable), 0.03 to 0.2 with.
+    "SGD": LrPrior(0.5),
     # An Adam step without the average over gradients; 1e-3 of Hinton's lecture. Measured 2e-4 to 4e-4 with momentum.
     "RMSprop": LrPrior(2e-3),
     # 1e-3 is the paper's (Kingma & Ba 2015), 1e-3 to 3e-3 what small nets like; the best of DeepOBS 1.6e-4 to 0.04;
@@ -237,7 +256,7 @@ _PRIORS: Mapping[str, LrPrior] = {
     "Adam": LrPrior(2e-3),
     "AdamW": LrPrior(2e-3),
     # Rectification is a warm-up of about 2 / (1 - beta2) steps: short runs want more than the 1e-3 of the papers (Liu
-    # et al. 2019; Zhuang et al. 2020: 1e-4 to 1e-2). Measured 0.01 to 0.02.
+    # et al. 2019; Zhuang et al. 2020: 1e-4 to 1e-2). Measured 0.01 to 0.04.
     "RAdam": LrPrior(4e-3, 0.8, 1.2),
     "AdaBelief": LrPrior(4e-3, 0.8, 1.2),
     # 1e-3 to 4e-3 in its author's fastai runs. Measured 0.02 to 0.05: Lookahead halves the pace, too.

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from torch import nn
 
 from piste import optimizers
 from piste.checks import check_choice, refuse_unknown
-from piste.groups import param_groups
+from piste.groups import GROUP_OPTIONS, param_groups
 from piste.optimizer import Optimizer
 from piste.presets import Preset, arguments_of, presets
 
@@ -123,6 +122,10 @@ def create(name: str | Preset, model_or_params: nn.Module | Iterable[Any], **ove
         **overrides: arguments of the class (``lr=``, ``weight_decay=``, ``engine=``, …) and, with a model, those of
             ``piste.param_groups`` (``layer_decay=``, ``decay_norm_and_bias=``, ``table=``, …), instead of the preset's.
             ``domain="vision" | "nlp" | "rl"`` sets the eps of AdaBelief and RangerAdaBelief for that field.
+            Without ``lr=`` the learning rate is the preset's own where it has one (``adamw_no_decay``), else
+            ``lr_prior.center``, in the middle of the range where one looks for a good one. That is a start, not an
+            optimum; the class's default, meant for no preset in particular, may lie outside of that range. Classes
+            whose ``lr`` is None by default set it themselves.
 
     Returns:
         An optimizer of the preset's class. Only where that is a class of torch which cannot do what ``true_wd`` asks
@@ -146,10 +149,12 @@ def create(name: str | Preset, model_or_params: nn.Module | Iterable[Any], **ove
     preset = name if isinstance(name, Preset) else _preset(name)
     is_model = isinstance(model_or_params, nn.Module)
     settings, grouping = _settled(preset, overrides, is_model)
+    if preset.arguments.get("lr") is not None:
+        settings.setdefault("lr", preset.lr_prior.center)
     decay = settings.get("weight_decay", preset.arguments.get("weight_decay", 0.0))
     if isinstance(model_or_params, nn.Module):
         if grouping.get("layer_decay") is not None:
-            grouping["lr"] = settings.get("lr", preset.arguments.get("lr"))
+            grouping["lr"] = settings.get("lr")
         params: list[Any] = list(param_groups(model_or_params, weight_decay=decay, **grouping))
     else:
         if isinstance(model_or_params, torch.Tensor):
@@ -188,7 +193,7 @@ def _near(name: str, known: Iterable[str]) -> str:
 def _settled(preset: Preset, overrides: Mapping[str, Any], is_model: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments of the class and arguments of ``param_groups``, from the preset and what overrides it."""
     owner = f"create({preset.name!r})"
-    for_groups = [p for p in inspect.signature(param_groups).parameters if p not in ("model", "weight_decay", "lr")]
+    for_groups = [name for name in GROUP_OPTIONS if name not in ("weight_decay", "lr")]
     if not preset.set_betas and "betas" in overrides:
         raise ValueError(
             f"{owner} got betas={overrides['betas']!r}; legal: no betas, as the preset has set_betas=False"
@@ -253,9 +258,6 @@ def _decoupled(optimizer: type[torch.optim.Optimizer], wanted: bool, *, needed: 
             f"true_wd={wanted} cannot be had of {optimizer.__module__}.{optimizer.__name__}; legal: weight_decay=0, "
             "or a class that takes decoupled_weight_decay"
         )
-    logger.info(
-        "torch.optim.%s cannot have true_wd=%s: piste.%s stands in",
-        *[optimizer.__name__, wanted] * 1,
-        optimizer.__name__,
-    )
+    name = optimizer.__name__
+    logger.info("torch.optim.%s cannot have true_wd=%s: piste.%s stands in", name, wanted, name)
     return stand_in, {"decoupled_weight_decay": wanted}
