@@ -25,7 +25,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "conformance.md"
 Cell = tuple[str, str, str]  # promise, subject, engine
 Results = Mapping[Cell, bool]
 
-LETTERS = {"reference": "R", "foreach": "F", "compile": "C"}
+LETTERS = {"reference": "R", "foreach": "F", "cpp": "N", "compile": "C"}
 
 INTRODUCTION = """\
 # Conformance

@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bucket": {"symbol", "plan"},
     "rules": {"ops", "slots", "storage"},
     "parts": {"ops", "slots", "storage"},
-    "engines": LANGUAGE,
+    "engines": LANGUAGE | {"storage"},
     "roster": {"symbol", "variants", "plan", "bucket", "storage"},
     "execution": LANGUAGE | {"engines", "roster", "storage"},
     "checks": set(),

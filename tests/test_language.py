@@ -19,7 +19,7 @@ from piste.symbol import MATRIX, TENSOR, LanguageError, reduced, traces_made
 
 # Inductor's import warns of torch's own use of a deprecated decorator
 inductor = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
-ENGINES = ["reference", "foreach", pytest.param("compile", marks=[pytest.mark.slow, inductor])]
+ENGINES = ["reference", "foreach", "cpp", pytest.param("compile", marks=[pytest.mark.slow, inductor])]
 SHAPES = [(2, 3, 4, 5), (3, 4, 2, 2)]
 
 
@@ -296,7 +296,7 @@ def test_old_states_stay_until_the_last_stage_that_reads_them(engine: str) -> No
     torch.testing.assert_close(optimizer.state[p]["b"], b, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("engine", ["reference", "foreach"])
+@pytest.mark.parametrize("engine", ["reference", "foreach", "cpp"])
 @pytest.mark.parametrize(
     "formula",
     [
@@ -349,7 +349,7 @@ def test_large_weights_are_worked_through_in_pieces(monkeypatch: pytest.MonkeyPa
         return m / ops.norm(m) + g * ops.peak(g) / ops.sqrt(ops.total(ops.square(m), "m")), {"m": m}
 
     results = []
-    for engine in ("reference", "foreach"):
+    for engine in ("reference", "foreach", "cpp"):
         params = weights([(1000,), (7,), (40, 30), (3, 3)])
         params[2] = torch.nn.Parameter(params[2].detach().t())  # not contiguous
         run(optimizer_of(Pipeline(direction=rule))(params, engine=engine), params, 3)

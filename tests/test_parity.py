@@ -37,7 +37,7 @@ import piste
 # that is allowed, which is far below what any misplaced eps, decay or bias correction does.
 RTOL, ATOL = 1e-12, 1e-13
 
-ENGINES = ("reference", "foreach")
+ENGINES = ("reference", "foreach", "cpp")
 
 DENSE = random_problem(seed=11)
 GAPPY = random_problem(seed=12, missing=GAPS)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from piste.bucket import Bucket, Engine
 from piste.engines.compiled import Compiled
+from piste.engines.cpp import Cpp
 from piste.engines.foreach import Foreach
 from piste.engines.reference import Reference
 from piste.roster import Member, Roster, plans_built
@@ -23,7 +24,7 @@ __all__ = ["ENGINES", "Member", "Roster", "engine_for", "plans_built", "run"]
 
 log = logging.getLogger("piste")
 
-ENGINES: dict[str, Engine] = {e.name: e for e in (Reference(), Foreach(), Compiled())}
+ENGINES: dict[str, Engine] = {e.name: e for e in (Reference(), Foreach(), Compiled(), Cpp())}
 
 #: completes reductions across processes: gets one partial result per weight and ``"sum"`` or ``"peak"``
 Collective = Callable[[list[Tensor], str], list[Tensor]]

@@ -16,7 +16,7 @@ import piste
 from piste.registry import OPTIMIZERS
 
 # Fast engines are exercised on everything; the compiled one on little (see `matrix`).
-ENGINES = ("reference", "foreach")
+ENGINES = ("reference", "foreach", "cpp")
 
 PROBLEM = random_problem(seed=21, missing=GAPS)
 DENSE = random_problem(seed=22)

@@ -54,6 +54,17 @@ def settle(bucket: Bucket, stage: Stage, weight: int, known: Mapping[Sym, Tensor
         bucket.homes[target][weight].copy_(result)
 
 
+def walk(bucket: Bucket, stage: Stage) -> None:
+    """Work through a stage weight by weight; the host numbers are those of :func:`inputs`."""
+    column = inputs(bucket.plan)[0]
+    for weight in range(len(bucket)):
+        known = {sym: load(bucket, stage, sym, weight) for sym in stage.loads}
+        for sym in stage.compute:
+            args = [bucket.number(column[a], weight) if a.kind == HOST else known[a] for a in sym.args]
+            known[sym] = EVALUATE[sym.op](*args)
+        settle(bucket, stage, weight, known)
+
+
 class Reference:
     """See the head of this module."""
 
@@ -63,10 +74,4 @@ class Reference:
         bucket.set_columns(inputs(bucket.plan)[1])
 
     def run(self, bucket: Bucket, stage: int) -> None:
-        part, column = bucket.plan.stages[stage], inputs(bucket.plan)[0]
-        for weight in range(len(bucket)):
-            known = {sym: load(bucket, part, sym, weight) for sym in part.loads}
-            for sym in part.compute:
-                args = [bucket.number(column[a], weight) if a.kind == HOST else known[a] for a in sym.args]
-                known[sym] = EVALUATE[sym.op](*args)
-            settle(bucket, part, weight, known)
+        walk(bucket, bucket.plan.stages[stage])

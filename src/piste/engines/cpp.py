@@ -1,0 +1,342 @@
+"""The cpp engine: each stage of a plan as generated C++, run over all weights of a bucket in one call.
+
+The text comes from :mod:`piste.engines.cpp_source` (``source(plan)`` shows it) and is compiled once per machine
+(:mod:`piste.engines.cpp_build`). A call gets a table of addresses and numbers, which is filled anew in every step from
+lists, since gradients move. It runs without Python's lock, in the threads that torch was given.
+
+Kernels walk all tensors of a weight in the order of the weight's memory. A tensor that lies otherwise is worked on as a
+copy for the length of the step. Where no compiler works, on other devices than CPUs, and for number formats that
+kernels do not know, the foreach engine does the work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from piste.bucket import Bucket
+from piste.engines import cpp_build, reference
+from piste.engines.cpp_source import TYPES, hyper_names, write
+from piste.engines.foreach import Foreach
+from piste.engines.kernel import Column, Pass, is_native, passes
+from piste.plan import Plan, Stage
+from piste.storage import shape_of
+from piste.symbol import ALL, FULL, MATRIX, Kind, Sym
+
+__all__ = ["Cpp", "source"]
+
+_LOG = logging.getLogger("piste")
+_MOST_AXES = 8  # MAX_RANK of cpp_runtime.h
+
+#: the process in which OpenMP's threads live: in a forked child they are gone, and waiting for them would be for ever
+_PROCESS = os.getpid()
+
+Kernel = Callable[[int, int, int, int, int, int], None]
+
+
+class _Step(NamedTuple):
+    """One pass of a stage; without a kernel it is torch's."""
+
+    work: Pass
+    kernel: Kernel | None
+
+
+class _Lowered:
+    """A plan as kernels, for one choice of number formats."""
+
+    def __init__(self, plan: Plan, real: torch.dtype, homes: dict[str, torch.dtype]) -> None:
+        stages = [passes(stage) for stage in plan.stages]
+        named = {f"stage{i}_pass{j}": one for i, all_ in enumerate(stages) for j, one in enumerate(all_)}
+        native = {name: one for name, one in named.items() if is_native(one)}
+        self.source = write(plan, native, real, homes)
+        self.hyper = hyper_names(plan)
+        self.by_axes = plan.graph.by_shape or any(one.axes for one in native.values())
+        self.in_torch = len(native) < len(named)
+        library = cpp_build.library(self.source, "an optimizer's step") if native else None
+        self.stages = [
+            [
+                _Step(one, _kernel(library, f"stage{i}_pass{j}") if is_native(one) else None)
+                for j, one in enumerate(all_)
+            ]
+            for i, all_ in enumerate(stages)
+        ]
+
+
+def _kernel(library: ctypes.CDLL | None, name: str) -> Kernel:
+    function = getattr(library, name)
+    function.argtypes = [*[ctypes.c_int64] * 4, ctypes.c_void_p, ctypes.c_void_p]
+    function.restype = None
+    kernel: Kernel = function
+    return kernel
+
+
+def _lower(plan: Plan, real: torch.dtype, homes: dict[str, torch.dtype]) -> _Lowered:
+    key = ("cpp", real, tuple(sorted(homes.items())))
+    if key not in plan.lowered:
+        plan.lowered[key] = _Lowered(plan, real, homes)
+    lowered: _Lowered = plan.lowered[key]
+    return lowered
+
+
+def source(plan: Plan) -> str:
+    """The generated text of a plan for float32, for reading."""
+    homes = dict.fromkeys(["g", "p", *(f"state.{name}" for name in plan.graph.ordered_states)], torch.float32)
+    named = {f"stage{i}_pass{j}": one for i, stage in enumerate(plan.stages) for j, one in enumerate(passes(stage))}
+    return write(plan, {name: one for name, one in named.items() if is_native(one)}, torch.float32, homes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tensors of a bucket as addresses
+
+
+class Stacked(Sequence[Tensor]):
+    """One small result per weight, in a single buffer; a tensor is made for each only when somebody looks."""
+
+    def __init__(self, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> None:
+        self.shapes = shapes
+        self.ends = list(accumulate(map(prod, shapes)))
+        self.buffer = torch.empty(self.ends[-1], dtype=dtype)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        end = self.ends[i]
+        return self.buffer[end - prod(self.shapes[i]) : end].view(self.shapes[i])
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[i] for i in range(len(self)))
+
+    def addresses(self) -> list[int]:
+        start, size = self.buffer.data_ptr(), self.buffer.element_size()
+        return [start + size * end for end in (0, *self.ends[:-1])]
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return tensors.addresses() if isinstance(tensors, Stacked) else list(map(Tensor.data_ptr, tensors))
+
+
+def _kinds(plan: Plan) -> dict[str, Kind]:
+    """What the tensors in each home are."""
+    found: dict[str, Kind] = {"g": FULL, "p": FULL}
+    for stage in plan.stages:
+        found |= {home: sym.kind for sym, home in stage.loads.items() if home != "value"}
+        found |= {home: sym.kind for home, sym in stage.writes.items()}
+    return found
+
+
+def _is_dense(p: Tensor) -> bool:
+    """Do the elements fill their stretch of memory, each place once?"""
+    if p.is_contiguous():
+        return True
+    size = 1
+    for stride, extent in sorted(zip(p.stride(), p.shape, strict=True)):
+        if extent != 1 and stride != size:
+            return False
+        size *= extent
+    return True
+
+
+def _alike(p: Tensor, other: Tensor) -> bool:
+    """Do two tensors of one shape lie in memory in the same order?"""
+    same = zip(p.shape, p.stride(), other.stride(), strict=True)
+    return p.shape == other.shape and all(extent == 1 or a == b for extent, a, b in same)
+
+
+class _Table:
+    """What stays of a bucket from step to step, as long as its tensors are the same."""
+
+    def __init__(self, bucket: Bucket, lowered: _Lowered) -> None:
+        homes = bucket.homes
+        self.lowered = lowered
+        self.kinds = _kinds(bucket.plan)
+        self.full = [home for home, kind in self.kinds.items() if kind == FULL and home in homes and home != "g"]
+        self.sizes = list(map(Tensor.numel, homes["p"]))
+        for home in self.full:
+            if list(map(Tensor.numel, homes[home])) != self.sizes:
+                raise RuntimeError(f"a weight and its {home} differ in size; was the weight replaced by another?")
+        self.axes = max(p.ndim for p in homes["p"]) if lowered.by_axes else 0
+        self.groups = array("q", bucket.seats.groups)
+        self.contiguous = all(t.is_contiguous() for home in homes for t in homes[home] if home != "g")
+        self.strides = [] if self.contiguous else [p.stride() for p in homes["p"]]
+        self.regular = self.contiguous or all(
+            self.kinds.get(home) == MATRIX or self._fits(home, homes["p"][i], homes[home][i])
+            for home in homes if home != "g" for i in range(len(bucket))
+        )  # fmt: skip
+        self.spaces: dict[Kind, array[int]] = {}
+        self.geometry = self._geometry(homes["p"])
+
+    def _fits(self, home: str, p: Tensor, tensor: Tensor) -> bool:
+        if home == "p":
+            return _is_dense(p)
+        return _alike(p, tensor) if self.kinds.get(home, FULL) == FULL else tensor.is_contiguous()
+
+    def _geometry(self, weights: Sequence[Tensor]) -> array[int]:
+        """Shapes, then strides, an axis after the other; missing axes have size one."""
+        columns: array[int] = array("q")
+        shapes = [(*p.shape, *[1] * (self.axes - p.ndim)) for p in weights] if self.axes else []
+        strides = [(*self._order(p).stride(), *[1] * (self.axes - p.ndim)) for p in weights] if self.axes else []
+        for rows in (shapes, strides):
+            for column in zip(*rows, strict=True):
+                columns.extend(column)
+        return columns
+
+    @staticmethod
+    def _order(p: Tensor) -> Tensor:
+        """The weight, or what stands in for it."""
+        return p if _is_dense(p) else torch.empty(p.shape, device="meta")
+
+    def space(self, kind: Kind, weights: Sequence[Tensor]) -> array[int]:
+        """How many elements each weight has in an index space."""
+        if kind not in self.spaces:
+            sizes = self.sizes if kind == FULL else [prod(shape_of(kind, p) or ()) for p in weights]
+            self.spaces[kind] = array("q", sizes)
+        return self.spaces[kind]
+
+    def settle(self, bucket: Bucket) -> None:
+        """Put copies in the place of tensors that do not lie in memory as their weight does."""
+        gradients = bucket.homes["g"]
+        if list(map(Tensor.numel, gradients)) != self.sizes:
+            raise RuntimeError("a weight and its gradient differ in size; was the weight replaced after backward()?")
+        if self.contiguous:
+            usual = all(map(Tensor.is_contiguous, gradients))
+        else:
+            usual = self.regular and list(map(Tensor.stride, gradients)) == self.strides
+        if not usual:
+            bucket.homes = {home: list(tensors) for home, tensors in bucket.homes.items()}
+            for i in range(len(bucket)):
+                self._stand_in(bucket.homes, i)
+
+    def _stand_in(self, homes: dict[str, list[Tensor]], i: int) -> None:
+        if not _is_dense(homes["p"][i]):
+            homes["p"][i] = homes["p"][i].contiguous()
+        p = homes["p"][i]
+        for home, tensors in homes.items():
+            kind = self.kinds.get(home, FULL)
+            if kind == FULL and not _alike(p, tensors[i]):
+                tensors[i] = _ordered(tensors[i], p)
+            elif kind not in (FULL, MATRIX):
+                tensors[i] = tensors[i].contiguous()
+
+
+def _ordered(tensor: Tensor, p: Tensor) -> Tensor:
+    """A copy that lies in memory as ``p`` does."""
+    return torch.empty_strided(p.shape, p.stride(), dtype=tensor.dtype).copy_(tensor)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Cpp:
+    """See the head of this module."""
+
+    name = "cpp"
+
+    def __init__(self) -> None:
+        self.instead = Foreach()
+        self.broken = ""
+
+    def begin(self, bucket: Bucket) -> None:
+        if "cpp" not in bucket.seats.kept:
+            bucket.seats.kept["cpp"] = self._table(bucket)
+        table: _Table | None = bucket.seats.kept["cpp"]
+        if table is None:
+            self.instead.begin(bucket)
+            return
+        table.settle(bucket)
+        if table.lowered.in_torch:
+            bucket.set_columns(reference.inputs(bucket.plan)[1])
+
+    def _table(self, bucket: Bucket) -> _Table | None:
+        homes = {home: tensors[0].dtype for home, tensors in bucket.homes.items()}
+        if self.broken or bucket.device.type != "cpu" or not TYPES.keys() >= set(homes.values()):
+            return None
+        try:
+            lowered = _lower(bucket.plan, bucket.dtype, homes)
+        except cpp_build.BuildError as error:
+            self.broken = str(error)
+            _LOG.warning("the foreach engine takes over from the cpp engine: %s", error)
+            return None
+        table = _Table(bucket, lowered)
+        return table if table.axes <= _MOST_AXES else None
+
+    def run(self, bucket: Bucket, stage: int) -> None:
+        table: _Table | None = bucket.seats.kept["cpp"]
+        if table is None:
+            self.instead.run(bucket, stage)
+            return
+        for work, kernel in table.lowered.stages[stage]:
+            if kernel is None:
+                keeps = list(work.kept)
+                reference.walk(bucket, Stage(work.loads, work.compute, work.writes, work.partials, keeps))
+            else:
+                _launch(bucket, table, work, kernel)
+            _copy_back(bucket, work)
+
+
+def _launch(bucket: Bucket, table: _Table, work: Pass, kernel: Kernel) -> None:
+    weights = bucket.homes["p"]
+    columns = array("q", table.space(work.space, weights))
+    columns.extend(table.groups)
+    columns.extend(bucket.steps)
+    for column in work.columns:
+        columns.extend(_column(bucket, column))
+    columns.extend(table.geometry)
+    hyper = array("d", [group[name] for group in bucket.hp for name in table.lowered.hyper])
+    threads = torch.get_num_threads() if os.getpid() == _PROCESS else 1
+    kernel(
+        len(bucket), threads, len(table.lowered.hyper), table.axes, columns.buffer_info()[0], hyper.buffer_info()[0]
+    )  # fmt: skip
+
+
+def _column(bucket: Bucket, column: Column) -> list[int]:
+    """The addresses of one argument; buffers for results are made here."""
+    source, key = column
+    if isinstance(key, str):
+        return _addresses(bucket.homes[key])
+    if source == "value":
+        values = bucket.values[key] = _usable(bucket, key)
+        return _addresses(values) if key.kind != ALL else _addresses(values) * len(bucket)
+    results = _buffers(bucket, key)
+    (bucket.values if source == "kept" else bucket.partials)[key] = results
+    return _addresses(results) if key.kind != ALL else _addresses(results) * len(bucket)
+
+
+def _buffers(bucket: Bucket, sym: Sym) -> Sequence[Tensor]:
+    weights = bucket.homes["p"]
+    if sym.kind == ALL:
+        return [torch.empty((), dtype=bucket.dtype)]
+    if sym.kind == FULL:
+        return [torch.empty_strided(p.shape, p.stride(), dtype=bucket.dtype) for p in weights]
+    return Stacked([shape_of(sym.kind, p) or () for p in weights], bucket.dtype)
+
+
+def _usable(bucket: Bucket, sym: Sym) -> Sequence[Tensor]:
+    """Finished values in the precision of the arithmetic, lying as kernels expect."""
+    values: Sequence[Tensor] = bucket.values[sym]
+    if isinstance(values, Stacked):
+        return values
+    right = [x if x.dtype == bucket.dtype else x.to(bucket.dtype) for x in values]
+    if sym.kind != FULL:
+        return [x.contiguous() for x in right]
+    return [x if _alike(p, x) else _ordered(x, p) for p, x in zip(bucket.homes["p"], right, strict=True)]
+
+
+def _copy_back(bucket: Bucket, work: Pass) -> None:
+    """Bring what was written to a copy to where it belongs."""
+    for home in work.writes:
+        if bucket.homes[home] is not bucket.seats.homes[home]:
+            for copy, tensor in zip(bucket.homes[home], bucket.seats.homes[home], strict=True):
+                if copy is not tensor:
+                    tensor.copy_(copy)

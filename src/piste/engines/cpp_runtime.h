@@ -1,0 +1,182 @@
+// How generated kernels walk: all weights of a bucket as one list of tasks, shared out to threads in groups.
+//
+// Tasks depend on shapes alone, and so does the order in which their partial results are put together: the result is
+// the same for any number of threads.
+
+namespace piste {
+
+const int64_t CHUNK = 16384;   // elements of a task
+const int64_t GROUP = 65536;   // elements that a thread takes at a time
+const int64_t SLOTS = 32;      // tasks of a weight whose axes matter
+const int MAX_RANK = 8;
+
+struct Group { int64_t task, weight; };
+
+// The tasks of all weights, numbered through.
+struct Tasks {
+  int64_t n, count = 0, groups = 0, elements = 0;
+  int64_t* first;  // of each weight; one more at the end
+  Group* group;
+
+  // `size` elements per weight, cut into `pieces` tasks
+  template <class Pieces> Tasks(int64_t n, const int64_t* size, Pieces pieces) : n(n) {
+    first = (int64_t*)malloc((n + 1) * sizeof(int64_t));
+    for (int64_t w = 0; w < n; ++w) first[w] = count, count += pieces(w), elements += size[w];
+    first[n] = count;
+    group = (Group*)malloc((count + 1) * sizeof(Group));
+    int64_t gathered = GROUP;
+    for (int64_t w = 0; w < n; ++w)
+      for (int64_t task = first[w]; task < first[w + 1]; ++task) {
+        if (gathered >= GROUP) group[groups++] = {task, w}, gathered = 0;
+        gathered += size[w] / (first[w + 1] - first[w]) + 64;  // a task costs something even when it is small
+      }
+    group[groups] = {count, n};
+  }
+  ~Tasks() { free(first), free(group); }
+
+  // visit(task, weight) for every task; Visit objects are made once per group of tasks
+  template <class Make> void run(int64_t threads, Make make) const {
+    if (threads > 1 && elements > GROUP && groups > 1) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+      for (int64_t g = 0; g < groups; ++g) visit(g, make());
+    } else {
+      for (int64_t g = 0; g < groups; ++g) visit(g, make());
+    }
+  }
+
+  template <class Visit> void visit(int64_t g, Visit visitor) const {
+    int64_t weight = group[g].weight;
+    for (int64_t task = group[g].task; task < group[g + 1].task; ++task) {
+      while (task >= first[weight + 1]) ++weight;
+      visitor(task, weight);
+    }
+  }
+};
+
+static inline double product(const int64_t* shape, int64_t n, int axes) {
+  double all = 1;
+  for (int a = 0; a < axes; ++a) all *= (double)shape[a * n];
+  return all;
+}
+
+static INLINE int64_t chunks(int64_t size) { return (size + CHUNK - 1) / CHUNK; }
+
+// A weight as nested loops in the order of memory. Axes are merged where nothing tells them apart. `K` choices of axes
+// are followed: for each, where the current element lies in a tensor that has these axes only.
+template <int K> struct Grid {
+  int rank = 0, split = 0;
+  int64_t size[MAX_RANK + 1], step[MAX_RANK + 1][K], extent[K], slots;
+
+  // Shapes and strides stand in a table, one column an axis. Without strides the order of axes is that of memory, and
+  // what is walked has the axes `within` only.
+  Grid(const int64_t* table, bool strides, int64_t within, int64_t n, int64_t w, int axes, const int* keep) {
+    int64_t shape[MAX_RANK], stride[MAX_RANK];
+    for (int a = 0; a < axes; ++a) {
+      shape[a] = within >> a & 1 ? table[a * n + w] : 1;
+      stride[a] = strides ? table[(axes + a) * n + w] : axes - a;
+    }
+    int order[MAX_RANK], found = 0;
+    for (int a = 0; a < axes; ++a) {
+      if (shape[a] == 1) continue;
+      int at = found++;
+      for (; at > 0 && stride[order[at - 1]] < stride[a]; --at) order[at] = order[at - 1];
+      order[at] = a;
+    }
+    int64_t inside[MAX_RANK][K];
+    for (int j = 0; j < K; ++j) {
+      extent[j] = 1;
+      for (int a = axes - 1; a >= 0; --a) {
+        const bool kept = keep[j] >> a & 1;
+        inside[a][j] = kept ? extent[j] : 0;
+        if (kept) extent[j] *= shape[a];
+      }
+    }
+    int64_t numel = 1;
+    for (int d = 0; d < found; ++d) {
+      const int a = order[d];
+      const int64_t here = shape[a];
+      bool merge = rank > 0;
+      for (int j = 0; j < K; ++j) merge = merge && step[rank - 1][j] == inside[a][j] * here;
+      if (!merge) size[rank++] = 1;
+      size[rank - 1] *= here;
+      for (int j = 0; j < K; ++j) step[rank - 1][j] = inside[a][j];
+      numel *= here;
+    }
+    if (rank == 0) {
+      size[rank++] = 1;
+      for (int j = 0; j < K; ++j) step[0][j] = 0;
+    }
+    for (int d = 1; d < rank; ++d)
+      if (size[d] > size[split]) split = d;
+    slots = chunks(numel) < SLOTS ? chunks(numel) : SLOTS;
+    if (slots > size[split]) slots = size[split];
+  }
+
+  // does each slot have elements of its own in a tensor with the axes j?
+  bool own(int j) const { return step[split][j] != 0 || slots == 1; }
+
+  // row(at, length, offsets) for every run along the innermost axis
+  template <class Row> void walk(int64_t slot, Row row) const {
+    const int64_t low = size[split] * slot / slots, high = size[split] * (slot + 1) / slots;
+    const int last = rank - 1;
+    int64_t index[MAX_RANK + 1];
+    for (int d = 0; d < rank; ++d) index[d] = d == split ? low : 0;
+    for (;;) {
+      int64_t at = 0, offset[K];
+      for (int d = 0; d < rank; ++d) at = at * size[d] + index[d];
+      for (int j = 0; j < K; ++j) {
+        offset[j] = 0;
+        for (int d = 0; d < rank; ++d) offset[j] += index[d] * step[d][j];
+      }
+      row(at, (last == split ? high : size[last]) - index[last], offset);
+      int d = last - 1;
+      for (; d >= 0; --d) {
+        if (++index[d] < (d == split ? high : size[d])) break;
+        index[d] = d == split ? low : 0;
+      }
+      if (d < 0) return;
+    }
+  }
+};
+
+// Partial results that keep axes, of all weights: one buffer per weight and reduction where slots have elements of their
+// own, else one per slot.
+template <int K, int R> struct Shares {
+  int64_t* offset;  // of weight w and reduction r
+  double* data;
+
+  // reduction r keeps the axes of choice `axes_of[r]` and begins at `start[r]`
+  template <class MakeGrid> Shares(int64_t n, const int* axes_of, const double* start, MakeGrid grid_of) {
+    offset = (int64_t*)malloc((n * R + 1) * sizeof(int64_t));
+    int64_t size = 0;
+    for (int64_t w = 0; w < n; ++w) {
+      const Grid<K> grid = grid_of(w);
+      for (int r = 0; r < R; ++r) offset[w * R + r] = size, size += grid.extent[axes_of[r]] * copies(grid, axes_of[r]);
+    }
+    offset[n * R] = size;
+    data = (double*)malloc((size + 1) * sizeof(double));
+    for (int64_t x = 0; x < n * R; ++x)
+      for (int64_t i = offset[x]; i < offset[x + 1]; ++i) data[i] = start[x % R];
+  }
+  ~Shares() { free(offset), free(data); }
+
+  static int64_t copies(const Grid<K>& grid, int j) { return grid.own(j) ? 1 : grid.slots; }
+
+  double* of(const Grid<K>& grid, int64_t w, int r, int j, int64_t slot) const {
+    return data + offset[w * R + r] + (grid.own(j) ? 0 : slot * grid.extent[j]);
+  }
+
+  template <class Real, class Join> void finish(const Grid<K>& grid, int64_t w, int r, int j, Real* out, Join join) const {
+    const double* from = data + offset[w * R + r];
+    for (int64_t i = 0; i < grid.extent[j]; ++i) {
+      double value = from[i];
+      for (int64_t c = 1; c < copies(grid, j); ++c) value = join(value, from[c * grid.extent[j] + i]);
+      out[i] = (Real)value;
+    }
+  }
+};
+
+struct Add { double operator()(double x, double y) const { return x + y; } };
+struct Peak { double operator()(double x, double y) const { return maximum(x, y); } };
+
+}  // namespace piste

@@ -1,0 +1,430 @@
+"""Writes the passes of a plan as C++ for the cpp engine.
+
+Each pass becomes a loop body, one for every way in which the innermost axis of a weight can meet the axes that the pass
+tells apart, and an ``extern "C"`` function that leads all weights of a bucket through it. Its arguments are a table of
+integers, one column after the other with an entry per weight: number of elements, parameter group, step number, the
+addresses in ``Pass.columns``, and where axes or sizes matter the shapes and strides; and the hyper-parameters of every
+group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from piste.engines.kernel import Column, Pass, host_roots, is_small
+from piste.plan import Plan
+from piste.symbol import ALL, FULL, HOST, Sym, topological
+
+__all__ = ["FIXED_COLUMNS", "TYPES", "hyper_names", "write"]
+
+#: columns of the table before the addresses: elements, group, step number
+FIXED_COLUMNS = 3
+
+TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+_ELEMENT = {
+    "add": "({} + {})",
+    "sub": "({} - {})",
+    "mul": "({} * {})",
+    "div": "({} / {})",
+    "pow": "pow<R>({}, {})",
+    "neg": "(-{})",
+    "abs": "abs({})",
+    "sign": "sign<R>({})",
+    "square": "({0} * {0})",
+    "sqrt": "sqrt({})",
+    "rsqrt": "(1 / sqrt({}))",
+    "exp": "exp({})",
+    "log": "log({})",
+    "cbrt": "cbrt({})",
+    "minimum": "minimum<R>({}, {})",
+    "maximum": "maximum<R>({}, {})",
+    "lt": "({} < {})",
+    "le": "({} <= {})",
+    "gt": "({} > {})",
+    "ge": "({} >= {})",
+    "eq": "({} == {})",
+    "ne": "({} != {})",
+    "where": "({} ? {} : {})",
+    "lerp": "lerp<R>({}, {}, {})",
+    "scratch": "{}",
+    "expand": "{0}",
+}
+_COMPARISONS = {"lt", "le", "gt", "ge", "eq", "ne"}
+
+_HOST = {
+    **{op: text for op, text in _ELEMENT.items() if op in ("add", "sub", "mul", "div", "neg", "square", "where")},
+    **{op: f"double{_ELEMENT[op]}" for op in _COMPARISONS},
+    "pow": "__builtin_pow({}, {})",
+    "mod": "modulo({}, {})",
+    "floordiv": "__builtin_floor({} / {})",
+    "abs": "__builtin_fabs({})",
+    "sqrt": "__builtin_sqrt({})",
+    "rsqrt": "(1 / __builtin_sqrt({}))",
+    "exp": "__builtin_exp({})",
+    "log": "__builtin_log({})",
+    "minimum": "({1} < {0} ? {1} : {0})",
+    "maximum": "({1} > {0} ? {1} : {0})",
+    "lerp": "({0} + {2} * ({1} - {0}))",
+}
+
+_START = {"sum": "0", "total": "0", "peak": "-__builtin_inf()"}
+_JOIN = {"sum": "Add()", "total": "Add()", "peak": "Peak()"}
+_CLAUSE = {"sum": "+", "total": "+", "peak": "peak"}
+#: how the innermost axis meets a choice of axes: not one of them, one of them, or with a stride known at run time
+_OUT, _IN, _ANY = 0, 1, 2
+
+
+@cache
+def _headers() -> str:
+    folder = Path(__file__).parent
+    return "\n".join((folder / name).read_text(encoding="utf-8") for name in ("cpp_math.h", "cpp_runtime.h"))
+
+
+def hyper_names(plan: Plan) -> list[str]:
+    """The hyper-parameters that the host numbers of a plan depend on, in the order in which kernels take them."""
+    return sorted({s.attr for s in topological(host_roots(plan)) if s.op == "hp"})
+
+
+def write(plan: Plan, passes: Mapping[str, Pass], real: torch.dtype, homes: Mapping[str, torch.dtype]) -> str:
+    """A whole source file.
+
+    Args:
+        plan: what the passes belong to.
+        passes: by the name of their function.
+        real: the precision of the arithmetic.
+        homes: how the numbers in each home are stored.
+    """
+    numbers = host_roots(plan)
+    types = {home: TYPES[dtype] for home, dtype in homes.items()}
+    return "\n".join(
+        [
+            _headers(),
+            "namespace piste {",
+            f"typedef {TYPES[real]} R;",
+            "#pragma omp declare reduction(peak : double : omp_out = maximum(omp_out, omp_in)) "
+            "initializer(omp_priv = -__builtin_inf())",
+            *_host_function(numbers, hyper_names(plan)),
+            *(
+                line
+                for name, one in passes.items()
+                for line in _Writer(name, one, numbers, types, by_shape=plan.graph.by_shape).lines()
+            ),
+            "}  // namespace piste",
+            "",
+        ]
+    )
+
+
+def _literal(value: float) -> str:
+    text = repr(float(value))
+    return {"inf": "__builtin_inf()", "-inf": "-__builtin_inf()", "nan": '__builtin_nan("")'}.get(text, text)
+
+
+def _host_function(roots: Sequence[Sym], hyper: Sequence[str]) -> list[str]:
+    """Host numbers of one weight, in double as Python would work them out."""
+    names: dict[Sym, str] = {}
+    lines = ["static void numbers(const double* hp, double t, const int64_t* shape, int64_t n, int axes, R* h) {"]
+    for sym in topological(roots):
+        names[sym] = f"x{len(names)}"
+        lines.append(f"  const double {names[sym]} = {_host_text(sym, names, hyper)};")
+    lines += [f"  h[{i}] = (R){names[root]};" for i, root in enumerate(roots)]
+    return [*lines, "}"]
+
+
+def _host_text(sym: Sym, names: Mapping[Sym, str], hyper: Sequence[str]) -> str:
+    if sym.op == "const":
+        return _literal(sym.attr)
+    if sym.op == "hp":
+        return f"hp[{hyper.index(sym.attr)}]"
+    if sym.op == "t":
+        return "t"
+    if sym.op == "shape":
+        return f"double(shape[{sym.attr} * n])"
+    if sym.op == "numel":
+        return "product(shape, n, axes)"
+    return _HOST[sym.op].format(*(names[a] for a in sym.args))
+
+
+def _place(symbols: Sequence[Sym], sought: Sym) -> int:
+    """Symbols compare by identity only: ``==`` makes a symbol."""
+    return next(i for i, sym in enumerate(symbols) if sym is sought)
+
+
+class _Writer:
+    """One pass."""
+
+    def __init__(
+        self, name: str, one: Pass, numbers: Sequence[Sym], types: Mapping[str, str], *, by_shape: bool
+    ) -> None:
+        self.name, self.one, self.types, self.by_shape = name, one, types, by_shape
+        self.numbers = {sym: i for i, sym in enumerate(numbers)}
+        self.axes = one.axes
+        self.columns = one.columns
+        self.single = [r for r in one.partials if is_small(r.kind) and r.kind != one.space]
+        self.spread = [r for r in one.partials if r.kind.keep and r.kind != one.space]
+
+    def lines(self) -> list[str]:
+        patterns = self.patterns()
+        bodies = [line for pattern in patterns for line in self.body(pattern)]
+        return [*bodies, *self.visitor(patterns), *self.entry()]
+
+    def patterns(self) -> list[tuple[int, ...]]:
+        """How the innermost axis can meet the choices of axes, the general way last."""
+        if not self.axes:
+            return [()]
+        every = sorted({a for keep in self.axes for a in keep})
+        found = [tuple(_IN if a in keep else _OUT for keep in self.axes) for a in (*every, -1)]
+        return [*dict.fromkeys(found), (_ANY,) * len(self.axes)]
+
+    # the loop --------------------------------------------------------------------------------------------------------
+    def body(self, pattern: tuple[int, ...]) -> list[str]:
+        self.names: dict[Sym, str] = {}
+        self.before: list[str] = []
+        self.inside: list[str] = []
+        self.pattern = pattern
+        for i, column in enumerate(self.columns):
+            self.pointer(i, column)
+        for sym, home in self.one.loads.items():
+            self.load(sym, home)
+        for sym in self.one.compute:
+            self.compute(sym)
+        after = self.results()
+        general = _ANY in pattern
+        pragma = [] if general else [f"  #pragma omp simd{self.clauses()}"]
+        return [
+            f"static void {self.body_name(pattern)}(const int64_t* T, int64_t n, int64_t w, int64_t at, "
+            "int64_t length, const R* __restrict h, const int64_t* k, const int64_t* s, double* part, double** share) {",
+            *(f"  {line}" for line in self.before),
+            *pragma,
+            "  for (int64_t i = 0; i < length; ++i) {",
+            *(f"    {line}" for line in self.inside),
+            "  }",
+            *(f"  {line}" for line in after),
+            "}",
+        ]
+
+    def body_name(self, pattern: tuple[int, ...]) -> str:
+        return "_".join([f"{self.name}_body", *map(str, pattern)])
+
+    def clauses(self) -> str:
+        gathered = [*self.single, *(r for r in self.spread if self.meets(r) == _OUT)]
+        return "".join(f" reduction({_CLAUSE[r.op]} : a{_place(self.one.partials, r)})" for r in gathered)
+
+    def meets(self, sym: Sym) -> int:
+        return self.pattern[self.axes.index(sym.kind.keep)]
+
+    def pointer(self, i: int, column: Column) -> None:
+        key = column.key
+        sym = key if isinstance(key, Sym) else self.example(key)
+        kind = sym.kind
+        stored = self.types[key] if isinstance(key, str) else "R"
+        if column.source == "partial" and kind != self.one.space:
+            return
+        offset = " + at" if kind == self.one.space else f" + k[{self.axes.index(kind.keep)}]" if kind.keep else ""
+        self.before.append(f"{stored}* __restrict c{i} = ({stored}*)T[{FIXED_COLUMNS + i} * n + w]{offset};")
+
+    def example(self, home: str) -> Sym:
+        """A symbol that is read from or written to this home."""
+        written = self.one.writes.get(home)
+        return written if written is not None else next(s for s, h in self.one.loads.items() if h == home)
+
+    def load(self, sym: Sym, home: str) -> None:
+        name = self.names[sym] = f"x{len(self.names)}"
+        source = next(
+            i
+            for i, c in enumerate(self.columns)
+            if (c.key == home if home != "value" and isinstance(c.key, str) else c.key is sym and c.source == "value")
+        )
+        index, hoisted = self.index(sym)
+        lines = self.before if hoisted else self.inside
+        lines.append(f"const R {name} = get<R>(c{source}, {index});")
+
+    def index(self, sym: Sym) -> tuple[str, bool]:
+        """Where a value lies in the loop, and whether it is the same in all of it."""
+        if sym.kind == self.one.space and not is_small(sym.kind):
+            return "i", False
+        if is_small(sym.kind) or self.meets(sym) == _OUT:
+            return "0", True
+        return ("i" if self.meets(sym) == _IN else f"i * s[{self.axes.index(sym.kind.keep)}]"), False
+
+    def compute(self, sym: Sym) -> None:
+        text = _ELEMENT[sym.op].format(*(self.argument(a) for a in sym.args))
+        name = self.names[sym] = f"x{len(self.names)}"
+        lines = self.before if is_small(sym.kind) else self.inside
+        lines.append(f"const {'bool' if sym.op in _COMPARISONS else 'R'} {name} = {text};")
+
+    def argument(self, sym: Sym) -> str:
+        if sym.kind != HOST:
+            return self.names[sym]
+        return f"R({_literal(sym.attr)})" if sym.op == "const" else f"h[{self.numbers[sym]}]"
+
+    def results(self) -> list[str]:
+        """Stores come after all loads of an element; returns what follows the loop."""
+        after: list[str] = []
+        for i, column in enumerate(self.columns):
+            if column.source == "home" and column.key in self.one.writes:
+                self.inside.append(f"put(c{i}, i, R({self.names[self.one.writes[str(column.key)]]}));")
+            elif column.source == "kept" and isinstance(column.key, Sym):
+                self.inside.append(f"c{i}[i] = R({self.names[column.key]});")
+            elif column.source == "partial" and isinstance(column.key, Sym):
+                after += self.gather(i, column.key)
+        return after
+
+    def gather(self, i: int, reduction: Sym) -> list[str]:
+        value = self.names[reduction.args[0]]
+        number = _place(self.one.partials, reduction)
+        join = "a{0} = a{0} + {1};" if reduction.op != "peak" else "a{0} = maximum(a{0}, {1});"
+        local = f"double a{number} = {_START[reduction.op]};"
+        if reduction.kind == self.one.space:
+            self.inside.append(f"c{i}[i] = R({value});")
+            return []
+        if any(reduction is r for r in self.single):
+            at = f"part[{_place(self.single, reduction)}]"
+        else:
+            place = _place(self.spread, reduction)
+            axes = self.axes.index(reduction.kind.keep)
+            at = f"share[{place}][k[{axes}]]"
+            if self.meets(reduction) != _OUT:
+                step = "i" if self.meets(reduction) == _IN else f"i * s[{axes}]"
+                self.before.append(f"double* __restrict b{number} = share[{place}] + k[{axes}];")
+                joined = (
+                    f"b{number}[{step}] + {value}"
+                    if reduction.op != "peak"
+                    else f"maximum(b{number}[{step}], double({value}))"
+                )
+                self.inside.append(f"b{number}[{step}] = {joined};")
+                return []
+        self.before.append(local)
+        self.inside.append(join.format(number, f"double({value})"))
+        return [f"{at} = {_JOIN[reduction.op]}({at}, a{number});"]
+
+    # the walk --------------------------------------------------------------------------------------------------------
+    @property
+    def grid(self) -> str:
+        """A grid for weight w."""
+        within = -1 if self.one.space == FULL else sum(1 << a for a in self.one.space.keep)
+        strides = "true" if self.one.space == FULL else "false"
+        shapes = f"T + {FIXED_COLUMNS + len(self.columns)} * n"
+        return f"Grid<{len(self.axes)}>({shapes}, {strides}, {within}, n, w, axes, {self.name}_keep)"
+
+    def visitor(self, patterns: list[tuple[int, ...]]) -> list[str]:
+        shapes = f"T + {FIXED_COLUMNS + len(self.columns)} * n + w"
+        changed = "weight != w" if self.by_shape else "group != T[n + w] || t != T[2 * n + w]"
+        spread, single = len(self.spread), len(self.single)
+        lines = []
+        if self.axes:
+            keep = ", ".join(str(sum(1 << a for a in axes)) for axes in self.axes)
+            lines.append(f"static const int {self.name}_keep[] = {{{keep}}};")
+        share_type = f"Shares<{len(self.axes)}, {spread}>" if spread else "void"
+        lines += [
+            f"struct {self.name}_visit {{",
+            "  const int64_t* T; int64_t n; int axes; const double* hp; int64_t hyper; const Tasks* tasks;",
+            f"  double* parts; const {share_type}* shares;",
+            f"  int64_t group = -1, t = -1, weight = -1; R h[{max(1, len(self.numbers))}];",
+            "  void operator()(int64_t task, int64_t w) {",
+            f"    if ({changed}) {{",
+            "      group = T[n + w]; t = T[2 * n + w]; weight = w;",
+            f"      numbers(hp + group * hyper, (double)t, {shapes}, n, axes, h);",
+            "    }",
+            f"    double* part = parts + task * {single};",
+        ]
+        if self.axes:
+            lines += self.walk(patterns)
+        else:
+            lines += [
+                "    const int64_t at = (task - tasks->first[w]) * CHUNK, left = T[w] - at;",
+                "    const int64_t length = left < CHUNK ? left : CHUNK;",
+                f"    {self.body_name(())}(T, n, w, at, length, h, nullptr, nullptr, part, nullptr);",
+            ]
+        return [*lines, "  }", "};"]
+
+    def walk(self, patterns: list[tuple[int, ...]]) -> list[str]:
+        count = len(self.axes)
+        lines = [
+            f"    const Grid<{count}> grid = {self.grid};",
+            "    const int64_t slot = task - tasks->first[w], *s = grid.step[grid.rank - 1];",
+            f"    double* share[{max(1, len(self.spread))}];",
+        ]
+        for place, reduction in enumerate(self.spread):
+            axes = self.axes.index(reduction.kind.keep)
+            lines.append(f"    share[{place}] = shares->of(grid, w, {place}, {axes}, slot);")
+        lines.append("    grid.walk(slot, [&](int64_t at, int64_t length, const int64_t* k) {")
+        arguments = "(T, n, w, at, length, h, k, s, part, share)"
+        for pattern in patterns[:-1]:
+            test = " && ".join(f"s[{j}] == {step}" for j, step in enumerate(pattern))
+            lines.append(f"      if ({test}) return {self.body_name(pattern)}{arguments};")
+        return [*lines, f"      {self.body_name(patterns[-1])}{arguments};", "    });"]
+
+    def entry(self) -> list[str]:
+        single, spread = self.single, self.spread
+        pieces = f"{self.grid}.slots" if self.axes else "chunks(T[w])"
+        lines = [
+            f'extern "C" void {self.name}(int64_t n, int64_t threads, int64_t hyper, int64_t axes, const int64_t* T, '
+            "const double* hp) {",
+            f"  const Tasks tasks(n, T, [&](int64_t w) {{ return {pieces}; }});",
+        ]
+        parts, shares = "nullptr", "nullptr"
+        if single:
+            parts = "parts"
+            starts = ", ".join(_START[r.op] for r in single)
+            lines += [
+                f"  const double start[] = {{{starts}}};",
+                f"  double* parts = (double*)malloc((tasks.count + 1) * {len(single)} * sizeof(double));",
+                f"  for (int64_t i = 0; i < tasks.count * {len(single)}; ++i) parts[i] = start[i % {len(single)}];",
+            ]
+        if spread:
+            shares = "&shares"
+            axes = ", ".join(str(self.axes.index(r.kind.keep)) for r in spread)
+            starts = ", ".join(_START[r.op] for r in spread)
+            lines += [
+                f"  const int axes_of[] = {{{axes}}};",
+                f"  const double begin[] = {{{starts}}};",
+                f"  const Shares<{len(self.axes)}, {len(spread)}> shares(n, axes_of, begin, "
+                f"[&](int64_t w) {{ return {self.grid}; }});",
+            ]
+        made = f"{self.name}_visit{{T, n, (int)axes, hp, hyper, &tasks, {parts}, {shares}}}"
+        lines.append(f"  tasks.run(threads, [&] {{ return {made}; }});")
+        return [*lines, *self.finish(), "}"]
+
+    def finish(self) -> list[str]:
+        """Put partial results together, in the order of tasks."""
+        lines: list[str] = []
+        for place, reduction in enumerate(self.single):
+            out = f"T[{self.place(reduction)} * n{'' if reduction.kind == ALL else ' + w'}]"
+            join = f"value = {_JOIN[reduction.op]}(value, parts[task * {len(self.single)} + {place}]);"
+            start = f"double value = {_START[reduction.op]};"
+            if reduction.kind == ALL:
+                lines += [
+                    f"  {{ {start}",
+                    f"    for (int64_t task = 0; task < tasks.count; ++task) {join}",
+                    f"    *(R*){out} = (R)value; }}",
+                ]
+            else:
+                lines += [
+                    "  for (int64_t w = 0; w < n; ++w) {",
+                    f"    {start}",
+                    f"    for (int64_t task = tasks.first[w]; task < tasks.first[w + 1]; ++task) {join}",
+                    f"    *(R*){out} = (R)value;",
+                    "  }",
+                ]
+        if self.single:
+            lines.append("  free(parts);")
+        if self.spread:
+            lines += ["  for (int64_t w = 0; w < n; ++w) {", f"    const Grid<{len(self.axes)}> grid = {self.grid};"]
+            for place, reduction in enumerate(self.spread):
+                axes = self.axes.index(reduction.kind.keep)
+                out = f"(R*)T[{self.place(reduction)} * n + w]"
+                lines.append(f"    shares.finish(grid, w, {place}, {axes}, {out}, {_JOIN[reduction.op]});")
+            lines.append("  }")
+        return lines
+
+    def place(self, reduction: Sym) -> int:
+        """The column of a partial result."""
+        return FIXED_COLUMNS + next(
+            i for i, c in enumerate(self.columns) if c.source == "partial" and c.key is reduction
+        )

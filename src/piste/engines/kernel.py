@@ -1,0 +1,120 @@
+"""What generated kernels have in common, whatever language they are written in: a stage as a few passes.
+
+A *pass* runs over one index space. The pass over whole weights (kind ``FULL``) comes first; what is smaller than a
+weight (rows, columns, one number) is written in passes of its own after it, because every element of a weight may read
+the old value. Matrices, and numbers over all weights that an opaque function takes, are no business of a kernel: their
+passes come before the others, and torch works them out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from piste.plan import Plan, Stage
+from piste.symbol import ALL, FULL, HOST, MATRIX, TENSOR, Kind, Sym
+
+__all__ = ["Column", "Pass", "host_roots", "is_native", "is_small", "passes"]
+
+Source = Literal["home", "value", "kept", "partial"]
+
+
+class Column(NamedTuple):
+    """An argument of a pass with one entry per weight: where a tensor is stored.
+
+    Attributes:
+        source: ``"home"`` (weight, gradient or state, by name), ``"value"`` (a finished value), ``"kept"`` or
+            ``"partial"`` (a result).
+        key: the name of the home, or the symbol.
+    """
+
+    source: Source
+    key: str | Sym
+
+
+@dataclass
+class Pass:
+    """One loop over the elements of an index space: of the weight, or of what is left of it on some axes."""
+
+    space: Kind
+    loads: dict[Sym, str] = field(default_factory=dict)
+    compute: list[Sym] = field(default_factory=list)
+    writes: dict[str, Sym] = field(default_factory=dict)
+    kept: list[Sym] = field(default_factory=list)
+    partials: list[Sym] = field(default_factory=list)
+
+    @property
+    def axes(self) -> list[tuple[int, ...]]:
+        """The choices of axes, other than all of them or none, on which something here is spread."""
+        kinds = [s.kind for s in (*self.loads, *self.compute, *self.partials)]
+        return list(dict.fromkeys(k.keep for k in kinds if k.keep and k != self.space))
+
+    @property
+    def columns(self) -> list[Column]:
+        """Its tensors, in the order in which a kernel takes them."""
+        homes = sorted({*(home for home in self.loads.values() if home != "value"), *self.writes})
+        return [
+            *(Column("home", home) for home in homes),
+            *(Column("value", sym) for sym, home in self.loads.items() if home == "value"),
+            *(Column("kept", sym) for sym in self.kept),
+            *(Column("partial", sym) for sym in self.partials),
+        ]
+
+
+def passes(stage: Stage) -> list[Pass]:
+    """The passes of a stage in the order in which they must run."""
+    found: dict[Kind, Pass] = {}
+
+    def at(kind: Kind) -> Pass:
+        return found.setdefault(kind, Pass(kind))
+
+    for target, sym in stage.writes.items():
+        at(sym.kind).writes[target] = sym
+    for sym in stage.kept:
+        if stage.loads.get(sym) != "value":  # that one is in its buffer already
+            at(sym.kind).kept.append(sym)
+    for reduction in stage.partials:
+        at(reduction.args[0].kind).partials.append(reduction)
+    for one in found.values():
+        results = [*one.writes.values(), *one.kept, *(r.args[0] for r in one.partials)]
+        one.compute = _needed(stage, results)
+        used = {*results, *(a for sym in one.compute for a in sym.args)}
+        one.loads = {sym: home for sym, home in stage.loads.items() if sym in used}
+    return sorted(found.values(), key=lambda one: _rank(one.space))
+
+
+def _needed(stage: Stage, results: list[Sym]) -> list[Sym]:
+    """What has to be computed for these results, in order; a loaded value has nothing below it."""
+    computed, wanted = set(stage.compute), set()
+    stack = list(results)
+    while stack:
+        sym = stack.pop()
+        if sym in computed and sym not in wanted:
+            wanted.add(sym)
+            stack.extend(sym.args)
+    return [sym for sym in stage.compute if sym in wanted]
+
+
+def _rank(space: Kind) -> tuple[int, int]:
+    if space in (ALL, MATRIX):
+        return 0, 0
+    return (1, 0) if space == FULL else (2, -len(space.keep))
+
+
+def host_roots(plan: Plan) -> list[Sym]:
+    """The host numbers that the passes of a plan take, constants apart."""
+    found: dict[Sym, None] = {}
+    for stage in plan.stages:
+        for sym in stage.compute:
+            found.update(dict.fromkeys(a for a in sym.args if a.kind == HOST and a.op != "const"))
+    return list(found)
+
+
+def is_native(one: Pass) -> bool:
+    """Is this a pass for a kernel? The others are torch's."""
+    return one.space not in (ALL, MATRIX)
+
+
+def is_small(kind: Kind) -> bool:
+    """Has a value of this kind one number per weight, or fewer?"""
+    return kind in (ALL, TENSOR)
