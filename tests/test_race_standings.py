@@ -106,8 +106,56 @@ def test_a_best_at_the_edge_extends_the_range_twice_and_is_told(sign: int, edge:
     assert all(lr < min(first) if edge == "low" else lr > max(first) for lr in added)
     result = result_of(plan, records)
     assert result.results[0].standings[0].edge == edge
-    words = f"the best lr is the {edge}est tried after {MOST_EXTENSIONS} extensions of the range; a better one may lie"
-    assert any(words in note for note in result.notes)
+    words = f"the best lr is the {edge}est tried after {MOST_EXTENSIONS} extensions of the range for adamw+one_cycle;"
+    assert any(f"line: {words} a better one may lie beyond." == note for note in result.notes)
+
+
+MANY = "sgd,sgd_momentum,sgd_nesterov,adamw,radam,ranger"
+
+
+def edge_notes(optimizers: str, outcome: Callable[[RunKey], Outcome]) -> list[str]:
+    plan = plan_for(optimizers)
+    return [note for note in result_of(plan, raced(plan, outcome)).notes if "best lr" in note]
+
+
+def test_edges_take_a_line_a_task_that_names_three() -> None:
+    """Rising and falling losses end at an edge in spite of all extensions; they are told in one line."""
+
+    def outcome(key: RunKey) -> Outcome:
+        sign = 1 if key.optimizer in ("sgd", "radam") else -1
+        return 5.0 + sign * math.log10(key.lr)
+
+    assert edge_notes(MANY, outcome) == [
+        "line: the best lr is the highest tried after 2 extensions of the range for sgd_momentum+one_cycle, "
+        "sgd_nesterov+one_cycle, adamw+one_cycle and 1 more, the lowest tried after 2 extensions of the range for "
+        "sgd+one_cycle and radam+one_cycle; a better one may lie beyond."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("beyond", "told"),
+    [
+        # how many trials beyond the first ones are better than all of those -> what is said of it
+        ({"adamw": 1}, "adamw+one_cycle was at an edge, so 1 trial was added beyond it."),
+        (
+            {"adamw": 1, "sgd": 1},
+            "sgd+one_cycle and adamw+one_cycle was at an edge, so 1 trial each was added beyond it.",
+        ),
+        (dict.fromkeys(MANY.split(","), 1), "and 3 more was at an edge, so 1 trial each was added beyond it."),
+    ],
+)
+def test_added_trials_take_a_line_a_task(beyond: dict[str, int], told: str) -> None:
+    """The best of the first trials is the highest; the one added beyond is worse."""
+    first = {c.name: max(key.lr for key in tuning(p, CARD, c, {}).runs) for p in [plan_for(MANY)] for c in p.contenders}
+
+    def outcome(key: RunKey) -> Outcome:
+        at = first[key.contender] if key.optimizer in at_edge.split(",") else middle(plan_for(MANY), key.contender)
+        return 1.0 + abs(math.log10(key.lr / at))
+
+    notes = edge_notes(MANY, outcome)
+    assert len(notes) == 1
+    assert notes[0].startswith("line: the best lr of ")
+    assert notes[0].endswith(told)
 
 
 def test_an_edge_next_to_diverged_runs_is_no_edge_of_what_was_tried() -> None:
@@ -198,6 +246,22 @@ def test_of_a_tied_group_the_cheapest_is_taken_and_the_others_are_named() -> Non
     assert task.verdict.count("Behind them: sgd+") == 1
 
 
+def test_of_many_tied_ones_three_are_named_and_the_rest_counted() -> None:
+    plan = plan_for(MANY + ",adam,adabelief")
+    ends = valley(
+        plan,
+        **dict.fromkeys(MANY.split(","), lambda s: 1.0 + s / 9),
+        adam=lambda s: 4.0 + s,
+        adabelief=lambda s: 5.0 + s,
+    )
+    verdict = result_of(plan, raced(plan, ends)).results[0].verdict
+    assert verdict.startswith(
+        "No difference found on line between sgd+one_cycle, sgd_momentum+one_cycle, sgd_nesterov+one_cycle and 3 more ("
+    )
+    assert "Take sgd+one_cycle, the cheapest of the 6 best: " in verdict
+    assert verdict.endswith("Behind them: adam+one_cycle and adabelief+one_cycle.")
+
+
 def test_a_clear_win_says_by_how_much() -> None:
     plan = plan_for("adamw,ranger")
     ends = valley(plan, adamw=lambda s: 1.0 + s / 10, ranger=lambda s: 1.5 + s / 10 + s / 1000)
@@ -211,6 +275,11 @@ def test_one_seed_claims_nothing() -> None:
     plan = plan_for("adamw,ranger", seeds=1)
     task = result_of(plan, raced(plan, valley(plan, adamw=lambda s: 1.0, ranger=lambda s: 8.0))).results[0]
     assert "one seed cannot tell a difference from chance" in task.verdict
+    assert recommended(task.standings) is task.standings[0]
+    cheaper_but_worse = result_of(plan, raced(plan, valley(plan, adamw=lambda s: 8.0, ranger=lambda s: 1.0)))
+    best = recommended(cheaper_but_worse.results[0].standings)
+    assert best is not None
+    assert best.optimizer == "ranger"
 
 
 def test_a_race_cut_short_compares_common_seeds_and_says_so() -> None:

@@ -326,6 +326,7 @@ def test_notes_machine_command_and_versions_are_shown(plain: Document) -> None:
         (words.percent(0.0122), "1.2 %"),
         (words.listing(["a"]), "a"),
         (words.listing(["a", "b", "c"]), "a, b and c"),
+        (words.listing(["a", "b", "c", "d"]), "a, b, c and 1 more"),
         (words.listing(list("abcdef")), "a, b, c and 3 more"),
         (words.moment("2026-11-23T10:05:00Z"), "2026-11-23 10:05 UTC"),
         (words.moment("yesterday"), "yesterday"),

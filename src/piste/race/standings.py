@@ -18,12 +18,14 @@ from piste.race.protocol import (
 )
 from piste.race.record import CONFIRM, FINISHED, TUNE, Cost, RunRecord, Standing, StudyResult, TaskResult
 from piste.race.statistics import Comparison, compare
-from piste.race.words import size
+from piste.race.words import count, listing, size
 
 FEW_SEEDS = 5
 FEW_TRIALS = 4
 # Step times closer than this are the same; then the smaller optimizer state is the cheaper one.
 _SAME_TIME = 0.05
+# Contenders that a verdict or a note names; the others are counted, and stand in the table.
+_NAMED = 3
 
 
 def study_result(
@@ -70,7 +72,12 @@ def task_result(plan: Plan, card: TaskCard, records: Records) -> TaskResult:
 
 
 def recommended(standings: list[Standing]) -> Standing | None:
-    """The cheapest of the leader's group: least time a step, and of equally fast ones the least state."""
+    """The cheapest of the leader's group: least time a step, and of equally fast ones the least state.
+
+    From a single seed, which cannot tell a tie, it is the one that scored best.
+    """
+    if standings and len(standings[0].scores) == 1:
+        return standings[0]
     group = [standing for standing in standings if standing.tied]
     if not group:
         return None
@@ -202,10 +209,12 @@ def _verdict(card: TaskCard, standings: list[Standing], seeds: int) -> str:
     if not others:
         return _win(card, leader, standings[1], at)
     assert best is not None
-    names = _joined([standing.contender for standing in standings if standing.tied])
+    group = [standing.contender for standing in standings if standing.tied]
+    between = f"the {len(group)} best" if len(group) > _NAMED else "them"
     return (
-        f"No difference found on {card.name} between {names} ({at} [{_interval(leader)}] for the best mean). "
-        f"Take {best.contender}, the cheapest of them: {_cost_words(best)}.{_behind(standings)}"
+        f"No difference found on {card.name} between {listing(group, _NAMED)} "
+        f"({at} [{_interval(leader)}] for the best mean). "
+        f"Take {best.contender}, the cheapest of {between}: {_cost_words(best)}.{_behind(standings)}"
     )
 
 
@@ -225,7 +234,7 @@ def _win(card: TaskCard, leader: Standing, second: Standing, at: str) -> str:
 
 def _behind(standings: list[Standing]) -> str:
     names = [standing.contender for standing in standings if not standing.tied]
-    return f" Behind them: {_joined(names)}." if names else ""
+    return f" Behind them: {listing(names, _NAMED)}." if names else ""
 
 
 def _cost_words(standing: Standing) -> str:
@@ -243,10 +252,6 @@ def _lr(standing: Standing) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.4g}"
-
-
-def _joined(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _notes(plan: Plan, records: Records, used: list[RunRecord], missing: int, workers: int) -> list[str]:
@@ -275,25 +280,36 @@ def _notes(plan: Plan, records: Records, used: list[RunRecord], missing: int, wo
 
 
 def _search_notes(plan: Plan, records: Records) -> list[str]:
-    """Where the search for a learning rate was extended, and where it still ended at an edge."""
+    """Where the search for a learning rate was extended, and where it still ended at an edge: a line a task each."""
     notes = []
     for card in plan.cards:
-        for contender in plan.contenders:
-            state = tuning(plan, card, contender, records)
-            where = f"{contender.name} on {card.name}"
-            if state.edge:
-                reach = f" after {state.extensions} extensions of the range" if state.extensions else ""
-                notes.append(f"{where}: the best lr is the {_WORDS[state.edge]} tried{reach}; {_beyond(plan)}.")
-            elif state.extensions:
-                extra = "1 trial was" if state.extensions == 1 else f"{state.extensions} trials were"
-                notes.append(f"{where}: the best lr was at an edge, so {extra} added beyond it.")
+        found = {contender.name: tuning(plan, card, contender, records) for contender in plan.contenders}
+        at_edge = {name: state for name, state in found.items() if state.edge}
+        extended = {name: state for name, state in found.items() if state.extensions and not state.edge}
+        if at_edge:
+            notes.append(f"{card.name}: {_still_at_edge(at_edge)}; {_beyond(plan)}.")
+        if extended:
+            notes.append(f"{card.name}: {_extended(extended)}.")
     return notes
+
+
+def _still_at_edge(found: dict[str, Tuning]) -> str:
+    most = max(state.extensions for state in found.values())
+    reach = f" after {count(most, 'extension')} of the range" if most else ""
+    by_edge = {edge: [name for name, state in found.items() if state.edge == edge] for edge in ("high", "low")}
+    parts = [f"the {edge}est tried{reach} for {listing(names, _NAMED)}" for edge, names in by_edge.items() if names]
+    return f"the best lr is {', '.join(parts)}"
+
+
+def _extended(found: dict[str, Tuning]) -> str:
+    counts = sorted({state.extensions for state in found.values()})
+    each = " each" if len(found) > 1 else ""
+    trials = " or ".join(map(str, counts)) + (" trial" if counts == [1] else " trials")
+    was = "was" if counts == [1] else "were"
+    return f"the best lr of {listing(list(found), _NAMED)} was at an edge, so {trials}{each} {was} added beyond it"
 
 
 def _beyond(plan: Plan) -> str:
     if plan.trials < FEWEST_TRIALS_TO_EXTEND:
         return f"{FEWEST_TRIALS_TO_EXTEND} trials or more extend the range"
     return "a better one may lie beyond"
-
-
-_WORDS = {"low": "lowest", "high": "highest"}

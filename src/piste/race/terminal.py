@@ -209,17 +209,19 @@ def _short_names(standings: Sequence[Standing]) -> list[str]:
 
 
 def _standing(standing: Standing, name: str, *, leader: bool, chosen: bool) -> dict[str, str | Text]:
-    mark = "take" if chosen else "tied" if standing.tied else ""
+    one_seed = len(standing.scores) == 1
+    mark = ("best" if one_seed else "take") if chosen else "tied" if standing.tied and not one_seed else ""
     lost = len(standing.failures)
     known = not math.isnan(standing.mean)
+    bounds = "" if math.isnan(standing.low) else f" [{standing.low:.4g}, {standing.high:.4g}]"
     gap = f"{standing.difference:+.3g} [{standing.difference_low:+.3g}, {standing.difference_high:+.3g}]"
     lr = standing.best_hyperparameters.get("lr", math.nan)
     return {
         "": Text(mark, style="green" if chosen else "cyan"),
         "contender": Text(name, style="bold" if chosen else ""),
         "lr": number(lr) + {"low": " ↓", "high": " ↑"}.get(standing.edge, ""),
-        "mean [95 %]": f"{standing.mean:.4g} [{standing.low:.4g}, {standing.high:.4g}]" if known else "-",
-        "to the leader": "" if leader or not known or math.isnan(standing.difference) else gap,
+        "mean [95 %]": Text(f"{standing.mean:.4g}{bounds}" if known else "-"),
+        "to the leader": Text("" if leader or math.isnan(standing.difference_low) else gap),
         "ms/step": f"{standing.cost.step_seconds * 1e3:.3g}",
         "state": size(standing.cost.state_bytes),
         "lost": Text(str(lost), style="yellow") if lost else "",

@@ -106,8 +106,8 @@ def moment(iso: str) -> str:
 
 
 def listing(names: list[str], longest: int = 3) -> str:
-    """``a``, ``a and b``, ``a, b and c``, ``a, b, c and 4 more``."""
-    if len(names) > longest + 1:
+    """``a``, ``a and b``, ``a, b and c``, ``a, b, c and 4 more``: at most ``longest`` by name."""
+    if len(names) > longest:
         names = [*names[:longest], f"{len(names) - longest} more"]
     if len(names) < 2:
         return "".join(names)

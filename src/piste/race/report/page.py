@@ -162,7 +162,7 @@ def make_page(result: StudyResult) -> Page:
 
 
 def _section(task: TaskResult, runs: list[RunRecord], all_looks: dict[str, Look], identifier: str) -> Section:
-    choice = _choice(task.standings)
+    choice = recommended(task.standings)
     mood, badge, advice = _mood(task.standings, choice)
     places = _score_places(task.standings)
     difference_places = _difference_places(task.standings)
@@ -190,13 +190,6 @@ def _section(task: TaskResult, runs: list[RunRecord], all_looks: dict[str, Look]
         pictures=pictures(task, runs, all_looks, identifier),
         key=[(s.contender, all_looks[s.contender]) for s in task.standings],
     )
-
-
-def _choice(standings: list[Standing]) -> Standing | None:
-    """The contender to take; from a single seed, which cannot tell a tie, the one that scored best."""
-    if standings and len(standings[0].scores) == 1:
-        return standings[0]
-    return recommended(standings)
 
 
 def _mood(standings: list[Standing], choice: Standing | None) -> tuple[str, str, str]:
