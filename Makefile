@@ -57,5 +57,5 @@ bench: environment  ## speed and memory against torch's own optimizers
 
 clean:  ## remove both environments and all caches; race results stay
 	for made in $(VENV_RACE) $(VENV); do if [ -e $$made/made-by-piste ]; then rm -rf $$made $$made.lock; fi; done
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .piste-cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,12 +1,17 @@
-"""One thread, one seed: what every test of this folder starts from."""
+"""One thread, one seed, one cache for compiled code: what every test of this folder starts from."""
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+# compiled kernels are kept beside the checkout, not in the home of whoever runs the tests
+os.environ.setdefault("PISTE_CACHE", str(Path(__file__).parent.parent / ".piste-cache"))
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,7 @@ class Seats(NamedTuple):
         homes: tensors by where they live: ``"p"``, ``"state.NAME"``; one per weight.
         groups: for each weight, the index of its parameter group.
         shapes: the global shape of each weight.
+        addresses: where each weight lies.
         kept: what an engine derives from these tensors, under a key of its own. It lasts while they are the same
             objects and no weight has moved.
     """
@@ -36,6 +37,7 @@ class Seats(NamedTuple):
     homes: dict[str, list[Tensor]]
     groups: list[int]
     shapes: list[tuple[int, ...]]
+    addresses: list[int]
     kept: dict[Any, Any]
 
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from piste.bucket import Bucket, Engine
+from piste.engines import cpp_build
 from piste.engines.compiled import Compiled
 from piste.engines.cpp import Cpp
 from piste.engines.foreach import Foreach
@@ -29,17 +31,22 @@ ENGINES: dict[str, Engine] = {e.name: e for e in (Reference(), Foreach(), Compil
 #: completes reductions across processes: gets one partial result per weight and ``"sum"`` or ``"peak"``
 Collective = Callable[[list[Tensor], str], list[Tensor]]
 
-_ANNOUNCED: set[str] = set()
-
 
 def engine_for(name: str) -> Engine:
     """The engine of this name; ``"auto"`` is the fastest that works here."""
-    if name == "auto":
-        name = "foreach"
-        if name not in _ANNOUNCED:
-            _ANNOUNCED.add(name)
-            log.info("engine='auto' takes 'foreach': the fastest of %s here", ", ".join(map(repr, ENGINES)))
-    return ENGINES[name]
+    return ENGINES[_fastest() if name == "auto" else name]
+
+
+@cache
+def _fastest() -> str:
+    """Generated C++ where there is a compiler; it hands weights on other devices than CPUs to foreach."""
+    try:
+        compiler = cpp_build.toolchain().command[0]
+    except cpp_build.BuildError as error:
+        log.info("engine='auto' takes 'foreach', because 'cpp' does not work here: %s", error)
+        return "foreach"
+    log.info("engine='auto' takes 'cpp' for weights on the CPU (compiler %s), 'foreach' for others", compiler)
+    return "cpp"
 
 
 def run(

@@ -37,7 +37,7 @@ class EngineOptions(TypedDict, total=False):
 
     Settings of the whole optimizer:
 
-    * ``engine``: ``"auto"``, ``"reference"``, ``"foreach"`` or ``"compile"``.
+    * ``engine``: ``"auto"`` (the fastest that works here), ``"cpp"``, ``"foreach"``, ``"compile"`` or ``"reference"``.
     * ``state``: how states are stored; ``"fp32"`` (float64 for float64 weights).
     * ``weights``: how weights are stored; ``"plain"``.
     * ``nonfinite``: what to do about NaN or infinite gradients: ``"ignore"`` as torch does, ``"raise"``

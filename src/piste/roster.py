@@ -76,7 +76,6 @@ class _Part(NamedTuple):
     members: list[int]
     seats: Seats
     states: list[dict[str, Any]]
-    pointers: list[int]
     gradient_dtype: torch.dtype
 
 
@@ -108,7 +107,7 @@ class Roster:
         if not active:
             return Sorted([], [], [])
         states = _pick(self.states, active) if resting else self.states
-        counts = [state.get("step", 0) + 1 for state in states]
+        counts = _next(states)
         graphs = self._graphs(_pick(self.kinds, active) if resting else self.kinds, counts, hp)
         alike = graphs.count(graphs[0]) == len(graphs)
         key = tuple(active) if resting else None, graphs[0] if alike else tuple(graphs)
@@ -188,9 +187,9 @@ class Roster:
             homes[f"state.{name}"] = list(map(itemgetter(name), states))
         seats = Seats(
             plan, weights[0].device, compute_dtype(homes["p"][0].dtype), homes,
-            _pick(self.groups, members), _pick(self.shapes, members), {},
+            _pick(self.groups, members), _pick(self.shapes, members), _addresses(weights), {},
         )  # fmt: skip
-        return _Part(members, seats, states, _pointers(weights), gradients[members[0]].dtype)  # type: ignore[union-attr]
+        return _Part(members, seats, states, gradients[members[0]].dtype)  # type: ignore[union-attr]
 
     def _placed(
         self,
@@ -224,16 +223,35 @@ def _unchanged(part: _Part, weights: list[Tensor], gradients: list[Tensor]) -> b
     """Are the tensors of a part still those for which it was made?"""
     return (
         set(map(_dtype, gradients)) == {part.gradient_dtype}
-        and _pointers(weights) == part.pointers
+        and _addresses(weights) == part.seats.addresses
         and all(
-            all(map(is_, tensors, map(dict.get, part.states, repeat(home[6:]))))
+            all(map(is_, tensors, _states(part.states, home)))
             for home, tensors in part.seats.homes.items()
             if home != "p"
         )
     )
 
 
-def _pointers(tensors: Iterable[Tensor]) -> list[int]:
+def _next(states: Sequence[dict[str, Any]]) -> list[int]:
+    """The numbers of the steps that weights with these states now take."""
+    try:
+        taken = list(map(itemgetter("step"), states))
+    except KeyError:
+        taken = [state.get("step", 0) for state in states]
+    alike = taken.count(taken[0]) == len(taken)
+    return [taken[0] + 1] * len(taken) if alike else [t + 1 for t in taken]
+
+
+def _states(states: list[dict[str, Any]], home: str) -> Iterable[Tensor | None]:
+    """What the weights have under this home now; a state may have been taken away."""
+    name = home.removeprefix("state.")
+    try:
+        return list(map(itemgetter(name), states))
+    except KeyError:
+        return [state.get(name) for state in states]
+
+
+def _addresses(tensors: Iterable[Tensor]) -> list[int]:
     """Where the numbers of these tensors lie: what shows that a weight was moved or its ``.data`` replaced."""
     return list(map(Tensor.data_ptr, tensors))
 

@@ -38,7 +38,7 @@ _LOG = logging.getLogger("piste")
 
 _COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = (
-    *("-std=c++17", "-O3", "-fPIC", "-pipe"),
+    *("-std=c++17", "-O2", "-ftree-vectorize", "-fPIC", "-pipe"),
     # what a loop needs to be vectorised, while NaN and infinity keep their meaning
     *("-fno-math-errno", "-fno-trapping-math"),
     # the same result for every element, whether it falls into a vector or into the rest of a loop

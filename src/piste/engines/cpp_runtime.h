@@ -6,7 +6,8 @@
 namespace piste {
 
 const int64_t CHUNK = 16384;   // elements of a task
-const int64_t GROUP = 65536;   // elements that a thread takes at a time
+const int64_t SHARE = 32768;   // elements for which a thread is worth waking
+const int64_t GROUP = 262144;  // elements that a thread takes at a time, or less where that leaves threads idle
 const int64_t SLOTS = 32;      // tasks of a weight whose axes matter
 const int MAX_RANK = 8;
 
@@ -14,30 +15,34 @@ struct Group { int64_t task, weight; };
 
 // The tasks of all weights, numbered through.
 struct Tasks {
-  int64_t n, count = 0, groups = 0, elements = 0;
+  int64_t n, threads, count = 0, groups = 0;
   int64_t* first;  // of each weight; one more at the end
   Group* group;
 
   // `size` elements per weight, cut into `pieces` tasks
-  template <class Pieces> Tasks(int64_t n, const int64_t* size, Pieces pieces) : n(n) {
+  template <class Pieces> Tasks(int64_t n, int64_t most, const int64_t* size, Pieces pieces) : n(n) {
+    int64_t elements = 0;
     first = (int64_t*)malloc((n + 1) * sizeof(int64_t));
     for (int64_t w = 0; w < n; ++w) first[w] = count, count += pieces(w), elements += size[w];
     first[n] = count;
+    threads = elements / SHARE < most ? elements / SHARE : most;
+    int64_t share = threads > 1 ? elements / (8 * threads) : elements;
+    share = share < SHARE ? SHARE : share < GROUP ? share : GROUP;
     group = (Group*)malloc((count + 1) * sizeof(Group));
-    int64_t gathered = GROUP;
+    int64_t gathered = share;
     for (int64_t w = 0; w < n; ++w)
       for (int64_t task = first[w]; task < first[w + 1]; ++task) {
-        if (gathered >= GROUP) group[groups++] = {task, w}, gathered = 0;
+        if (gathered >= share) group[groups++] = {task, w}, gathered = 0;
         gathered += size[w] / (first[w + 1] - first[w]) + 64;  // a task costs something even when it is small
       }
     group[groups] = {count, n};
   }
   ~Tasks() { free(first), free(group); }
 
-  // visit(task, weight) for every task; Visit objects are made once per group of tasks
-  template <class Make> void run(int64_t threads, Make make) const {
-    if (threads > 1 && elements > GROUP && groups > 1) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  // calls visit(task, weight) for every task; such an object is made for each group of tasks
+  template <class Make> void run(Make make) const {
+    if (threads > 1) {
+#pragma omp parallel for num_threads((int)threads) schedule(dynamic, 1)
       for (int64_t g = 0; g < groups; ++g) visit(g, make());
     } else {
       for (int64_t g = 0; g < groups; ++g) visit(g, make());

@@ -197,8 +197,9 @@ class _Writer:
         general = _ANY in pattern
         pragma = [] if general else [f"  #pragma omp simd{self.clauses()}"]
         return [
-            f"static void {self.body_name(pattern)}(const int64_t* T, int64_t n, int64_t w, int64_t at, "
-            "int64_t length, const R* __restrict h, const int64_t* k, const int64_t* s, double* part, double** share) {",
+            f"static void {self.body_name(pattern)}(",
+            "    const int64_t* T, int64_t n, int64_t w, int64_t at, int64_t length, const R* __restrict h,",
+            "    const int64_t* k, const int64_t* s, double* part, double** share) {",
             *(f"  {line}" for line in self.before),
             *pragma,
             "  for (int64_t i = 0; i < length; ++i) {",
@@ -366,7 +367,7 @@ class _Writer:
         lines = [
             f'extern "C" void {self.name}(int64_t n, int64_t threads, int64_t hyper, int64_t axes, const int64_t* T, '
             "const double* hp) {",
-            f"  const Tasks tasks(n, T, [&](int64_t w) {{ return {pieces}; }});",
+            f"  const Tasks tasks(n, threads, T, [&](int64_t w) {{ return {pieces}; }});",
         ]
         parts, shares = "nullptr", "nullptr"
         if single:
@@ -388,7 +389,7 @@ class _Writer:
                 f"[&](int64_t w) {{ return {self.grid}; }});",
             ]
         made = f"{self.name}_visit{{T, n, (int)axes, hp, hyper, &tasks, {parts}, {shares}}}"
-        lines.append(f"  tasks.run(threads, [&] {{ return {made}; }});")
+        lines.append(f"  tasks.run([&] {{ return {made}; }});")
         return [*lines, *self.finish(), "}"]
 
     def finish(self) -> list[str]:

@@ -9,6 +9,7 @@ passes come before the others, and torch works them out.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 from piste.plan import Plan, Stage
@@ -43,13 +44,13 @@ class Pass:
     kept: list[Sym] = field(default_factory=list)
     partials: list[Sym] = field(default_factory=list)
 
-    @property
+    @cached_property
     def axes(self) -> list[tuple[int, ...]]:
         """The choices of axes, other than all of them or none, on which something here is spread."""
         kinds = [s.kind for s in (*self.loads, *self.compute, *self.partials)]
         return list(dict.fromkeys(k.keep for k in kinds if k.keep and k != self.space))
 
-    @property
+    @cached_property
     def columns(self) -> list[Column]:
         """Its tensors, in the order in which a kernel takes them."""
         homes = sorted({*(home for home in self.loads.values() if home != "value"), *self.writes})
