@@ -258,6 +258,21 @@ def test_of_many_tied_ones_three_are_named_and_the_rest_counted() -> None:
     assert verdict.endswith("Behind them: adam+one_cycle and adabelief+one_cycle.")
 
 
+def test_times_are_those_of_the_fastest_run() -> None:
+    """A machine that was busy during most runs of one contender makes it no dearer."""
+    plan = plan_for("adamw,ranger")
+    ends = valley(plan, adamw=lambda s: 1.0 + s / 9, ranger=lambda s: 1.0 + s / 9)
+    records = raced(plan, ends, slow="adamw")
+    quiet = next(id for id, each in records.items() if each.key.optimizer == "adamw" and each.key.seed == 4)
+    records[quiet] = replace(records[quiet], cost=replace(records[quiet].cost, step_seconds=0.005, state_bytes=8))
+    task = result_of(plan, records).results[0]
+    costs = {standing.optimizer: standing.cost for standing in task.standings}
+    assert (costs["adamw"].step_seconds, costs["adamw"].state_bytes) == (0.005, 80)
+    chosen = recommended(task.standings)
+    assert chosen is not None
+    assert chosen.optimizer == "adamw"
+
+
 def test_a_clear_win_says_by_how_much() -> None:
     plan = plan_for("adamw,ranger")
     ends = valley(plan, adamw=lambda s: 1.0 + s / 10, ranger=lambda s: 1.5 + s / 10 + s / 1000)

@@ -208,7 +208,7 @@ class Standing:
         difference_low: lower end of its paired bootstrap interval.
         difference_high: upper end.
         tied: in the leader's group: no difference from the leader was found. True for the leader itself.
-        cost: medians over the confirmation runs.
+        cost: times of the run with the shortest steps; the rest are maxima over its runs.
         failures: one line for each run that did not finish, tune and confirm.
     """
 

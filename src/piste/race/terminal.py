@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group, JustifyMethod, RenderableType
 from rich.live import Live
 from rich.markup import escape
 from rich.progress_bar import ProgressBar
@@ -108,23 +108,24 @@ class LiveView:
 
     def _picture(self, state: State) -> RenderableType:
         table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-        for title, side in (("task", "left"), ("contender", "left"), ("trials", "right"), ("best lr", "right")):
-            table.add_column(title, justify=side, no_wrap=True)  # type: ignore[arg-type]
-        for title in ("confirmed", "score", "lost"):
+        table.add_column("contender", no_wrap=True)
+        for title in ("trials", "best lr", "seeds", "score", "lost"):
             table.add_column(title, justify="right", no_wrap=True)
         table.add_column("now", no_wrap=True, style="dim")
-        before = None
+        task = None
         for row in state.rows:
-            table.add_row(*_cells(row, state, first=row.card.name != before))
-            before = row.card.name
-        return Group(table, Text(), _progress(state))
+            if row.card.name != task and len(state.plan.cards) > 1:
+                table.add_row(Text(row.card.name, style="dim"))
+            task = row.card.name
+            table.add_row(*_cells(row, state, wide=self.console.width >= _WIDE))
+        # Progress on top: where the table is longer than the terminal, it is the table that is cut.
+        return Group(_progress(state), Text(), table)
 
 
-def _cells(row: Row, state: State, *, first: bool) -> list[str | Text]:
+def _cells(row: Row, state: State, *, wide: bool) -> list[str | Text]:
     active = [(job, step) for job, step in state.running if _same(job.key.task, job.key.contender, row)]
-    now = ", ".join(f"lr {job.key.lr:g} {step / job.key.steps:.0%}" for job, step in active)
+    now = ", ".join((f"lr {job.key.lr:g} " if wide else "") + f"{step / job.key.steps:.0%}" for job, step in active)
     return [
-        Text(row.card.name if first else ""),
         Text(row.contender.name, style="bold" if active else ""),
         f"{row.trials_made}/{row.trials}",
         "-" if row.lr is None else f"{row.lr:g}",
@@ -171,7 +172,7 @@ def show_result(console: Console, result: StudyResult, report: Path) -> None:
     """Standings, verdicts, and where the report is."""
     for task in result.results:
         console.print()
-        console.print(_standings(task, console.width))
+        console.print(_standings(task, console))
         console.print(Text(task.verdict, style="bold"))
     console.print()
     for note in result.notes:
@@ -179,26 +180,44 @@ def show_result(console: Console, result: StudyResult, report: Path) -> None:
     console.print(f"report: {report.resolve()}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _standings(task: TaskResult, width: int) -> Table:
-    direction = "higher" if task.higher_is_better else "lower"
-    title = Text(f"{task.task}: {task.metric_name}, {direction} is better", style="bold")
-    table = Table(title=title, title_justify="left", box=None, header_style="dim", padding=(0, 2, 0, 0))
+def _standings(task: TaskResult, console: Console) -> Table:
+    """The table of a task, without the columns that are needed least where the terminal is too narrow for them."""
     choice = recommended(task.standings)
     names = _short_names(task.standings)
     rows = [
         _standing(standing, name, leader=standing is task.standings[0], chosen=standing is choice)
         for standing, name in zip(task.standings, names, strict=True)
     ]
-    shown = [column for column in rows[0] if width >= _WIDE or column not in _ONLY_WIDE] if rows else []
-    for column in shown:
-        table.add_column(column, justify="left" if column in ("", "contender") else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(row[column] for column in shown))
+    columns = [column for column in (rows[0] if rows else ()) if column != "lost" or any(row["lost"] for row in rows)]
+    table = _table(task, rows, columns)
+    boundless = console.options.update_width(10_000)
+    for unneeded in _LEAST_NEEDED:
+        if console.measure(table, options=boundless).maximum <= console.width:
+            break
+        columns.remove(unneeded)
+        table = _table(task, rows, columns)
     return table
 
 
-_WIDE = 120  # columns of a terminal that shows every column of the table
-_ONLY_WIDE = ("to the leader", "lost")
+def _table(task: TaskResult, rows: Sequence[Mapping[str, str | Text]], columns: Sequence[str]) -> Table:
+    direction = "higher" if task.higher_is_better else "lower"
+    title = Text(f"{task.task}: {task.metric_name}, {direction} is better", style="bold")
+    table = Table(title=title, title_justify="left", box=None, header_style="dim", padding=(0, 2, 0, 0))
+    for column in columns:
+        if column == "contender":
+            # rich narrows columns that may wrap before all others: names are cut, never a number.
+            table.add_column(column, overflow="ellipsis")
+        else:
+            least = max(len(str(row[column])) for row in rows)
+            justify: JustifyMethod = "right" if column else "left"
+            table.add_column(column, justify=justify, no_wrap=True, min_width=least)
+    for row in rows:
+        table.add_row(*(row[column] for column in columns))
+    return table
+
+
+_WIDE = 100  # columns of a terminal that shows the learning rates of the runs that are going on
+_LEAST_NEEDED = ("to the leader", "state", "ms/step")
 
 
 def _short_names(standings: Sequence[Standing]) -> list[str]:

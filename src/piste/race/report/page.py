@@ -394,7 +394,8 @@ def _method(result: StudyResult) -> list[str]:
         "leaves out zero and a paired t test, corrected for the number of comparisons (Holm), agrees; otherwise the "
         "contender is tied with the leader, and of the tied group the cheapest is the one to take. All this is about "
         "chance between seeds on this task; it does not speak of other data or other models.",
-        "Step time is the median of the measured steps, forward and backward pass included, evaluation left out. "
+        "Step time is the median of the measured steps of the contender's fastest run (other work on the machine only "
+        "adds to it), forward and backward pass included, evaluation left out. "
         "Peak memory on a processor is that of the whole process, Python and torch included; on CUDA it is what was "
         "allocated on the device.",
     ]
