@@ -34,6 +34,8 @@ def test_list_shows_what_create_takes() -> None:
     assert [line.split()[0] for line in result.output.splitlines()[1:] if line[0] != " "] == piste.list_optimizers(
         "sgd*"
     )
+    for line in ("SGD with momentum: the one to beat", "Source: the cheat-sheet's optimizer_config_mapping"):
+        assert line in result.output
     missing = run("list", "zzz")
     assert missing.exit_code == 1
     assert "no name fits 'zzz'" in missing.output

@@ -12,7 +12,8 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.table import Table
+from rich.padding import Padding
+from rich.text import Text
 
 import piste
 from piste.race import report
@@ -176,21 +177,30 @@ def _write_starter(path: Path) -> None:
 @command.command(name="list", short_help="List the names that piste.create takes.")
 @click.argument("pattern", default="*")
 def _list(pattern: str) -> None:
-    """List presets whose name fits PATTERN (with * and ?; case and hyphens make no difference)."""
+    """List presets whose name fits PATTERN (with * and ?; case and hyphens make no difference), with their sources."""
     names = piste.list_optimizers(pattern)
     if not names:
         click.echo(f"piste: no name fits {pattern!r}; piste list shows all", err=True)
         sys.exit(1)
-    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-    for column in ("name", "class", "schedule", "lr prior", "description"):
-        table.add_column(column, no_wrap=column != "description")
-    for name in names:
-        preset = piste.presets[name]
-        prior = preset.lr_prior
-        low, high = prior.center / 10**prior.decades_below, prior.center * 10**prior.decades_above
-        settings = f"{low:.2g} … {high:.2g}"
-        table.add_row(name, preset.optimizer.__name__, preset.schedule, settings, preset.description)
-    Console().print(table)
+    rows = [("name", "class", "schedule", "lr prior"), *map(_listed, names)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    console = Console()
+    for row in rows:
+        line = "  ".join(map(str.ljust, row, widths)).rstrip()
+        heading = row is rows[0]
+        console.print(line, style="dim" if heading else "bold", markup=False, highlight=False, soft_wrap=True)
+        if not heading:
+            preset = piste.presets[row[0]]
+            console.print(Padding(Text(preset.description), (0, 0, 0, 4)))
+            console.print(Padding(Text(f"Source: {preset.source}", style="dim"), (0, 0, 0, 4)))
+
+
+def _listed(name: str) -> tuple[str, str, str, str]:
+    """What the list says of a preset in one line."""
+    preset = piste.presets[name]
+    prior = preset.lr_prior
+    low, high = prior.center / 10**prior.decades_below, prior.center * 10**prior.decades_above
+    return name, preset.optimizer.__name__, preset.schedule, f"{low:.2g} … {high:.2g}"
 
 
 @command.command(name="report", short_help="Write the report of a race again.")
