@@ -16,10 +16,13 @@ os.environ.setdefault("PISTE_CACHE", str(Path(__file__).parent.parent / ".piste-
 
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:
-    """A fixed seed before each test, and one thread: the tensors here are tiny and the sums must not be reordered."""
+    """A fixed seed before each test, and one thread: the tensors here are tiny and the sums must not be reordered.
+
+    PISTE_TEST_THREADS asks for another number.
+    """
     random.seed(0)
     torch.manual_seed(0)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("PISTE_TEST_THREADS", "1")))
     yield
     torch.set_num_threads(threads)

@@ -97,6 +97,22 @@ def test_reductions_keep_any_axes(engine: str, keep: tuple[int, ...], how: str) 
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_keeping_every_axis_reduces_nothing(engine: str) -> None:
+    """To torch a reduction over no axes is one over all of them."""
+
+    @direction
+    def rule(g: Any, ndim: int) -> Any:
+        every = tuple(range(ndim))
+        return ops.sum_(g, keep=every) + ops.peak(g, keep=every) + ops.mean(g, keep=every)
+
+    params = weights([(5,), (3, 4), (1,)])
+    before = [p.detach().clone() for p in params]
+    (given,) = run(optimizer_of(Pipeline(direction=rule))(params, engine=engine), params, 1)
+    for p, b, g in zip(params, before, given, strict=True):
+        torch.testing.assert_close(p.detach(), b - 0.1 * 3 * g)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_reductions_meet_and_are_reduced_again(engine: str) -> None:
     """Row and column factors, as in Adafactor: their product is of full shape, the row's own mean a number."""
 

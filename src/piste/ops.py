@@ -106,11 +106,17 @@ def _axes(x: Tensor, keep: Sequence[int]) -> list[int]:
 
 
 def _sum_tensor(x: Tensor, keep: Sequence[int]) -> Tensor:
-    return x.sum(_axes(x, keep), keepdim=True) if keep else x.sum()
+    if not keep:
+        return x.sum()
+    axes = _axes(x, keep)
+    return x.sum(axes, keepdim=True) if axes else x.clone()  # to torch, no axes are all of them
 
 
 def _peak_tensor(x: Tensor, keep: Sequence[int]) -> Tensor:
-    return x.amax(_axes(x, keep), keepdim=True) if keep else x.amax()
+    if not keep:
+        return x.amax()
+    axes = _axes(x, keep)
+    return x.amax(axes, keepdim=True) if axes else x.clone()
 
 
 #: what each reduction means on one tensor; engines add or compare the partial results
