@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from report_studies import plain_study
 
 import piste
+from piste.race import command as race_command
 from piste.race.command import command
 
 
@@ -89,6 +92,38 @@ def test_a_directory_that_cannot_be_written() -> None:
     result = run("race", "digits", "--out", "file/race")
     assert result.exit_code == 1
     assert "cannot be used" in result.output
+
+
+STRANGE = ["", "{", "[]", "{}", '{"settings": 3}', '{"settings": {"tasks": 1}, "plan": {"cards": 3}}', "\x00"]
+
+
+@pytest.mark.parametrize("arguments", [["report", "race"], ["race", "--resume", "--out", "race"]])
+@pytest.mark.parametrize("content", STRANGE)
+def test_a_study_that_is_damaged_or_of_another_shape(content: str, arguments: list[str]) -> None:
+    """Whole JSON of another shape (of an older version, say) is refused like half a file."""
+    Path("race").mkdir()
+    Path("race/study.json").write_text(content)
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert result.output.count("\n") == 1
+    assert "study.json" in result.output
+    assert "repeat the command that started" in result.output
+    assert Path("race/study.json").read_text() == content
+    assert "Traceback" in run(*arguments, "--debug").output
+
+
+def test_a_result_is_shown_where_its_report_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(race_command, "stored_result", lambda store: plain_study())
+    monkeypatch.setattr(race_command.report, "write", full)
+    result = run("report", ".")
+    assert result.exit_code == 1
+    assert plain_study().results[0].task in result.output
+    assert "No space left on device; free some space and repeat the command" in result.output
+    assert "report: " not in result.output
 
 
 def test_report_of_nothing() -> None:

@@ -118,7 +118,7 @@ def _race(
         settings, words = _stored(store, asked, given) if resume else (asked, shlex.join(["piste", *sys.argv[1:]]))
         console = Console()
         result = race(settings, store, view_for(console), words)
-        show_result(console, result, _write_report(store, result))
+        _show(console, store, result)
         if not any(recommended(each.standings) for each in result.results):
             click.echo("piste: no run of any contender finished; the report says why", err=True)
             sys.exit(1)
@@ -213,9 +213,15 @@ def _report(directory: Path, debug: bool) -> None:
         result = stored_result(store)
         for line in store.damaged:
             click.echo(f"piste: {line}", err=True)
-        show_result(Console(), result, _write_report(store, result))
+        _show(Console(), store, result)
 
 
-def _write_report(store: Store, result: StudyResult) -> Path:
-    with store.explained():
-        return report.write(result, store.report)
+def _show(console: Console, store: Store, result: StudyResult) -> None:
+    """Write the report and show the result, the latter even where no room is left for the former."""
+    try:
+        with store.explained():
+            path = report.write(result, store.report)
+    except StoreError:
+        show_result(console, result, None)
+        raise
+    show_result(console, result, path)

@@ -26,7 +26,7 @@ from piste.race.progress import Clock, Row
 from piste.race.protocol import Plan, next_runs
 from piste.race.record import RunRecord, StudyResult
 from piste.race.standings import study_result
-from piste.race.store import Store
+from piste.race.store import Store, StoreError
 from piste.race.task import BUILT_IN, TaskError, split_reference
 from piste.race.training import new_record
 from piste.race.worker import Inspect, Progress, Refusal, Run
@@ -156,9 +156,11 @@ def stored_settings(store: Store) -> Settings:
     """What the last race in a directory was asked for.
 
     Raises:
-        StoreError: there is none.
+        StoreError: there is none, or its file is damaged.
     """
-    return Settings.from_json(store.read_study()["settings"])
+    study = store.read_study()
+    with _taken_apart(store):
+        return Settings.from_json(study["settings"])
 
 
 def stored_result(store: Store) -> StudyResult:
@@ -168,8 +170,22 @@ def stored_result(store: Store) -> StudyResult:
         StoreError: there is none, or it cannot be read.
     """
     study = store.read_study()
-    about = {name: study[name] for name in ("title", "created", "command", "workers", "machine")}
-    return study_result(Plan.from_json(study["plan"]), store.load(set_aside=False), **about)
+    with _taken_apart(store):
+        about = {name: study[name] for name in ("title", "created", "command", "workers", "machine")}
+        plan = Plan.from_json(study["plan"])
+    return study_result(plan, store.load(set_aside=False), **about)
+
+
+@contextmanager
+def _taken_apart(store: Store) -> Iterator[None]:
+    """Turn what goes wrong with a study of another shape into one message."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise StoreError(
+            f"{store.study} does not hold a race as this version writes it ({type(error).__name__}: {error}); "
+            "repeat the command that started the race"
+        ) from error
 
 
 def resolve_device(name: str) -> str:

@@ -168,8 +168,8 @@ def plan_lines(state: State) -> list[str]:
     return lines
 
 
-def show_result(console: Console, result: StudyResult, report: Path) -> None:
-    """Standings, verdicts, and where the report is."""
+def show_result(console: Console, result: StudyResult, report: Path | None) -> None:
+    """Standings, verdicts, and where the report is, if there is one."""
     for task in result.results:
         console.print()
         console.print(_standings(task, console))
@@ -177,7 +177,8 @@ def show_result(console: Console, result: StudyResult, report: Path) -> None:
     console.print()
     for note in result.notes:
         console.print(f"note: {note}", style="dim", markup=False, highlight=False)
-    console.print(f"report: {report.resolve()}", markup=False, highlight=False, soft_wrap=True)
+    if report is not None:
+        console.print(f"report: {report.resolve()}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _standings(task: TaskResult, console: Console) -> Table:
