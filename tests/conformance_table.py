@@ -34,7 +34,8 @@ Every optimizer of piste keeps the promises below. Each is a test of `tests/conf
 the registry, with and without gradient centralization, and for the wrapper `Lookahead` round AdamW. A new optimizer
 joins the table by joining the registry.
 
-**R** kept on the reference engine · **F** on foreach · **C** on compile, where it is tried (each shape costs seconds) ·
+**R** kept on the reference engine · **F** on foreach · **N** on cpp (native code) · **C** on compile, where it is tried
+(each shape costs seconds) ·
 **✓** kept, and the engine plays no part · **✗** broken · — does not apply (see below the table).
 
 This page is written by `python tests/conformance_table.py`, which runs all of it; a test fails when the page and the

@@ -31,7 +31,7 @@ _PLANS: dict[tuple[Graph, tuple[tuple[str, int], ...]], Plan] = {}
 _MOST_LAYOUTS = 32  # Lookahead's phases and patterns of missing gradients; beyond that, sorting anew costs less
 _MOST_STEPS = 4096  # step numbers of one kind of weight whose graphs are remembered
 
-_dtype, _device = attrgetter("dtype"), attrgetter("device")
+_dtype, _device, _is_cpu = attrgetter("dtype"), attrgetter("device"), attrgetter("is_cpu")
 
 
 def plans_built() -> int:
@@ -111,13 +111,12 @@ class Roster:
         graphs = self._graphs(_pick(self.kinds, active) if resting else self.kinds, counts, hp)
         alike = graphs.count(graphs[0]) == len(graphs)
         key = tuple(active) if resting else None, graphs[0] if alike else tuple(graphs)
-        buckets = self._placed(self.layouts.get(key), gradients, counts, active, hp)
-        if buckets is None:
+        layout = self.layouts.get(key)
+        if layout is None or not self._fits(layout, gradients):
             if len(self.layouts) >= _MOST_LAYOUTS:
                 self.layouts.clear()
-            self.layouts[key] = self._layout(active, graphs, gradients)
-            buckets = self._placed(self.layouts[key], gradients, counts, active, hp)
-        return Sorted(buckets or [], states, counts)
+            layout = self.layouts[key] = self._layout(active, graphs, gradients)
+        return Sorted(self._placed(layout, gradients, counts, active, hp), states, counts)
 
     def _graphs(self, kinds: Sequence[int], counts: Sequence[int], hp: Sequence[Mapping[str, float]]) -> list[Graph]:
         """The graph of each weight's step. Guards are evaluated once per kind and step number."""
@@ -127,15 +126,19 @@ class Roster:
         deciding = [[hp[m.group][name] for name in m.variants.reads] for m in map(self._example, self.example)]
         if deciding != self.known_for:
             self.known, self.known_for = [{} for _ in self.known], deciding
-        graphs: list[Graph] = []
-        for kind, t in zip(kinds, counts, strict=True):
-            graph = self.known[kind].get(t)
-            if graph is None:
-                if len(self.known[kind]) >= _MOST_STEPS:
-                    self.known[kind].clear()
-                graph = self.known[kind][t] = self._graph(kind, t, hp)
-            graphs.append(graph)
-        return graphs
+        known = self.known
+        try:
+            return [known[kind][t] for kind, t in zip(kinds, counts, strict=True)]
+        except KeyError:
+            return [self._remembered(kind, t, hp) for kind, t in zip(kinds, counts, strict=True)]
+
+    def _remembered(self, kind: int, t: int, hp: Sequence[Mapping[str, float]]) -> Graph:
+        known = self.known[kind]
+        if t not in known:
+            if len(known) >= _MOST_STEPS:
+                known.clear()
+            known[t] = self._graph(kind, t, hp)
+        return known[t]
 
     def _example(self, kind: int) -> Member:
         return self.members[self.example[kind]]
@@ -169,15 +172,15 @@ class Roster:
         """Members of one device and choice of dtypes together."""
         if not members:
             return []
-        weights, states = _pick(self.weights, members), _pick(self.states, members)
-        kept = [map(_dtype, map(itemgetter(name), states)) for name in graph.ordered_states]
-        given = map(_dtype, _pick(gradients, members))
-        formats = list(zip(map(_device, weights), map(_dtype, weights), given, *kept, strict=True))
-        if formats.count(formats[0]) == len(formats):
+        weights, states, given = (_pick(items, members) for items in (self.weights, self.states, gradients))
+        kept = [list(map(itemgetter(name), states)) for name in graph.ordered_states]
+        columns = [list(map(_dtype, tensors)) for tensors in (weights, given, *kept)]
+        columns.append(_devices(weights))
+        if all(column.count(column[0]) == len(column) for column in columns):
             return [members]
         alike: dict[Any, list[int]] = {}
-        for i, key in zip(members, formats, strict=True):
-            alike.setdefault(key, []).append(i)
+        for i, *key in zip(members, *columns, strict=True):
+            alike.setdefault(tuple(key), []).append(i)
         return alike.values()
 
     def _part(self, plan: Plan, members: list[int], gradients: Sequence[Tensor | None]) -> _Part:
@@ -191,36 +194,35 @@ class Roster:
         )  # fmt: skip
         return _Part(members, seats, states, gradients[members[0]].dtype)  # type: ignore[union-attr]
 
+    def _fits(self, layout: list[_Part], gradients: Sequence[Tensor | None]) -> bool:
+        """Are the tensors of a known layout still those for which it was made?"""
+        return all(
+            _unchanged(part, _pick(self.weights, part.members), _pick(gradients, part.members)) for part in layout
+        )
+
     def _placed(
         self,
-        layout: list[_Part] | None,
+        layout: list[_Part],
         gradients: Sequence[Tensor | None],
         counts: Sequence[int],
         active: Sequence[int],
         hp: Sequence[Mapping[str, float]],
-    ) -> list[Bucket] | None:
-        """Buckets in a known layout; None if tensors have been replaced by others since."""
-        if layout is None:
-            return None
+    ) -> list[Bucket]:
+        """Buckets in this layout, with gradients and numbers of this step."""
         whole = len(layout) == 1 and len(layout[0].members) == len(active)
         count_of = {} if whole else dict(zip(active, counts, strict=True))
         buckets: list[Bucket] = []
         for part in layout:
-            seats = part.seats
-            given: list[Any] = (
-                list(gradients) if len(part.members) == len(gradients) else _pick(gradients, part.members)
-            )
-            if not _unchanged(part, _pick(self.weights, part.members), given):
-                return None
+            given = _pick(gradients, part.members)
             if given[0].is_complex():
                 given = [torch.view_as_real(g) for g in given]
             steps = list(counts) if whole else [count_of[i] for i in part.members]
-            buckets.append(Bucket(seats, {**seats.homes, "g": given}, hp, steps))
+            buckets.append(Bucket(part.seats, {**part.seats.homes, "g": given}, hp, steps))
         return buckets
 
 
 def _unchanged(part: _Part, weights: list[Tensor], gradients: list[Tensor]) -> bool:
-    """Are the tensors of a part still those for which it was made?"""
+    """Have they the dtypes, the places and the states that they had then?"""
     return (
         set(map(_dtype, gradients)) == {part.gradient_dtype}
         and _addresses(weights) == part.seats.addresses
@@ -240,6 +242,11 @@ def _next(states: Sequence[dict[str, Any]]) -> list[int]:
         taken = [state.get("step", 0) for state in states]
     alike = taken.count(taken[0]) == len(taken)
     return [taken[0] + 1] * len(taken) if alike else [t + 1 for t in taken]
+
+
+def _devices(weights: list[Tensor]) -> list[Any]:
+    """The device of each weight; to ask whether it is the CPU costs half of asking which it is."""
+    return [True] * len(weights) if all(map(_is_cpu, weights)) else list(map(_device, weights))
 
 
 def _states(states: list[dict[str, Any]], home: str) -> Iterable[Tensor | None]:

@@ -61,7 +61,7 @@ def late_layers(subject: Subject, engine: str) -> None:
 
     The reference engine goes weight by weight, so it gets 30 layers: 300 would cost it 45,000 single updates.
     """
-    layers = 300 if engine == "foreach" else 30
+    layers = 30 if engine == "reference" else 300
     params = [torch.nn.Parameter(torch.zeros(2)) for _ in range(layers)]
     gradient = torch.ones(2)
     optimizer = subject.make(params, engine)

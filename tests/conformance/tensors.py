@@ -180,7 +180,7 @@ def mixed_dtypes(subject: Subject, engine: str) -> None:
     assert_identical([p.detach() for p in together], [p.detach() for params in alone for p in params])
 
 
-@promise("large weights, taken in pieces or whole", engines=("foreach",))
+@promise("large weights, taken in pieces or whole", engines=("foreach", "cpp"))
 def large_weights(subject: Subject, engine: str) -> None:
     """Fast engines cut weights of half a million elements and more; the small neighbours and clipping see no seam.
 

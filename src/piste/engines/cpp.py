@@ -59,6 +59,7 @@ class _Lowered:
         native = {name: one for name, one in named.items() if is_native(one)}
         self.source = write(plan, native, real, homes)
         self.hyper = hyper_names(plan)
+        self.kinds = _kinds(plan)
         self.by_axes = plan.graph.by_shape or any(one.axes for one in native.values())
         self.in_torch = len(native) < len(named)
         library = cpp_build.library(self.source, "an optimizer's step") if native else None
@@ -85,6 +86,15 @@ def _lower(plan: Plan, real: torch.dtype, homes: dict[str, torch.dtype]) -> _Low
         plan.lowered[key] = _Lowered(plan, real, homes)
     lowered: _Lowered = plan.lowered[key]
     return lowered
+
+
+def _kinds(plan: Plan) -> dict[str, Kind]:
+    """What the tensors in each home are."""
+    found: dict[str, Kind] = {"g": FULL, "p": FULL}
+    for stage in plan.stages:
+        found |= {home: sym.kind for sym, home in stage.loads.items() if home != "value"}
+        found |= {home: sym.kind for home, sym in stage.writes.items()}
+    return found
 
 
 def source(plan: Plan) -> str:
@@ -127,15 +137,6 @@ def _addresses(tensors: Sequence[Tensor]) -> list[int]:
     return tensors.addresses() if isinstance(tensors, Stacked) else list(map(Tensor.data_ptr, tensors))
 
 
-def _kinds(plan: Plan) -> dict[str, Kind]:
-    """What the tensors in each home are."""
-    found: dict[str, Kind] = {"g": FULL, "p": FULL}
-    for stage in plan.stages:
-        found |= {home: sym.kind for sym, home in stage.loads.items() if home != "value"}
-        found |= {home: sym.kind for home, sym in stage.writes.items()}
-    return found
-
-
 def _is_dense(p: Tensor) -> bool:
     """Do the elements fill their stretch of memory, each place once?"""
     if p.is_contiguous():
@@ -160,14 +161,14 @@ class _Table:
     def __init__(self, bucket: Bucket, lowered: _Lowered) -> None:
         homes = bucket.homes
         self.lowered = lowered
-        self.kinds = _kinds(bucket.plan)
+        self.kinds = lowered.kinds
         self.full = [home for home, kind in self.kinds.items() if kind == FULL and home in homes and home != "g"]
         self.sizes = list(map(Tensor.numel, homes["p"]))
         for home in self.full:
             if list(map(Tensor.numel, homes[home])) != self.sizes:
                 raise RuntimeError(f"a weight and its {home} differ in size; was the weight replaced by another?")
         self.axes = max(p.ndim for p in homes["p"]) if lowered.by_axes else 0
-        self.contiguous = all(t.is_contiguous() for home in homes for t in homes[home] if home != "g")
+        self.contiguous = all(all(map(Tensor.is_contiguous, homes[home])) for home in homes if home != "g")
         self.strides = [] if self.contiguous else [p.stride() for p in homes["p"]]
         self.regular = self.contiguous or all(
             self.kinds.get(home) == MATRIX or self._fits(home, homes["p"][i], homes[home][i])
