@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from report_studies import plain_study
 import piste
 from piste.race import command as race_command
 from piste.race.command import command
+from piste.race.study import resolve_device
+from piste.race.task import load_task
 
 
 def run(*arguments: str) -> Result:
@@ -61,6 +64,10 @@ def test_list_shows_what_create_takes() -> None:
         (["digits", "--resume"], "there is no race in piste-race/digits"),
         (["--resume", "--out", "nowhere"], "there is no race in nowhere"),
         (["--new", "my task.txt"], "must be called like my_task.py"),
+        (["--new", "_task.py"], "must be called like my_task.py, with a letter first"),
+        (["--new", "nowhere/my_task.py"], "No such file or directory"),
+        (["--device", "meta"], "device 'meta' cannot be used here: Tensor.item() cannot be called on meta tensors"),
+        (["--device", ""], "device '' cannot be used here: Device string must not be empty"),
     ],
 )
 def test_mistakes_end_in_one_message(arguments: list[str], message: str, tmp_path: Path) -> None:
@@ -130,6 +137,28 @@ def test_report_of_nothing() -> None:
     result = run("report", "nowhere")
     assert result.exit_code == 1
     assert "there is no race in nowhere" in result.output
+
+
+@pytest.mark.parametrize("name", ["größe", "日本", "a-b"])
+def test_a_starter_under_any_legal_name_is_a_task(name: str) -> None:
+    assert run("race", "--new", f"{name}.py").exit_code == 0
+    assert load_task(f"{name}.py").task.name == name
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_an_output_that_cannot_take_every_character_gets_a_question_mark(encoding: str) -> None:
+    """Windows pipes are cp1252; some containers have no locale at all."""
+    main = "import sys; sys.argv = ['piste', 'list', 'sgd']; from piste.cli import main; main()"
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", main], capture_output=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr.decode()
+    between = "?" if encoding == "ascii" else "…"
+    assert f"0.05 {between} 5" in done.stdout.decode(encoding)
+
+
+def test_a_device_is_called_by_one_name() -> None:
+    """Otherwise the same runs would be made again under another name."""
+    assert resolve_device("cpu") == resolve_device("cpu:0") == "cpu"
 
 
 def test_without_the_extra_it_says_how_to_get_it() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ import pytest
 import torch
 
 from piste.race import Splits, Task, TaskError, load_task
+from piste.race.contenders import make_contenders
 from piste.race.inspection import inspect_task, load_data, task_hash
+from piste.race.record import DIVERGED, TUNE, RunKey
 from piste.race.starter import STARTER
 from piste.race.task import BUILT_IN
+from piste.race.training import run
 
 GOOD = """
 import torch
@@ -172,6 +176,32 @@ def test_the_hash_follows_source_settings_and_data(tmp_path: Path) -> None:
     assert hash_of(GOOD + "task = make()") == base
     assert hash_of(GOOD + "task = make()  # changed") != base
     assert hash_of(GOOD + "task = make(version='2')") != base
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("metric", "the validation accuracy became nan at step 5 of 5"),
+        ("loss", "the validation loss became nan at step 5 of 5"),
+    ],
+)
+def test_a_number_that_becomes_nan_is_called_by_its_name(tmp_path: Path, part: str, message: str) -> None:
+    """Of a model that went astray in its last step, seen in evaluation alone."""
+    reference = write(tmp_path, GOOD + "task = make(metric=loss, metric_name='accuracy')")
+    task = load_task(reference).task
+    sound, evaluations = task.loss, 0
+
+    def strange(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        nonlocal evaluations
+        evaluations += not model.training
+        # At step 0 and after each of the 5 steps.
+        return sound(model, batch) * (float("nan") if evaluations == 6 and not model.training else 1.0)
+
+    task = replace(task, **{part: strange})
+    contender = make_contenders(("sgd",), ())[0]
+    key = RunKey("line", "f00d", contender.name, "sgd", "one_cycle", {"lr": 0.01}, 5, 0, TUNE, "cpu", {})
+    made = run(task, load_data(task), contender, key, lambda step: None)
+    assert (made.status, made.message) == (DIVERGED, message)
 
 
 def test_splits_refuse_nonsense() -> None:

@@ -16,7 +16,7 @@ from piste.race.progress import rows
 from piste.race.protocol import Plan, next_runs
 from piste.race.record import Cost, StudyResult, TaskResult
 from piste.race.study import State
-from piste.race.terminal import LiveView, show_result
+from piste.race.terminal import LiveView, PlainView, show_result, view_for
 from piste.race.worker import Run
 
 COST = Cost(0.0123, 0.001, 120_000, 10**6, 10, 5)
@@ -99,3 +99,17 @@ def test_the_live_table_fits_eighty_columns() -> None:
         assert text.count("char_transformer") == 1
         assert "about 1:15 left" in text.splitlines()[0]
         assert text.count(now) == 2
+
+
+@pytest.mark.parametrize(("terminal", "kind"), [("xterm", LiveView), ("dumb", PlainView), (None, PlainView)])
+def test_only_a_terminal_that_can_redraw_gets_a_live_table(terminal: str | None, kind: type) -> None:
+    environment = {} if terminal is None else {"TERM": terminal}
+    console = Console(file=io.StringIO(), force_terminal=terminal is not None, _environ=environment)
+    assert type(view_for(console)) is kind
+
+
+def test_columns_that_hold_nothing_are_left_out() -> None:
+    unknown = dict.fromkeys(("mean", "low", "high", "difference", "difference_low", "difference_high"), math.nan)
+    text = "\n".join(shown(140, LONG[0], cost=Cost.unknown(), **unknown))
+    assert "to the leader" not in text
+    assert "nan" not in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from io import TextIOWrapper
 
 __all__ = ["main"]
 
@@ -21,4 +22,8 @@ def main() -> None:
         if (error.name or "").split(".")[0] not in _EXTRA:
             raise
         sys.exit(f"piste: the command needs {error.name}, which comes with: pip install 'piste[race]'")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            # Not every terminal or pipe can take an arrow or a task's name; "?" is better than a race that ends there.
+            stream.reconfigure(errors="replace")
     command()

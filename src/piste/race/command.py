@@ -162,8 +162,9 @@ def _latest() -> Path:
 
 def _write_starter(path: Path) -> None:
     """Write the starter task, unless something is in its place."""
-    if path.suffix != ".py" or not path.stem.replace("-", "_").isidentifier():
-        raise click.UsageError(f"--new {path}: the file must be called like my_task.py")
+    legal = path.stem.replace("-", "_").isidentifier() and not path.stem.startswith(("_", "-"))
+    if path.suffix != ".py" or not legal:
+        raise click.UsageError(f"--new {path}: the file must be called like my_task.py, with a letter first")
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(STARTER.replace("{file}", str(path)).replace("{name}", path.stem))

@@ -198,11 +198,11 @@ def resolve_device(name: str) -> str:
         return "cuda:0" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.ones(1, device=device).item()  # a number comes back: "meta" can make tensors, but knows no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).split("\n", 1)[0]
+        reason = str(error).split("\n", 1)[0].split(". ", 1)[0]
         raise DeviceError(f"device {name!r} cannot be used here: {reason}") from error
-    return "cuda:0" if str(device) == "cuda" else str(device)
+    return {"cuda": "cuda:0", "cpu:0": "cpu"}.get(str(device), str(device))
 
 
 def title(plan: Plan) -> str:
@@ -294,7 +294,10 @@ def _inspect(
             if isinstance(event.answer, Refusal):
                 raise TaskError(event.answer.message) from WorkerError(event.answer.traceback)
             if isinstance(event.answer, Death):
-                raise TaskError(f"{event.job.reference}: {event.answer.reason} while the task was tried")
+                raise TaskError(
+                    f"{event.job.reference}: {event.answer.reason} while the task was tried; what it printed is in "
+                    f"{executor.logs}"
+                )
             if isinstance(event.answer, TaskCard):
                 cards[event.job.reference] = event.answer
         if stopped():

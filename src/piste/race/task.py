@@ -38,7 +38,7 @@ class Task:
     """A problem to race optimizers on.
 
     Args:
-        name: short; letters, digits, ``_``, ``-`` and ``.``; names the results.
+        name: short; letters, digits, ``_``, ``-`` and ``.``, a letter or digit first; names the results.
         model: called without arguments, gives a new ``nn.Module`` with fresh random weights. The race seeds torch
             before each call, so that every contender starts from the same weights.
         data: called without arguments once a worker process, gives the ``Splits``.
@@ -87,8 +87,10 @@ class Task:
     version: str = ""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name):
-            raise ValueError(f"name must be letters, digits, '_', '-' or '.', not {self.name!r}")
+        if not isinstance(self.name, str) or not re.fullmatch(r"[^\W_][\w.-]*", self.name):
+            raise ValueError(
+                f"name must be letters, digits, '_', '-' or '.', a letter or digit first, not {self.name!r}"
+            )
         for argument in ("model", "data", "loss"):
             if not callable(getattr(self, argument)):
                 raise ValueError(f"{argument} must be a function, not {getattr(self, argument)!r}")

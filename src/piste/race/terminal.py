@@ -24,8 +24,9 @@ __all__ = ["LiveView", "PlainView", "show_result", "view_for"]
 
 
 def view_for(console: Console) -> LiveView | PlainView:
-    """A table that is drawn again and again on a terminal, a line a run elsewhere."""
-    return LiveView(console) if console.is_terminal else PlainView(console)
+    """A table that is drawn again and again on a terminal that can do so, a line a run elsewhere."""
+    redrawn = console.is_terminal and not console.is_dumb_terminal
+    return LiveView(console) if redrawn else PlainView(console)
 
 
 def number(value: float) -> str:
@@ -189,13 +190,13 @@ def _standings(task: TaskResult, console: Console) -> Table:
         _standing(standing, name, leader=standing is task.standings[0], chosen=standing is choice)
         for standing, name in zip(task.standings, names, strict=True)
     ]
-    columns = [column for column in (rows[0] if rows else ()) if column != "lost" or any(row["lost"] for row in rows)]
+    columns = [column for column in (rows[0] if rows else ()) if any(row[column] for row in rows)]
     table = _table(task, rows, columns)
     boundless = console.options.update_width(10_000)
     for unneeded in _LEAST_NEEDED:
         if console.measure(table, options=boundless).maximum <= console.width:
             break
-        columns.remove(unneeded)
+        columns = [column for column in columns if column != unneeded]
         table = _table(task, rows, columns)
     return table
 
@@ -242,7 +243,7 @@ def _standing(standing: Standing, name: str, *, leader: bool, chosen: bool) -> d
         "lr": number(lr) + {"low": " ↓", "high": " ↑"}.get(standing.edge, ""),
         "mean [95 %]": Text(f"{standing.mean:.4g}{bounds}" if known else "-"),
         "to the leader": Text("" if leader or math.isnan(standing.difference_low) else gap),
-        "ms/step": f"{standing.cost.step_seconds * 1e3:.3g}",
+        "ms/step": "-" if math.isnan(standing.cost.step_seconds) else f"{standing.cost.step_seconds * 1e3:.3g}",
         "state": size(standing.cost.state_bytes),
         "lost": Text(str(lost), style="yellow") if lost else "",
     }

@@ -209,8 +209,9 @@ class _Attempt:
         self.curve.train_loss.append(train_loss)
         self.curve.valid_loss.append(loss)
         self.curve.valid_metric.append(metric)
-        if not (math.isfinite(loss) and math.isfinite(metric)):
-            raise DivergedError(f"the validation loss became {loss} at step {number} of {self.key.steps}")
+        for name, value in (("loss", loss), (self.task.metric_name, metric)):
+            if not math.isfinite(value):
+                raise DivergedError(f"the validation {name} became {value} at step {number} of {self.key.steps}")
         first = self.curve.train_loss[0]
         if 0 < DIVERGED_FACTOR * first < train_loss:
             raise DivergedError(
