@@ -35,8 +35,8 @@ the registry, with and without gradient centralization, and for the wrapper `Loo
 joins the table by joining the registry.
 
 **R** kept on the reference engine · **F** on foreach · **N** on cpp (native code) · **C** on compile, where it is tried
-(each shape costs seconds) ·
-**✓** kept, and the engine plays no part · **✗** broken · — does not apply (see below the table).
+(each shape costs seconds) · **✓** kept, and the engine plays no part · **✗** broken · — does not apply (see below the
+table).
 
 This page is written by `python tests/conformance_table.py`, which runs all of it; a test fails when the page and the
 registry differ.
