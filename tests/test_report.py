@@ -561,8 +561,19 @@ def test_basin_marks_the_best_the_edge_and_the_lost() -> None:
     assert picture.figure.layout.yaxis2.domain[0] > picture.figure.layout.yaxis.domain[1]  # above the rest
     relative = picture.switches[0].options[1]
     assert relative.x == [[1.0, 10.0], [1.0], [100.0]]
-    assert "a did best at the lowest rate tried" in picture.caption
+    assert "a did best at the lowest rate tried: a better one may lie beyond." in picture.caption
     assert "1 of 3 did not finish" in picture.alt
+
+
+def test_basin_counts_edges_beyond_three() -> None:
+    cost = Cost.unknown()
+    edges = {"a": "high", "b": "low", "c": "high", "d": "high", "e": "high", "f": ""}
+    standings = [standing(name, [1.0, 1.1], [1.0, 1.1], cost, edge=edge) for name, edge in edges.items()]
+    task = TaskResult("t", "loss", False, standings, "")
+    runs = _runs([(name, 0.1, 0, "tune", "finished", _curve([4.0, 2.0])) for name in edges])
+    caption = plots.basin(task, runs, _looks(task), "id").caption
+    assert "a, c, d and 1 more did best at the highest rate tried: a better one may lie beyond." in caption
+    assert "b did best at the lowest rate tried: a better one may lie beyond." in caption
 
 
 def test_forest_plot_shows_intervals_and_ties() -> None:

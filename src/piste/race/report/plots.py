@@ -473,11 +473,10 @@ def _basin_caption(task: TaskResult, broken: list[RunRecord], ranked: list[Stand
     ]
     if broken:
         sentences.append("Crosses above: trials that diverged or failed.")
-    for standing in ranked:
-        if standing.edge:
-            side = {"low": "lowest", "high": "highest"}.get(standing.edge, "outermost")
-            name = words.single_line(standing.contender)
-            sentences.append(f"{name} did best at the {side} rate tried: its true best may lie beyond.")
+    for edge, side in (("high", "highest"), ("low", "lowest")):
+        names = [words.single_line(standing.contender) for standing in ranked if standing.edge == edge]
+        if names:
+            sentences.append(f"{words.listing(names)} did best at the {side} rate tried: a better one may lie beyond.")
     return " ".join(sentences)
 
 
