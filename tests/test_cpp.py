@@ -243,6 +243,31 @@ def test_a_weight_replaced_by_one_of_another_size_is_refused() -> None:
     assert p.tolist() == [1.0, 1.0, 1.0]
 
 
+SHARDED = """
+import os, torch, piste
+from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
+store = torch.distributed.HashStore()
+torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+mesh = DeviceMesh("cpu", [0])
+results = []
+for engine in ("foreach", "cpp"):
+    p = torch.nn.Parameter(distribute_tensor(torch.ones(8, 4), mesh, [Shard(0)]))
+    p.grad = distribute_tensor(torch.ones(8, 4), mesh, [Shard(0)])
+    optimizer = piste.AdamW([p, torch.nn.Parameter(torch.ones(3))], engine=engine)
+    optimizer.step()
+    results.append(p.full_tensor().detach())
+assert torch.equal(*results) and results[0][0, 0] < 1
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_tensors_that_wrap_others_are_left_to_foreach() -> None:
+    """A DTensor has no address of its own; a kernel that took it for one would end the process."""
+    done = subprocess.run([sys.executable, "-c", SHARDED], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_nothing_grows_over_thousands_of_steps() -> None:
     params = [torch.nn.Parameter(torch.ones(16)) for _ in range(4)]
     optimizer = piste.Ranger(params, engine="cpp")

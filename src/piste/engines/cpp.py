@@ -5,8 +5,9 @@ The text comes from :mod:`piste.engines.cpp_source` (``source(plan)`` shows it) 
 lists, since gradients move. It runs without Python's lock, in the threads that torch was given.
 
 Kernels walk all tensors of a weight in the order of the weight's memory. A tensor that lies otherwise is worked on as a
-copy for the length of the step. Where no compiler works, on other devices than CPUs, and for number formats that
-kernels do not know, the foreach engine does the work.
+copy for the length of the step. Where no compiler works, on other devices than CPUs, for tensors that wrap others and
+for number formats that kernels do not know, the foreach engine does the work. In a forked child the step runs in one
+thread, as the others did not come along.
 """
 
 from __future__ import annotations
@@ -134,7 +135,13 @@ class Stacked(Sequence[Tensor]):
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return tensors.addresses() if isinstance(tensors, Stacked) else list(map(Tensor.data_ptr, tensors))
+    if isinstance(tensors, Stacked):
+        return tensors.addresses()
+    found = list(map(Tensor.data_ptr, tensors))
+    if 0 in found:
+        kind = type(tensors[found.index(0)]).__name__
+        raise RuntimeError(f"a {kind} without memory of its own stands beside weights that have theirs")
+    return found
 
 
 def _is_dense(p: Tensor) -> bool:
@@ -260,7 +267,8 @@ class Cpp:
 
     def _table(self, bucket: Bucket) -> _Table | None:
         homes = {home: tensors[0].dtype for home, tensors in bucket.homes.items()}
-        if self.broken or bucket.device.type != "cpu" or not TYPES.keys() >= set(homes.values()):
+        elsewhere = bucket.device.type != "cpu" or 0 in bucket.seats.addresses  # a DTensor has no address
+        if self.broken or elsewhere or not TYPES.keys() >= set(homes.values()):
             return None
         try:
             lowered = _lower(bucket.plan, bucket.dtype, homes)
