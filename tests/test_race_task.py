@@ -15,7 +15,7 @@ from piste.race.inspection import inspect_task, load_data, task_hash
 from piste.race.record import DIVERGED, TUNE, RunKey
 from piste.race.starter import STARTER
 from piste.race.task import BUILT_IN
-from piste.race.training import run
+from piste.race.training import one_line, run
 
 GOOD = """
 import torch
@@ -202,6 +202,15 @@ def test_a_number_that_becomes_nan_is_called_by_its_name(tmp_path: Path, part: s
     key = RunKey("line", "f00d", contender.name, "sgd", "one_cycle", {"lr": 0.01}, 5, 0, TUNE, "cpu", {})
     made = run(task, load_data(task), contender, key, lambda step: None)
     assert (made.status, made.message) == (DIVERGED, message)
+
+
+def test_an_error_is_one_line_that_no_terminal_obeys(tmp_path: Path) -> None:
+    error = ValueError("red \x1b[31m\tand \x07 loud\nsecond line")
+    assert one_line(error) == "ValueError: red [31m and loud"
+    assert one_line(KeyError()) == "KeyError"
+    assert len(one_line(ValueError("x" * 999))) == 200
+    with pytest.raises(TaskError, match=r"raises RuntimeError: a \[31m b c$"):
+        load_task(write(tmp_path, "raise RuntimeError('a \\x1b[31m b\\nc')"))
 
 
 def test_splits_refuse_nonsense() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from piste.race.data import Splits
+from piste.race.words import single_line
 
 # The built-in tasks and the modules they stand in; a module is imported only when its task is asked for.
 BUILT_IN = {
@@ -178,7 +179,7 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def _in_one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{type(error).__name__}: {single_line(str(error))}"
 
 
 def _line_of(error: BaseException, path: Path) -> str:

@@ -18,7 +18,7 @@ from piste.race.progress import Row, duration
 from piste.race.record import RunRecord, Standing, StudyResult, TaskResult
 from piste.race.standings import recommended
 from piste.race.study import State
-from piste.race.words import size
+from piste.race.words import single_line, size
 
 __all__ = ["LiveView", "PlainView", "show_result", "view_for"]
 
@@ -158,7 +158,7 @@ def plan_lines(state: State) -> list[str]:
     plan = state.plan
     lines = []
     for card in plan.cards:
-        about = f" ({card.description})" if card.description else ""
+        about = f" ({single_line(card.description)})" if card.description else ""
         lines.append(f"task {card.name}{about}: {card.parameters:,} weights, {plan.steps_of(card)} steps a run")
     lines.append(f"contenders: {', '.join(c.name for c in plan.contenders)}")
     each = f"{plan.trials} learning rates and {plan.seeds} fresh seeds for each contender on each task"
@@ -203,7 +203,7 @@ def _standings(task: TaskResult, console: Console) -> Table:
 
 def _table(task: TaskResult, rows: Sequence[Mapping[str, str | Text]], columns: Sequence[str]) -> Table:
     direction = "higher" if task.higher_is_better else "lower"
-    title = Text(f"{task.task}: {task.metric_name}, {direction} is better", style="bold")
+    title = Text(f"{task.task}: {single_line(task.metric_name)}, {direction} is better", style="bold")
     table = Table(title=title, title_justify="left", box=None, header_style="dim", padding=(0, 2, 0, 0))
     for column in columns:
         if column == "contender":

@@ -27,6 +27,7 @@ from piste.race.contenders import Contender, make_optimizer
 from piste.race.data import Split, Splits, evaluation_batches, to_device, training_batches
 from piste.race.record import Cost, Curve, RunKey, RunRecord
 from piste.race.task import Task
+from piste.race.words import single_line
 
 EVALUATIONS = 8
 EVALUATION_BATCH = 256
@@ -256,8 +257,8 @@ def new_record(
 
 
 def one_line(error: BaseException) -> str:
-    """An error as one line of at most 200 characters."""
-    text = " ".join(str(error).split("\n", 1)[0].split())
+    """An error as one line of at most 200 characters, none of which a terminal obeys."""
+    text = single_line(str(error).split("\n", 1)[0])
     return f"{type(error).__name__}: {text}"[:200] if text else type(error).__name__
 
 
