@@ -174,7 +174,7 @@ def pairs(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 TRUE = {"exp": np.exp, "log": np.log, "cbrt": np.cbrt}
 #: units in the last place; the promise is 2, and this is what the arithmetic gives on every machine
-WORST = {"exp": 0.95, "log": 0.85, "cbrt": 0.55}
+WORST = {"exp": 0.95, "log": 0.86, "cbrt": 0.55}
 
 
 def units(actual: Any, true: Any) -> Any:
