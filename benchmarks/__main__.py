@@ -32,7 +32,7 @@ def _table(title: str, *columns: str) -> Table:
 
 def speed(console: Console, rounds: int, shapes: dict[str, Any]) -> list[dict[str, Any]]:
     """Step times, as ratios to torch's foreach."""
-    peers = ("piste foreach", "quartiles", "torch loop", "torch fused", "piste reference")
+    peers = ("piste foreach", "quartiles", "piste cpp", "torch fused", "torch loop", "piste reference")
     table = _table("speed, torch foreach = 1 (higher is faster)", "optimizer", "weights", *peers, "target")
     results = []
     for case in CASES:

@@ -61,6 +61,7 @@ class Case:
         made: Optimizers = {
             "torch foreach": lambda params: theirs(params, foreach=True, **settings),
             "piste foreach": lambda params: ours(params, engine="foreach", **settings),
+            "piste cpp": lambda params: ours(params, engine="cpp", **settings),
             "piste reference": lambda params: ours(params, engine="reference", **settings),
             "torch loop": lambda params: theirs(params, foreach=False, **settings),
         }
