@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypedDict, overload
 
 import torch
@@ -227,6 +227,24 @@ class Optimizer(torch.optim.Optimizer):
     def check_group(cls, group: Mapping[str, Any]) -> None:
         """Refuse combinations of hyper-parameters that make no sense; each value is already within its own range."""
 
+    def advance(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The next values of the numbers that a group itself carries from step to step, by name.
+
+        Asked once per group before every step that is taken; parts see the new values as hyper-parameters, and the
+        group keeps them once the step is done. ``group`` must not be changed here. A class that carries numbers (a
+        schedule's position, a running product) gives them their start among its defaults, so that they are saved,
+        loaded and checked like any hyper-parameter.
+        """
+        return {}
+
+    def absorb(self, group: Mapping[str, Any], totals: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Numbers that a group keeps for later steps out of what the parts summed over all weights, by name.
+
+        Asked once per group after every step that was taken. ``totals`` holds what :func:`piste.ops.total` summed;
+        reading one waits for the device.
+        """
+        return {}
+
     def _check(self, group: Mapping[str, Any], known: Mapping[str, Any]) -> None:
         check_hyperparameters(type(self).__name__, group, known)
         self.check_group({**known, **group})
@@ -300,10 +318,14 @@ class Optimizer(torch.optim.Optimizer):
         skipped = overflow or not self._finite()
         totals: dict[str, Tensor] = {}
         if not skipped:
-            gradients, hp = self._gather(scaled=inverse_scale is not None)
+            advanced = [self.advance(group) for group in self.param_groups]
+            gradients, hp = self._gather(advanced, scaled=inverse_scale is not None)
             step = self._roster.sort(gradients, hp)
             totals = execution.run(step.buckets, execution.engine_for(self._engine_name), inverse_scale=inverse_scale)
             step.finish()
+            for group, new in zip(self.param_groups, advanced, strict=True):
+                group.update(new)
+                group.update(self.absorb(group, totals))
         self.last_step = LastStep(self, totals, inverse_scale, skipped)
         return loss
 
@@ -333,9 +355,12 @@ class Optimizer(torch.optim.Optimizer):
         names = self.param_groups[group].get("param_names")
         return repr(names[position]) if names else f"parameter {position} of group {group}"
 
-    def _gather(self, *, scaled: bool) -> tuple[list[Tensor | None], list[dict[str, float]]]:
+    def _gather(
+        self, advanced: Sequence[Mapping[str, Any]], *, scaled: bool
+    ) -> tuple[list[Tensor | None], list[dict[str, float]]]:
         """The gradients of all weights and the numbers of all groups; the roster is brought up to date."""
-        groups = [_split(group, self._hyper_defaults) for group in self.param_groups]
+        known = self._hyper_defaults
+        groups = [_split({**g, **new} if new else g, known) for g, new in zip(self.param_groups, advanced, strict=True)]
         weights = [p for group in self.param_groups for p in group["params"]]
         setting = scaled, self.measure_updates, [statics for statics, _ in groups]
         if not self._current(weights, setting):

@@ -79,21 +79,44 @@ class FormulaRun:
         self.weights = [np.array(w, dtype=np.float64) for w in weights]
         self.settings = [dict(s) for s in settings]
         self.states: list[State] = [{} for _ in weights]
+        self.shared: State = {}
         self.lookahead = lookahead
         self.slow = [w.copy() for w in self.weights]
         self.steps = 0
 
     def step(self, gradients: Sequence[Array | None]) -> None:
         coefficient = self._coefficient([g for g in gradients if g is not None])
+        present: list[tuple[int, Array, dict[str, Any]]] = []
         for i, g in enumerate(gradients):
             if g is None:
                 continue
             hyperparameters = dict(self.settings[i])
             hyperparameters.pop("clip_norm", None)
             sign = -1.0 if hyperparameters.pop("maximize", False) else 1.0
-            g = sign * coefficient * np.asarray(g, dtype=np.float64)
-            self.weights[i] = self.formula(self.weights[i], g, self.states[i], **hyperparameters)
+            present.append((i, sign * coefficient * np.asarray(g, dtype=np.float64), hyperparameters))
+        if getattr(self.formula, "whole", False):
+            self._step_whole(present)
+        else:
+            for i, g, hyperparameters in present:
+                self.weights[i] = self.formula(self.weights[i], g, self.states[i], **hyperparameters)
         self._sync()
+
+    def _step_whole(self, present: list[tuple[int, Array, dict[str, Any]]]) -> None:
+        """A formula with the attribute ``whole`` gets all weights at once, with one more state that they share.
+
+        It is called as ``formula(ps, gs, states, shared, settings)``, five lists but for ``shared``, and returns the
+        new weights. Weights without a gradient are not in the lists.
+        """
+        which = [i for i, _, _ in present]
+        new = self.formula(
+            [self.weights[i] for i in which],
+            [g for _, g, _ in present],
+            [self.states[i] for i in which],
+            self.shared,
+            [hyperparameters for _, _, hyperparameters in present],
+        )
+        for i, weight in zip(which, new, strict=True):
+            self.weights[i] = weight
 
     def _coefficient(self, present: list[Array]) -> float:
         limit = self.settings[0].get("clip_norm")
