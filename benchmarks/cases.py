@@ -19,7 +19,8 @@ def _transformer(width: int, layers: int) -> Shapes:
     return [(2048, width), *(layers * [*layer, (width, 4 * width), (width,), (width,), (width,)])]
 
 
-def _resnet50() -> Shapes:
+def resnet50() -> Shapes:
+    """The weights of a ResNet-50."""
     shapes: Shapes = [(64, 3, 7, 7), (64,), (64,)]
     inside = 64
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
@@ -36,7 +37,7 @@ SHAPES: dict[str, Shapes] = {
     "300 tensors of 16": [(16,)] * 300,
     "1,000 tensors of 1,024": [(1024,)] * 1000,
     "transformer, 20 M": _transformer(512, 6),
-    "ResNet-50, 25 M": _resnet50(),
+    "ResNet-50, 25 M": resnet50(),
     "one tensor of 16 M": [(1 << 24,)],
 }
 

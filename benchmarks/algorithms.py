@@ -1,0 +1,176 @@
+"""Every algorithm with all who implement it, and the bytes that it cannot do without."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+import piste
+from benchmarks.cases import Shapes, resnet50
+
+Make = Callable[[list[torch.nn.Parameter]], Any]
+
+
+def _gpt2() -> Shapes:
+    width = 768
+    layer: Shapes = [(width,), (width,), (width, 3 * width), (3 * width,), (width, width), (width,)]
+    layer += [(width,), (width,), (width, 4 * width), (4 * width,), (4 * width, width), (width,)]
+    return [(50257, width), (1024, width), *(12 * layer), (width,), (width,)]
+
+
+LISTS: dict[str, Shapes] = {
+    "GPT-2 small: 148 tensors, 124 M": _gpt2(),
+    "ResNet-50: 161 tensors, 26 M": resnet50(),
+    "one matrix, 32 M": [(1 << 12, 1 << 13)],
+    "1,000 tensors of 1,024": [(1024,)] * 1000,
+}
+#: lists that do not fit into the caches, where time is a question of memory
+LARGE = tuple(name for name in LISTS if "1,000" not in name)
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One algorithm.
+
+    Args:
+        name: of piste's class, with what is set.
+        ours: makes piste's.
+        bytes_per_weight: what a step of the *rule* has to move for a float32 weight: each of gradient, weight and
+            states read once, each that changes written once, and again for every pass that has to wait for a
+            reduction over what the first one read.
+        peers: makers of all others, by package; None where the package is not installed.
+        at_least: the least speed against the fastest peer that is promised on large lists.
+    """
+
+    name: str
+    ours: Make
+    bytes_per_weight: float
+    peers: dict[str, Make | None] = field(default_factory=dict)
+    at_least: float = 0.0
+
+
+def _bytes(states: int, *, again: float = 0.0) -> float:
+    """Gradient read, weight and states read and written."""
+    return 4 + 8 + 8 * states + again
+
+
+class _Compiled:
+    """A torch optimizer whose step went through ``torch.compile``."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.step = torch.compile(optimizer.step)
+
+
+def _torch(name: str, *, fused: bool = False, **settings: Any) -> dict[str, Make | None]:
+    cls = getattr(torch.optim, name)
+    made: dict[str, Make | None] = {
+        "torch loop": lambda params: cls(params, foreach=False, **settings),
+        "torch foreach": lambda params: cls(params, foreach=True, **settings),
+        "torch compile": lambda params: _Compiled(cls(params, foreach=True, **settings)),
+    }
+    if fused:
+        made["torch fused"] = lambda params: cls(params, fused=True, **settings)
+    return made
+
+
+def _package(module: str, name: str, **settings: Any) -> Make | None:
+    if importlib.util.find_spec(module) is None:
+        return None
+    return lambda params: getattr(importlib.import_module(module), name)(params, **settings)
+
+
+def _pytorch_optimizer(name: str, **settings: Any) -> dict[str, Make | None]:
+    return {"pytorch_optimizer": _package("pytorch_optimizer", name, **settings)}
+
+
+def _optimi(name: str, **settings: Any) -> dict[str, Make | None]:
+    return {"torch-optimi": _package("optimi", name, **settings)}
+
+
+def _timm(module: str, name: str, **settings: Any) -> dict[str, Make | None]:
+    """timm's own ``__init__`` needs torchvision; its optimizers need torch alone."""
+    found = importlib.util.find_spec("timm")
+    if found is None or not found.submodule_search_locations:
+        return {"timm": None}
+    root = Path(found.submodule_search_locations[0])
+
+    def make(params: list[torch.nn.Parameter]) -> Any:
+        with mock.patch.dict(sys.modules):
+            for shell, path in {"timm": root, "timm.optim": root / "optim"}.items():
+                sys.modules[shell] = types.ModuleType(shell)
+                sys.modules[shell].__path__ = [str(path)]
+            return getattr(importlib.import_module(f"timm.optim.{module}"), name)(params, **settings)
+
+    return {"timm": make}
+
+
+def _ours(name: str, **settings: Any) -> Make:
+    return lambda params: getattr(piste, name)(params, engine="cpp", **settings)
+
+
+LR = {"lr": 1e-4}
+MOMENTUM = LR | {"momentum": 0.9}
+
+ALGORITHMS = (
+    Algorithm(
+        "AdamW",
+        _ours("AdamW", **LR),
+        _bytes(2),
+        _torch("AdamW", fused=True, **LR) | _timm("adamw", "AdamWLegacy", **LR) | _optimi("AdamW", **LR),
+        0.95,
+    ),
+    Algorithm(
+        "SGD, momentum",
+        _ours("SGD", **MOMENTUM),
+        _bytes(1),
+        _torch("SGD", fused=True, **MOMENTUM) | _optimi("SGD", **MOMENTUM),
+        0.95,
+    ),
+    Algorithm("AdamW, clip_norm", _ours("AdamW", clip_norm=1.0, **LR), _bytes(2, again=4)),
+    Algorithm(
+        "RAdam",
+        _ours("RAdam", **LR),
+        _bytes(2),
+        _torch("RAdam", **LR)
+        | _timm("radam", "RAdamLegacy", **LR)
+        | _optimi("RAdam", **LR)
+        | _pytorch_optimizer("RAdam", **LR),
+        4.0,
+    ),
+    Algorithm(
+        "AdaBelief",
+        _ours("AdaBelief", **LR),
+        _bytes(2),
+        _timm("adabelief", "AdaBelief", **LR) | _pytorch_optimizer("AdaBelief", rectify=True, **LR),
+        4.0,
+    ),
+    Algorithm(
+        "RangerAdaBelief",
+        _ours("RangerAdaBelief", **LR),
+        _bytes(2, again=4 + 8 / 6),
+        {"ranger-adabelief": _package("ranger_adabelief", "RangerAdaBelief", **LR)},
+        4.0,
+    ),
+    Algorithm(
+        "Ranger",
+        _ours("Ranger", **LR),
+        _bytes(2, again=4 + 8 / 6),  # centralization needs the mean of the gradient first; every sixth step syncs
+        _pytorch_optimizer("Ranger", **LR) | _optimi("Ranger", **LR),
+        2.0,
+    ),
+    Algorithm(
+        "RMSprop, momentum",
+        _ours("RMSprop", **MOMENTUM),
+        _bytes(2),
+        _torch("RMSprop", **MOMENTUM) | _timm("rmsprop_tf", "RMSpropTF", **MOMENTUM),
+    ),
+)
