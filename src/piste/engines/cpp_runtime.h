@@ -111,10 +111,18 @@ template <int K> struct Grid {
       size[rank++] = 1;
       for (int j = 0; j < K; ++j) step[0][j] = 0;
     }
-    for (int d = 1; d < rank; ++d)
-      if (size[d] > size[split]) split = d;
     slots = chunks(numel) < SLOTS ? chunks(numel) : SLOTS;
+    // the outermost axis that is long enough, so that a slot is one stretch of memory; else the longest
+    while (split < rank && size[split] < slots) ++split;
+    if (split == rank) split = longest();
     if (slots > size[split]) slots = size[split];
+  }
+
+  int longest() const {
+    int found = 0;
+    for (int d = 1; d < rank; ++d)
+      if (size[d] > size[found]) found = d;
+    return found;
   }
 
   // does each slot have elements of its own in a tensor with the axes j?
