@@ -52,8 +52,9 @@ format: environment  ## let ruff rewrite what it can
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: environment  ## speed and memory against torch's own optimizers
+bench: environment  ## speed and memory against torch's optimizers and other libraries'
 	$(VENV)/bin/python -m benchmarks $(ARGS)
+	$(VENV)/bin/python -m benchmarks.race $(ARGS_RACE)
 
 clean:  ## remove both environments and all caches; race results stay
 	for made in $(VENV_RACE) $(VENV); do if [ -e $$made/made-by-piste ]; then rm -rf $$made $$made.lock; fi; done

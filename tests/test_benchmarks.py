@@ -12,8 +12,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import __main__ as bench
-from benchmarks import measure
-from benchmarks.cases import CASES, MEMORY, SHAPES
+from benchmarks import measure, race
+from benchmarks.algorithms import ALGORITHMS, LISTS
+from benchmarks.cases import CASES, MEMORY, SHAPES, parameters
 
 
 def test_every_case_runs_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,3 +102,34 @@ def test_lists_have_the_sizes_they_claim() -> None:
 
     assert size("transformer, 20 M") == pytest.approx(20, rel=0.01)
     assert size("ResNet-50, 25 M") == pytest.approx(25.557, rel=0.001)
+
+
+def test_the_race_of_one_algorithm_runs_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(race, "LISTS", {"two tensors": [(33, 2), (5,)]})
+    monkeypatch.setattr(race, "PACE_ELEMENTS", 1 << 10)
+    asked = ["--rounds", "2", "--threads", "1", "--algorithm", "Ranger", "--steps", "20"]
+    race.main([*asked, "--out", str(tmp_path / "race.json")])
+    results = json.loads((tmp_path / "race.json").read_text())
+    (row,) = results["lists"]["two tensors"]
+    assert row["floor"]["median"] > 0
+    assert row["speed"]["pytorch_optimizer"]["median"] > 0
+
+
+def test_the_lists_are_those_of_their_models() -> None:
+    sizes = {name: (len(shapes), sum(torch.Size(s).numel() for s in shapes)) for name, shapes in LISTS.items()}
+    assert sizes["GPT-2 small: 148 tensors, 124 M"] == (148, 124_439_808)
+    assert sizes["ResNet-50: 161 tensors, 26 M"] == (161, 25_557_032)
+
+
+def test_every_peer_takes_a_step() -> None:
+    """A peer that has changed its arguments would silently drop out of the tables."""
+    for algorithm in ALGORITHMS:
+        for name, make in algorithm.peers.items():
+            if make is None or name == "torch compile":
+                continue
+            weights = parameters([(3, 2)])
+            before = weights[0].detach().clone()
+            optimizer = make(weights)
+            for _ in range(8):  # some RAdams rest for five
+                optimizer.step()
+            assert not torch.equal(before, weights[0]), (algorithm.name, name)
