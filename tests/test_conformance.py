@@ -14,7 +14,7 @@ import torch
 from conformance import distributed, values
 from conformance.matrix import Promise, promises
 from conformance.subjects import WRAPPED, Subject, subjects
-from oracles.formulas import FORMULAS
+from oracles.table import FORMULAS
 
 import piste
 from piste import optimizers

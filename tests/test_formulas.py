@@ -13,6 +13,7 @@ import pytest
 import torch
 from oracles import formulas, live
 from oracles.replay import GAPS, SHAPES, Problem, assert_same, by_formula, by_optimizer, random_problem
+from oracles.table import FORMULAS
 
 # Both sides do the same float64 arithmetic in another order. Fourteen steps of a few operations each leave some tens
 # of ulps (1e-16 each); 1e-12 is a hundred times that and still a thousandth of the smallest real difference here
@@ -108,9 +109,28 @@ def named(cases: list[Case]) -> list[Any]:
     return [pytest.param(*case, id=f"{case[0]}-" + "-".join(f"{k}={v}" for k, v in case[1].items())) for case in cases]
 
 
+def averaged_cases() -> list[Case]:
+    """timm's MADGRAD and NvNovoGrad."""
+    decayed = {"lr": 0.02, "weight_decay": 0.3}
+    return [
+        same("MADGRAD", live.madgrad, lr=0.05),
+        same("MADGRAD", live.madgrad, eps=1e-3, momentum=0.5, **decayed),
+        same("NovoGrad", live.novograd, lr=0.02),
+        same("NovoGrad", live.novograd, amsgrad=True, grad_averaging=True, **decayed),
+        same("NovoGrad", live.novograd, betas=(0.9, 0.0), eps=1e-2, **decayed),
+        (
+            "NovoGrad",
+            decayed | {"decoupled_weight_decay": True},
+            live.novograd,
+            decayed | {"decoupled_decay": True},
+        ),
+    ]
+
+
 @pytest.mark.parametrize("problem", [DENSE, GAPPY], ids=["dense", "gaps"])
 @pytest.mark.parametrize(
-    ("name", "settings", "make", "theirs"), named(torch_cases() + timm_cases() + adabelief_cases())
+    ("name", "settings", "make", "theirs"),
+    named(torch_cases() + timm_cases() + adabelief_cases() + averaged_cases()),
 )
 def test_formula_is_the_oracle(
     name: str,
@@ -120,9 +140,49 @@ def test_formula_is_the_oracle(
     problem: Problem,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    formula = formulas.FORMULAS[name]
     expected = by_optimizer(lambda params: make(params, **theirs), problem)
-    assert_same(by_formula(formula, problem, settings), expected, RTOL, ATOL)
+    assert_same(by_formula(FORMULAS[name], problem, settings), expected, RTOL, ATOL)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "make", "theirs"),
+    named(
+        [
+            same("Lamb", live.lamb, lr=0.02, weight_decay=0.0, always_adapt=True),
+            same("Lamb", live.lamb, lr=0.02, weight_decay=0.0, always_adapt=False),
+            same("Lamb", live.lamb, lr=0.02, weight_decay=0.3, trust_clip=True),
+            same("Lamb", live.lamb, lr=0.02, weight_decay=0.3, bias_correction=False, eps=1e-2, betas=(0.8, 0.95)),
+            same("Adan", live.adan, lr=0.02),
+            same("Adan", live.adan, lr=0.02, weight_decay=0.3, eps=1e-2),
+            same("Adan", live.adan, lr=0.02, weight_decay=0.3, no_prox=True, betas=(0.9, 0.8, 0.95)),
+            same("Lion", live.lion, lr=0.02, weight_decay=0.3),
+        ]
+    ),
+)
+def test_formula_is_timms_where_every_weight_steps(
+    name: str,
+    settings: dict[str, Any],
+    make: Callable[..., torch.optim.Optimizer],
+    theirs: dict[str, Any],
+) -> None:
+    expected = by_optimizer(lambda params: make(params, **theirs), DENSE)
+    assert_same(by_formula(FORMULAS[name], DENSE, settings), expected, RTOL, ATOL)
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_positive_negative_momentum_is_pytorch_optimizers(decoupled: bool) -> None:
+    """Dense only, see `live`. Its `betas` hold beta0 as the last one."""
+    decayed = {"weight_decay": 0.3, "weight_decouple": decoupled}
+    ours = {"weight_decay": 0.3, "decoupled_weight_decay": decoupled}
+    expected = by_optimizer(lambda p: live.positive_negative(p, lr=0.1, betas=(0.8, 0.5), **decayed), DENSE)
+    actual = by_formula(FORMULAS["PNM"], DENSE, {"lr": 0.1, "momentum": 0.8, "beta0": 0.5} | ours)
+    assert_same(actual, expected, RTOL, ATOL)
+    # eps is 0: the package divides it by the bias correction too, the authors add it after that
+    theirs = {"lr": 0.02, "betas": (0.8, 0.5, 0.7), "eps": 0.0} | decayed
+    expected = by_optimizer(lambda p: live.adaptive_positive_negative(p, **theirs), DENSE)
+    numbers = {"lr": 0.02, "betas": (0.8, 0.5), "beta0": 0.7, "eps": 0.0} | ours
+    # and it adds 1e-15 under the root, which moves small gradients in the tenth digit
+    assert_same(by_formula(FORMULAS["AdaPNM"], DENSE, numbers), expected, 1e-9, 1e-10)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracles import formulas, live
-from oracles.formulas import FORMULAS
 from oracles.replay import (
     GAPS,
     Problem,
@@ -30,6 +29,7 @@ from oracles.replay import (
     set_gradients,
     snapshot,
 )
+from oracles.table import FORMULAS
 
 import piste
 
@@ -175,7 +175,83 @@ def _rangers() -> list[Case]:
     return cases
 
 
-CASES = [*_sgd(), *_rmsprop(), *_adam(), *_radam(), *_adabelief(), *_rangers()]
+def _dual_averaging() -> list[Case]:
+    cases: list[Case] = []
+    for name in ("MADGRAD", "MirrorMADGRAD"):
+        oracle = live.madgrad if name == "MADGRAD" else None
+        decayed = {"lr": 0.05, "weight_decay": 0.3}
+        cases += [
+            Case(name, {"lr": 0.05}, oracle),
+            Case(name, decayed | {"eps": 1e-3, "momentum": 0.5}, oracle),
+            Case(name, {"lr": 0.05, "momentum": 0.0, "maximize": True}),
+            Case(name, decayed | {"decoupled_weight_decay": True}),
+            Case(name, decayed | {"decoupled_weight_decay": True, "momentum": 0.0}),
+            Case(name, {"lr": 0.0}),
+            Case(name, {"lr": 0.05, "eps": 0.0}),
+            Case(name, decayed | {"use_gc": True}),
+        ]
+    return cases
+
+
+def _novograd() -> list[Case]:
+    decayed = {"lr": 0.02, "weight_decay": 0.3}
+    return [
+        Case("NovoGrad", {"lr": 0.02}, live.novograd),
+        Case("NovoGrad", decayed | {"eps": 1e-2, "betas": (0.9, 0.0)}, live.novograd),
+        Case("NovoGrad", decayed | {"amsgrad": True, "grad_averaging": True}, live.novograd),
+        Case(
+            "NovoGrad",
+            decayed | {"decoupled_weight_decay": True},
+            live.novograd,
+            decayed | {"decoupled_decay": True},
+        ),
+        Case("NovoGrad", decayed | {"use_gc": True, "maximize": True, "grad_averaging": True}),
+    ]
+
+
+def _positive_negative() -> list[Case]:
+    decayed = {"weight_decay": 0.3}
+    return [
+        Case("PNM", {"lr": 0.1}),
+        Case("PNM", decayed | {"momentum": 0.8, "beta0": 0.5}),
+        Case("PNM", decayed | {"decoupled_weight_decay": True, "maximize": True, "use_gc": True}),
+        Case("AdaPNM", {"lr": 0.02}),
+        Case("AdaPNM", decayed | {"lr": 0.02, "betas": (0.8, 0.5), "eps": 1e-2}),
+        Case("AdaPNM", decayed | {"amsgrad": False, "decoupled_weight_decay": False, "beta0": 0.5}),
+        Case("AdaPNM", decayed | {"use_gc": True, "maximize": True}),
+    ]
+
+
+def _modern() -> list[Case]:
+    decayed = {"lr": 0.02, "weight_decay": 0.3}
+    return [
+        Case("Lamb", {"lr": 0.02}),
+        Case("Lamb", decayed | {"bias_correction": False, "max_weight_norm": 1.0, "eps": 1e-2}),
+        Case("Lamb", {"lr": 0.02, "weight_decay": 0.0, "always_adapt": False}),
+        Case("Lamb", decayed | {"always_adapt": False, "trust_clip": True, "use_gc": True, "betas": (0.8, 0.95)}),
+        Case("Lamb", decayed | {"decoupled_weight_decay": False, "maximize": True}),
+        Case("Adan", {"lr": 0.02}),
+        Case("Adan", decayed | {"eps": 1e-2, "betas": (0.9, 0.8, 0.95)}),
+        Case("Adan", decayed | {"no_prox": True, "maximize": True}),
+        Case("Adan", decayed | {"decoupled_weight_decay": False, "use_gc": True}),
+        Case("Lion", {"lr": 0.02}, live.lion),
+        Case("Lion", decayed | {"betas": (0.95, 0.98)}, live.lion),
+        Case("Lion", decayed | {"decoupled_weight_decay": False, "use_gc": True, "maximize": True}),
+    ]
+
+
+CASES = [
+    *_modern(),
+    *_dual_averaging(),
+    *_novograd(),
+    *_positive_negative(),
+    *_sgd(),
+    *_rmsprop(),
+    *_adam(),
+    *_radam(),
+    *_adabelief(),
+    *_rangers(),
+]
 
 
 def cases(chosen: list[Case]) -> list[Any]:
@@ -255,6 +331,14 @@ TWO_GROUPS = {
     "AdamW": ({"lr": 0.1}, {"betas": (0.8, 0.95), "eps": 1e-3, "lr": 0.01, "weight_decay": 0.1}),
     "RAdam": ({"lr": 0.1}, {"betas": (0.8, 0.95), "eps": 1e-3, "lr": 0.01, "weight_decay": 0.1}),
     "AdaBelief": ({"lr": 0.1, "eps": 1e-8}, {"betas": (0.8, 0.95), "eps": 1e-3, "lr": 0.01, "weight_decay": 0.1}),
+    "Adan": ({"lr": 0.1}, {"betas": (0.9, 0.8, 0.95), "eps": 1e-3, "lr": 0.01, "weight_decay": 0.1}),
+    "Lamb": ({"lr": 0.1}, {"betas": (0.8, 0.95), "eps": 1e-3, "lr": 0.01, "weight_decay": 0.1}),
+    "Lion": ({"lr": 0.1}, {"betas": (0.8, 0.95), "lr": 0.01, "weight_decay": 0.1}),
+    "MADGRAD": ({"lr": 0.1}, {"momentum": 0.5, "eps": 1e-3, "lr": 0.01, "weight_decay": 0.1}),
+    "MirrorMADGRAD": ({"lr": 0.1}, {"momentum": 0.5, "eps": 1e-3, "lr": 0.01, "weight_decay": 0.1}),
+    "NovoGrad": ({"lr": 0.1}, {"betas": (0.8, 0.95), "eps": 1e-3, "lr": 0.01, "weight_decay": 0.1}),
+    "PNM": ({"lr": 0.1}, {"momentum": 0.5, "beta0": 0.5, "lr": 0.01, "weight_decay": 0.1}),
+    "AdaPNM": ({"lr": 0.1}, {"betas": (0.8, 0.95), "eps": 1e-3, "lr": 0.01, "weight_decay": 0.1, "amsgrad": False}),
     "Ranger": ({"lr": 0.1}, {"betas": (0.8, 0.95), "k": 4, "alpha": 0.8, "lr": 0.01, "weight_decay": 0.1}),
     "RangerAdaBelief": ({"lr": 0.1}, {"betas": (0.8, 0.95), "k": 4, "alpha": 0.8, "lr": 0.01, "use_gc": False}),
 }
@@ -294,13 +378,16 @@ def _swing(name: str, step: int) -> Hyperparameters:
     """Every number of the group moves at every step, as under one-cycle with extras."""
     swing = 1.0 + 0.5 * np.sin(step + 1.0)
     numbers: Hyperparameters = {"lr": 0.02 * swing, "weight_decay": 0.1 * swing}
-    if name in ("SGD", "RMSprop"):
-        numbers["momentum"] = 0.9 - 0.1 * swing
-    else:
-        numbers["betas"] = (0.95 - 0.1 * swing, 0.999 - 1e-4 * swing)
-    if name != "SGD":
-        numbers["eps"] = 1e-4 * swing
-    return numbers
+    others = {
+        "momentum": 0.9 - 0.1 * swing,
+        "betas": (0.95 - 0.1 * swing, 0.999 - 1e-4 * swing),
+        "eps": 1e-4 * swing,
+        "beta0": swing,
+    }
+    if name == "Adan":
+        others["betas"] = (0.98 - 0.1 * swing, 0.92 - 0.1 * swing, 0.99 - 1e-3 * swing)
+    known = inspect.signature(getattr(piste, name)).parameters
+    return numbers | {key: value for key, value in others.items() if key in known}
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -474,6 +561,25 @@ DRAWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "degenerated_to_sgd": flags,
         "fixed_decay": flags,
     },
+    "Adan": {
+        "betas": st.tuples(st.floats(0.5, 0.97), st.floats(0.1, 0.97), st.floats(0.5, 0.999)),
+        "eps": epsilons,
+        "no_prox": flags,
+    },
+    "Lamb": {
+        "betas": betas,
+        "eps": epsilons,
+        "bias_correction": flags,
+        "always_adapt": flags,
+        "trust_clip": flags,
+        "max_weight_norm": st.sampled_from([None, 0.5, 10.0]),
+    },
+    "Lion": {"betas": betas},
+    "MADGRAD": {"momentum": st.sampled_from([0.0, 0.5, 0.9]), "eps": epsilons},
+    "MirrorMADGRAD": {"momentum": st.sampled_from([0.0, 0.5, 0.9]), "eps": epsilons},
+    "NovoGrad": {"betas": betas, "eps": epsilons, "amsgrad": flags, "grad_averaging": flags},
+    "PNM": {"momentum": st.sampled_from([0.0, 0.5, 0.9]), "beta0": st.floats(0.0, 2.0)},
+    "AdaPNM": {"betas": betas, "eps": epsilons, "amsgrad": flags, "beta0": st.floats(0.0, 2.0)},
     "Ranger": {"betas": betas, "eps": epsilons, **LOOKAHEAD},
     "RangerAdaBelief": {"betas": betas, "eps": epsilons, **LOOKAHEAD},
 }
@@ -519,3 +625,85 @@ def test_the_harness_hands_out_copies() -> None:
     assert params[1].grad is not None
     params[1].grad.mul_(2.0)
     np.testing.assert_array_equal(first, before)
+
+
+# --- Adan's own ---------------------------------------------------------------------------------------------------
+
+
+def test_adan_takes_betas_in_either_convention() -> None:
+    p = torch.nn.Parameter(torch.ones(2))
+    paper = piste.Adan([p], betas=(0.02, 0.08, 0.01), betas_convention="paper")
+    assert paper.param_groups[0]["betas"] == (0.98, 0.92, 0.99)
+    with pytest.raises(ValueError, match=r"legal: betas=\(0.98, 0.92, 0.99\), .* or betas_convention='paper'"):
+        piste.Adan([p], betas=(0.02, 0.08, 0.01))
+    with pytest.raises(ValueError, match="three numbers"):
+        piste.Adan([p], betas=(0.9, 0.99))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'code', 'paper'"):
+        piste.Adan([p], betas_convention="optax")
+    with pytest.raises(ValueError, match="two numbers"):
+        piste.AdamW([p], betas=(0.9, 0.9, 0.9))  # type: ignore[arg-type]
+
+
+def test_adan_restarts_as_if_it_had_just_begun() -> None:
+    params = parameters(DENSE)
+    optimizer = piste.Adan(params, lr=0.02, weight_decay=0.1)
+    for row in DENSE.gradients[:5]:
+        set_gradients(params, row)
+        optimizer.step()
+    optimizer.restart()
+    fresh = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    anew = piste.Adan(fresh, lr=0.02, weight_decay=0.1)
+    for row in DENSE.gradients[5:9]:
+        for weights, one in ((params, optimizer), (fresh, anew)):
+            set_gradients(weights, row)
+            one.step()
+    for a, b in zip(params, fresh, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["MADGRAD", "MirrorMADGRAD"])
+def test_rules_without_a_direction_refuse_to_centralize_one(name: str) -> None:
+    with pytest.raises(ValueError, match="gc_loc=False; legal: True"):
+        getattr(piste, name)([torch.nn.Parameter(torch.ones(2))], use_gc=True, gc_loc=False)
+
+
+# --- what every class does ----------------------------------------------------------------------------------------
+
+STATE_BYTES = {
+    "AdaPNM": 16,
+    "Adan": 16,
+    "Lamb": 8,
+    "Lion": 4,
+    "MADGRAD": 12,
+    "MirrorMADGRAD": 8,
+    "NovoGrad": 4,
+    "PNM": 8,
+}
+
+
+@pytest.mark.parametrize("name", STATE_BYTES)
+def test_state_bytes(name: str) -> None:
+    """As in the papers' tables; a number per tensor is a thousandth of a byte per weight here."""
+    assert piste.state_bytes(name) == pytest.approx(STATE_BYTES[name], abs=2e-3)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", FORMULAS)
+def test_solves_a_convex_problem(name: str, engine: str) -> None:
+    """A random strongly convex quadratic falls by 1e6 under a learning rate that decays to zero."""
+    generator = torch.Generator().manual_seed(5)
+    a = torch.randn(20, 20, generator=generator, dtype=torch.float64)
+    curvature, best = a @ a.T / 20 + torch.eye(20, dtype=torch.float64), torch.randn(20, generator=generator).double()
+    p = torch.nn.Parameter(torch.zeros(20, dtype=torch.float64))
+    start = {"PNM": 0.3, "SGD": 0.3, "NovoGrad": 0.05, "Lamb": 0.1, "MADGRAD": 0.3, "MirrorMADGRAD": 0.1}.get(name, 0.1)
+    optimizer = getattr(piste, name)([p], lr=start, weight_decay=0.0, engine=engine)
+    losses = []
+    steps = 1500
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = start * (1 - step / steps) ** 2
+        loss = 0.5 * (p - best) @ curvature @ (p - best)
+        losses.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 1e-6 * losses[0]

@@ -480,6 +480,7 @@ ALL_STATE = {
     "RMSprop": {"momentum": 0.9, "centered": True},
     "Adam": {"amsgrad": True},
     "AdamW": {"amsgrad": True},
+    "NovoGrad": {"lr": 0.05, "amsgrad": True, "weight_decay": 0.05},
     "AdaBelief": {"amsgrad": True, "rectify": False},
 }
 

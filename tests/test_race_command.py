@@ -28,7 +28,9 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["race", "--help"], ["list", "-h"], ["report", "-h"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["race", "--help"], ["list", "-h"], ["show", "-h"], ["report", "-h"]]
+)
 def test_help_is_there(arguments: list[str]) -> None:
     result = run(*arguments)
     assert result.exit_code == 0
@@ -37,14 +39,38 @@ def test_help_is_there(arguments: list[str]) -> None:
 
 def test_list_shows_what_create_takes() -> None:
     result = run("list", "sgd*")
-    assert [line.split()[0] for line in result.output.splitlines()[1:] if line[0] != " "] == piste.list_optimizers(
-        "sgd*"
-    )
+    rows = [line.split() for line in result.output.splitlines() if line.startswith("sgd")]
+    assert [row[0] for row in rows] == piste.list_optimizers("sgd*")
+    assert [row[2:5] for row in rows] == [["0", "B", "1"], ["4", "B", "1"], ["4", "B", "1"]]
     for line in ("SGD with momentum: the one to beat", "Source: the cheat-sheet's optimizer_config_mapping"):
         assert line in result.output
     missing = run("list", "zzz")
     assert missing.exit_code == 1
     assert "no name fits 'zzz'" in missing.output
+
+
+def test_show_tells_all_of_one_preset() -> None:
+    result = run("show", "SGD-Nesterov")
+    assert result.exit_code == 0, result.output
+    for words in (
+        "piste.optimizers.sgd.SGD",
+        "4 bytes per float32 weight",
+        "decoupled, not of norms and biases",
+        "Sutskever et al. 2013",
+        r"\mu b_{t-1}",
+        "When to use",
+    ):
+        assert words in " ".join(result.output.split()), words
+    nesterov = next(line.split() for line in result.output.splitlines() if line.startswith("nesterov"))
+    assert nesterov == ["nesterov", "False", "True"]
+    assert "``" not in result.output
+    assert ".. math::" not in result.output
+
+
+def test_show_of_an_unknown_name_says_which_is_near() -> None:
+    result = run("show", "adamx")
+    assert result.exit_code == 1
+    assert "no preset 'adamx' (did you mean" in result.output
 
 
 @pytest.mark.parametrize(

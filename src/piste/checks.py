@@ -52,9 +52,9 @@ def _within(low: float, high: float = math.inf, *, open_low: bool = False, open_
     return legal
 
 
-def _pair(value: Any) -> bool:
+def _fractions(value: Any) -> bool:
     legal = _within(0, 1, open_high=True)
-    return isinstance(value, (tuple, list)) and len(value) == 2 and all(map(legal, value))
+    return isinstance(value, (tuple, list)) and len(value) in (2, 3) and all(map(legal, value))
 
 
 def _flag(value: Any) -> bool:
@@ -74,28 +74,35 @@ _FLAG = (_flag, "True or False")
 #: hyper-parameter -> (is this value legal?, the legal range in words)
 _LEGAL: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "lr": (_within(0), "a finite number >= 0"),
-    "betas": (_pair, "two numbers, each in [0, 1)"),
+    "betas": (_fractions, "two numbers, each in [0, 1)"),
     "eps": (_within(0), "a finite number >= 0"),
     "weight_decay": (_within(0), "a finite number >= 0"),
     "momentum": (_within(0), "a finite number >= 0"),
     "dampening": (_within(-math.inf), "a finite number"),
     "alpha": (_within(0, 1), "a number in [0, 1]"),
     "k": (_count, "a whole number >= 1"),
+    "beta0": (_within(0), "a finite number >= 0"),
     "clip_norm": (_clip, "None or a finite number > 0"),
+    "max_weight_norm": (_clip, "None or a finite number > 0"),
     **dict.fromkeys(
         (
+            "always_adapt",
             "amsgrad",
+            "bias_correction",
             "centered",
             "decoupled_weight_decay",
             "degenerated_to_sgd",
             "fixed_decay",
             "gc_conv_only",
             "gc_loc",
+            "grad_averaging",
             "lr_in_momentum",
             "maximize",
             "nesterov",
+            "no_prox",
             "rectify",
             "tf",
+            "trust_clip",
             "use_gc",
         ),
         _FLAG,

@@ -191,6 +191,8 @@ class Optimizer(torch.optim.Optimizer):
 
     #: measure the norm of every update from the next step on; see :class:`LastStep`
     measure_updates: bool = False
+    #: how many numbers ``betas`` has
+    betas_count: ClassVar[int] = 2
     _programs: ClassVar[dict[Any, tuple[Variants, Mapping[str, State]]]] = {}
 
     def __init__(self, params: Params, defaults: dict[str, Any], options: Mapping[str, Any]) -> None:
@@ -247,6 +249,10 @@ class Optimizer(torch.optim.Optimizer):
 
     def _check(self, group: Mapping[str, Any], known: Mapping[str, Any]) -> None:
         check_hyperparameters(type(self).__name__, group, known)
+        betas = group.get("betas")
+        if betas is not None and len(betas) != self.betas_count:
+            many = {2: "two", 3: "three"}[self.betas_count]
+            raise ValueError(f"{type(self).__name__} got betas={betas!r}; legal: {many} numbers, each in [0, 1)")
         self.check_group({**known, **group})
 
     # groups and state ------------------------------------------------------------------------------------------------
@@ -395,7 +401,7 @@ class Optimizer(torch.optim.Optimizer):
         return in_order or all(map(operator.is_, map(self.state.get, weights), known))
 
     def _refuse(self, gradients: list[Tensor | None], hp: list[dict[str, float]]) -> None:
-        """Refuse gradients that are sparse, and complex ones where axes are told apart."""
+        """Refuse gradients that are sparse, and complex ones where elements of a weight are combined."""
         for m, g in zip(self._roster.members, gradients, strict=True):
             if g is None:
                 continue
@@ -406,10 +412,10 @@ class Optimizer(torch.optim.Optimizer):
                     "ones (sparse=False in the embedding, or torch.optim.SparseAdam for that parameter)"
                 )
             row = Row(hp[m.group], m.state.get("step", 0) + 1)
-            if g.is_complex() and m.variants.graph(row, tuple(m.p.shape)).keeps_axes:
+            if g.is_complex() and m.variants.graph(row, tuple(m.p.shape)).reduces:
                 raise ValueError(
-                    f"{self._name(m.group, position)} is complex, and {type(self).__name__} as set up reduces over "
-                    "axes, which has no complex form here (use_gc=False avoids it)"
+                    f"{self._name(m.group, position)} is complex, and {type(self).__name__} as set up takes means or "
+                    "norms of a weight, which has no complex form here (a class without them, use_gc=False)"
                 )
 
     def _program(self, statics: tuple[tuple[str, Any], ...], ndim: int, scaled: bool) -> Any:

@@ -262,6 +262,20 @@ _PRIORS: Mapping[str, LrPrior] = {
     # 1e-3 to 4e-3 in its author's fastai runs. Measured 0.02 to 0.05: Lookahead halves the pace, too.
     "Ranger": LrPrior(6e-3, 0.8, 1.2),
     "RangerAdaBelief": LrPrior(6e-3, 0.8, 1.2),
+    # Ten times AdamW's, as its authors advise (5 to 10 times).
+    "Adan": LrPrior(2e-2),
+    # The relative change of a tensor per step; 1.8e-3 (BERT) to 1.2e-2 (ImageNet) in the paper at large batches.
+    "Lamb": LrPrior(5e-3),
+    # A third to a tenth of AdamW's (Chen et al. 2023).
+    "Lion": LrPrior(3e-4),
+    # 2.5e-4 (CIFAR-10) to 0.025 (IWSLT) in the paper; a step is about lr^(2/3) in size, so the range is wide in effect.
+    "MADGRAD": LrPrior(5e-3, 1.2, 0.8),
+    "MirrorMADGRAD": LrPrior(5e-3, 1.2, 0.8),
+    # Undampened momentum over gradients of unit norm: 1e-2 in the paper's vision runs, with wide scatter.
+    "NovoGrad": LrPrior(1e-2),
+    # Averages instead of sums: ten times what SGD with momentum takes.
+    "PNM": LrPrior(0.5),
+    "AdaPNM": LrPrior(2e-3),
 }
 
 
@@ -393,6 +407,73 @@ presets = Presets(
                 _L2_NORMS_SPARED,
                 "Liu et al. 2019, arXiv 1908.03265",
                 "Adam that warms itself up; its default settings, as in torch.",
+            ),
+            _preset(
+                "adan",
+                optimizers.Adan,
+                {"weight_decay": 0.02},
+                _NORMS_SPARED,
+                "Xie et al. 2022, arXiv 2208.06677",
+                "Adaptive Nesterov momentum; learning rates five to ten times AdamW's.",
+            ),
+            _preset(
+                "lamb",
+                optimizers.Lamb,
+                {},
+                _NORMS_SPARED,
+                "You et al. 2020, arXiv 1904.00962",
+                "Adam with layer-wise steps as long as the weights: large batches.",
+            ),
+            _preset(
+                "lion",
+                optimizers.Lion,
+                {"weight_decay": 0.1},
+                _NORMS_SPARED,
+                "Chen et al. 2023, arXiv 2302.06675",
+                "The sign of momentum: half of Adam's state, a third of its learning rate, ten times its decay.",
+            ),
+            _preset(
+                "madgrad",
+                optimizers.MADGRAD,
+                {},
+                _L2_NORMS_SPARED,
+                "Defazio & Jelassi 2021, arXiv 2101.11075",
+                "Dual averaging with a cube root, its default settings; sweep the learning rate anew.",
+                set_betas=False,
+            ),
+            _preset(
+                "mirrormadgrad",
+                optimizers.MirrorMADGRAD,
+                {},
+                _NORMS_SPARED,
+                "Defazio & Jelassi 2021, the package madgrad 1.3",
+                "MADGRAD's mirror form, for large transformers.",
+                set_betas=False,
+            ),
+            _preset(
+                "novograd",
+                optimizers.NovoGrad,
+                {"weight_decay": 1e-3},
+                _L2_NORMS_SPARED,
+                "Ginsburg et al. 2019, arXiv 1905.11286",
+                "Momentum of layer-wise normalised gradients, at half of Adam's memory.",
+            ),
+            _preset(
+                "pnm",
+                optimizers.PNM,
+                {},
+                _L2_NORMS_SPARED,
+                "Xie et al. 2021, arXiv 2103.17182",
+                "SGD with positive-negative momentum: more noise, the same mean.",
+                set_betas=False,
+            ),
+            _preset(
+                "adapnm",
+                optimizers.AdaPNM,
+                {},
+                _NORMS_SPARED,
+                "Xie et al. 2021, arXiv 2103.17182",
+                "Adam with positive-negative momentum and amsgrad, its authors' settings.",
             ),
             _preset(
                 "adabelief",

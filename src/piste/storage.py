@@ -14,18 +14,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from piste.symbol import FULL, MATRIX, Kind
+from piste.symbol import FULL, MATRIX, TENSOR, Kind
 
 __all__ = [
     "STATE_FORMATS",
     "WEIGHT_FORMATS",
     "State",
+    "accumulator",
     "allocate",
     "anchor",
     "compute_dtype",
     "moment",
     "second_moment",
     "shape_of",
+    "squared_norm",
 ]
 
 Role = Literal["moment", "second_moment", "gradient", "weight", "accumulator"]
@@ -54,7 +56,10 @@ class State:
 
 moment = State("moment")
 second_moment = State("second_moment")
+accumulator = State("accumulator")
 anchor = State("weight", start="weight")
+#: a squared norm of the whole weight
+squared_norm = State("second_moment", kind=TENSOR)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -29,9 +29,9 @@ class Graph:
     by_step: bool = False  # ... or on its step number?
 
     @cached_property
-    def keeps_axes(self) -> bool:
-        """Does anything in it depend on the axes of the weight?"""
-        return any(s.kind == MATRIX or s.kind.keep for s in topological(self.outputs.values()))
+    def reduces(self) -> bool:
+        """Does anything in it depend on more than one element of a weight?"""
+        return any(s.kind == MATRIX or s.kind.level == 2 for s in topological(self.outputs.values()))
 
     @cached_property
     def totals(self) -> frozenset[str]:

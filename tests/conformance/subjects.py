@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from oracles.formulas import FORMULAS, Formula
+from oracles.formulas import Formula
 from oracles.replay import GAPS, SHAPES, FormulaRun, Problem, random_problem, set_gradients
+from oracles.table import FORMULAS
 
 import piste
 from piste.registry import OPTIMIZERS
@@ -28,8 +29,11 @@ FULL_STATE: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.05},
     "RMSprop": {"lr": 0.05, "momentum": 0.9, "centered": True, "weight_decay": 0.05},
     "Adam": {"lr": 0.05, "amsgrad": True, "weight_decay": 0.05},
+    "NovoGrad": {"lr": 0.05, "amsgrad": True, "weight_decay": 0.05},
     "AdaBelief": {"lr": 0.05, "eps": 1e-8, "amsgrad": True, "rectify": False, "weight_decay": 0.05},
 }
+# Rules with norms of whole weights, besides centralization.
+REDUCING = {"Lamb", "NovoGrad"}
 WRAPPED = "Lookahead(AdamW)"
 LOOKAHEAD = {"k": 6, "alpha": 0.5}
 
@@ -51,6 +55,11 @@ class Subject:
     @property
     def centralizes(self) -> bool:
         return bool(self.make([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]["use_gc"])
+
+    @property
+    def reduces(self) -> bool:
+        """Does a step combine elements of a weight?"""
+        return self.centralizes or self.name in REDUCING
 
     @property
     def formula(self) -> Formula:

@@ -249,7 +249,7 @@ def complex_weights(subject: Subject, engine: str) -> None:
             run.step(row)
     except ValueError as error:
         assert "complex" in str(error)  # noqa: PT017  a refusal is one of two right answers here
-        assert subject.centralizes, "only the mean over axes is refused"
+        assert subject.reduces, "only means and norms of a weight are refused"
         assert run.steps == 0
     parts = [part for p in params for part in (p.detach().real, p.detach().imag)]
     assert_weights(parts, run.weights, RTOL, ATOL)

@@ -339,15 +339,3 @@ def ranger_adabelief(
     if use_gc and not gc_loc:
         direction = centralized(direction, gc_conv_only)
     return _synced(p - lr * scale * direction, state, t, k, alpha)
-
-
-FORMULAS: dict[str, Formula] = {
-    "SGD": sgd,
-    "RMSprop": rmsprop,
-    "Adam": adam,
-    "AdamW": adamw,
-    "RAdam": radam,
-    "AdaBelief": adabelief,
-    "Ranger": ranger,
-    "RangerAdaBelief": ranger_adabelief,
-}

@@ -112,3 +112,53 @@ def rmsprop_tf(params: Params, **settings: Any) -> torch.optim.Optimizer:
 def lazy_lookahead(optimizer: torch.optim.Optimizer, k: int, alpha: float) -> Any:
     """timm's Lookahead: its slow weights are made at the first sync, from weights that have already moved."""
     return timm_module("lookahead").Lookahead(optimizer, alpha=alpha, k=k)
+
+
+def madgrad(params: Params, **settings: Any) -> torch.optim.Optimizer:
+    """timm's MADGRAD, which counts steps per weight; only with a learning rate above 0 and without decoupled decay."""
+    return timm_module("madgrad").MADGRAD(params, **settings)
+
+
+def novograd(params: Params, **settings: Any) -> torch.optim.Optimizer:
+    """timm's NvNovoGrad, NVIDIA's Jasper code with decoupled decay added; its norms are made in double here."""
+    base = timm_module("nvnovograd").NvNovoGrad
+
+    class InDouble(base):  # type: ignore[misc, valid-type]
+        def step(self, closure: Any = None) -> Any:
+            before = torch.get_default_dtype()
+            torch.set_default_dtype(torch.float64)
+            try:
+                return super().step(closure)
+            finally:
+                torch.set_default_dtype(before)
+
+    return InDouble(params, **({"weight_decay": 0.0} | settings))
+
+
+def positive_negative(params: Params, **settings: Any) -> torch.optim.Optimizer:
+    """pytorch_optimizer's PNM; dense only, it counts steps per group."""
+    from pytorch_optimizer import PNM
+
+    return PNM(params, **settings)
+
+
+def adaptive_positive_negative(params: Params, **settings: Any) -> torch.optim.Optimizer:
+    """pytorch_optimizer's AdaPNM; dense only, it counts steps per group."""
+    from pytorch_optimizer import AdaPNM
+
+    return AdaPNM(params, **settings)
+
+
+def lamb(params: Params, **settings: Any) -> torch.optim.Optimizer:
+    """timm's Lamb without its global clipping; it counts steps per group, so dense only."""
+    return timm_module("lamb").Lamb(params, max_grad_norm=None, **settings)
+
+
+def adan(params: Params, **settings: Any) -> torch.optim.Optimizer:
+    """timm's Adan, which follows the authors' code; it counts steps per group, so dense only."""
+    return timm_module("adan").Adan(params, foreach=False, **settings)
+
+
+def lion(params: Params, **settings: Any) -> torch.optim.Optimizer:
+    """timm's Lion."""
+    return timm_module("lion").Lion(params, foreach=False, **settings)

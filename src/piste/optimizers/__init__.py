@@ -3,10 +3,35 @@
 from piste.optimizers.adabelief import AdaBelief as AdaBelief
 from piste.optimizers.adam import Adam as Adam
 from piste.optimizers.adam import AdamW as AdamW
+from piste.optimizers.adan import Adan as Adan
+from piste.optimizers.lamb import Lamb as Lamb
+from piste.optimizers.lion import Lion as Lion
+from piste.optimizers.madgrad import MADGRAD as MADGRAD
+from piste.optimizers.madgrad import MirrorMADGRAD as MirrorMADGRAD
+from piste.optimizers.novograd import NovoGrad as NovoGrad
+from piste.optimizers.pnm import PNM as PNM
+from piste.optimizers.pnm import AdaPNM as AdaPNM
 from piste.optimizers.radam import RAdam as RAdam
 from piste.optimizers.ranger import Ranger as Ranger
 from piste.optimizers.ranger import RangerAdaBelief as RangerAdaBelief
 from piste.optimizers.rmsprop import RMSprop as RMSprop
 from piste.optimizers.sgd import SGD as SGD
 
-__all__ = ["SGD", "AdaBelief", "Adam", "AdamW", "RAdam", "RMSprop", "Ranger", "RangerAdaBelief"]
+__all__ = [
+    "MADGRAD",
+    "PNM",
+    "SGD",
+    "AdaBelief",
+    "AdaPNM",
+    "Adam",
+    "AdamW",
+    "Adan",
+    "Lamb",
+    "Lion",
+    "MirrorMADGRAD",
+    "NovoGrad",
+    "RAdam",
+    "RMSprop",
+    "Ranger",
+    "RangerAdaBelief",
+]

@@ -6,7 +6,7 @@ from piste.ops import Value
 from piste.slots import Hyper, States, apply
 from piste.storage import moment
 
-__all__ = ["lr_in_momentum"]
+__all__ = ["lr_in_momentum", "proximal"]
 
 
 @apply(buf=moment)
@@ -16,3 +16,9 @@ def lr_in_momentum(p: Value, d: Value, st: States, hp: Hyper) -> Value:
         return p - hp.lr * d
     buf = hp.momentum * st.buf + hp.lr * d
     return p - buf, {"buf": buf}
+
+
+@apply
+def proximal(p: Value, d: Value, hp: Hyper) -> Value:
+    """The step, then the decay as a proximal map: the weight that minimises both (Zhuang et al. 2022)."""
+    return (p - hp.lr * d) / (1 + hp.lr * hp.weight_decay)

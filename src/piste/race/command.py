@@ -1,7 +1,8 @@
-"""The commands: ``piste race``, ``piste list``, ``piste report``."""
+"""The commands: ``piste race``, ``piste list``, ``piste show``, ``piste report``."""
 
 from __future__ import annotations
 
+import difflib
 import shlex
 import sys
 import traceback
@@ -12,11 +13,10 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.padding import Padding
-from rich.text import Text
 
 import piste
 from piste.race import report
+from piste.race.catalogue import show_list, show_preset
 from piste.race.contenders import ContenderError
 from piste.race.executor import ExecutorError
 from piste.race.record import StudyResult
@@ -183,25 +183,20 @@ def _list(pattern: str) -> None:
     if not names:
         click.echo(f"piste: no name fits {pattern!r}; piste list shows all", err=True)
         sys.exit(1)
-    rows = [("name", "class", "schedule", "lr prior"), *map(_listed, names)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    console = Console()
-    for row in rows:
-        line = "  ".join(map(str.ljust, row, widths)).rstrip()
-        heading = row is rows[0]
-        console.print(line, style="dim" if heading else "bold", markup=False, highlight=False, soft_wrap=True)
-        if not heading:
-            preset = piste.presets[row[0]]
-            console.print(Padding(Text(preset.description), (0, 0, 0, 4)))
-            console.print(Padding(Text(f"Source: {preset.source}", style="dim"), (0, 0, 0, 4)))
+    show_list(Console(), names)
 
 
-def _listed(name: str) -> tuple[str, str, str, str]:
-    """What the list says of a preset in one line."""
-    preset = piste.presets[name]
-    prior = preset.lr_prior
-    low, high = prior.center / 10**prior.decades_below, prior.center * 10**prior.decades_above
-    return name, preset.optimizer.__name__, preset.schedule, f"{low:.2g} … {high:.2g}"
+@command.command(name="show", short_help="Show one of those names: equations, settings, advice.")
+@click.argument("name")
+def _show_one(name: str) -> None:
+    """Show preset NAME (case and hyphens make no difference): its cost, settings, equations, when to use it."""
+    found = piste.list_optimizers(name)
+    if len(found) != 1:
+        similar = difflib.get_close_matches(name.lower(), piste.list_optimizers(), n=3)
+        hint = f" (did you mean {' or '.join(similar)}?)" if similar else ""
+        click.echo(f"piste: no preset {name!r}{hint}; piste list shows all", err=True)
+        sys.exit(1)
+    show_preset(Console(), found[0])
 
 
 @command.command(name="report", short_help="Write the report of a race again.")

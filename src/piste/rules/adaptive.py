@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from piste.ops import Value, debias, lerp, maximum, rho, sqrt, square
 from piste.slots import Hyper, States, direction
-from piste.storage import moment, second_moment
+from piste.storage import State, moment, second_moment
 
-__all__ = ["adabelief", "adam", "radam", "ranger_adabelief", "rmsprop", "rmsprop_tf"]
+__all__ = ["adabelief", "adam", "adan", "lamb", "radam", "ranger_adabelief", "rmsprop", "rmsprop_tf"]
 
 
 @direction(m=moment, v=second_moment, vmax=second_moment)
@@ -64,6 +64,30 @@ def ranger_adabelief(g: Value, st: States, hp: Hyper, t: Value) -> Value:
         s = s + hp.eps
         return m / (sqrt(s) + hp.eps), {"m": m, "s": s}
     return m, {"m": m, "s": s}
+
+
+@direction(m=moment, v=second_moment)
+def lamb(g: Value, st: States, hp: Hyper, t: Value) -> Value:
+    """Adam's direction inside LAMB (You et al. 2020, algorithm 2), whose bias correction may be left out."""
+    m = lerp(st.m, g, 1 - hp.beta1)
+    v = lerp(st.v, square(g), 1 - hp.beta2)
+    if hp.bias_correction:
+        return debias(m, hp.beta1, t) / (sqrt(debias(v, hp.beta2, t)) + hp.eps), {"m": m, "v": v}
+    return m / (sqrt(v) + hp.eps), {"m": m, "v": v}
+
+
+@direction(m=moment, d=moment, n=second_moment, previous=State("gradient"))
+def adan(g: Value, st: States, hp: Hyper, t: Value) -> Value:
+    """Xie et al. 2022, algorithm 1, with the released code's bias corrections; betas are what is kept, as in the code.
+
+    The first gradient has nothing to differ from.
+    """
+    change: Value = g - st.previous if t > 1 else 0.0
+    m = lerp(st.m, g, 1 - hp.beta1)
+    d = lerp(st.d, change, 1 - hp.beta2)
+    n = lerp(st.n, square(g + hp.beta2 * change), 1 - hp.beta3)
+    ahead = debias(m, hp.beta1, t) + hp.beta2 * debias(d, hp.beta2, t)
+    return ahead / (sqrt(debias(n, hp.beta3, t)) + hp.eps), {"m": m, "d": d, "n": n, "previous": g}
 
 
 def _mean_square(g: Value, st: States, hp: Hyper) -> tuple[Value, dict[str, Value]]:
