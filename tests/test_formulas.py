@@ -156,6 +156,36 @@ def test_formula_is_the_oracle(
             same("Adan", live.adan, lr=0.02, weight_decay=0.3, eps=1e-2),
             same("Adan", live.adan, lr=0.02, weight_decay=0.3, no_prox=True, betas=(0.9, 0.8, 0.95)),
             same("Lion", live.lion, lr=0.02, weight_decay=0.3),
+            same("LaProp", live.laprop, lr=0.02, eps=1e-8),
+            same("ADOPT", live.adopt, lr=0.02),
+            (
+                "ADOPT",
+                {"lr": 0.02, "weight_decay": 0.3, "betas": (0.8, 0.95)},
+                live.adopt,
+                {"lr": 0.02, "weight_decay": 0.3, "betas": (0.8, 0.95), "decoupled": True},
+            ),
+            same("NAdamW", live.nadam, lr=0.02, weight_decay=0.3, decoupled_weight_decay=True),
+            (
+                "NAdamW",
+                {"lr": 0.02, "weight_decay": 0.3, "momentum_decay": 0.1, "eps": 1e-2, "decoupled_weight_decay": False},
+                live.nadam,
+                {"lr": 0.02, "weight_decay": 0.3, "momentum_decay": 0.1, "eps": 1e-2},
+            ),
+            same("StableAdamW", live.stable_adamw, lr=0.02, weight_decay=0.3),
+            same("StableAdamW", live.stable_adamw, lr=0.02, weight_decay=0.0, betas=(0.8, 0.5), eps=1e-3),
+            (
+                "AdEMAMix",
+                {"lr": 0.02, "weight_decay": 0.3, "warmup_steps": 9, "alpha": 3.0, "betas": (0.8, 0.95, 0.99)},
+                live.ademamix,
+                {
+                    "lr": 0.02,
+                    "weight_decay": 0.3,
+                    "weight_decouple": True,
+                    "t_alpha_beta3": 9,
+                    "alpha": 3.0,
+                    "betas": (0.8, 0.95, 0.99),
+                },
+            ),
         ]
     ),
 )

@@ -234,6 +234,19 @@ def _modern() -> list[Case]:
         Case("Adan", decayed | {"eps": 1e-2, "betas": (0.9, 0.8, 0.95)}),
         Case("Adan", decayed | {"no_prox": True, "maximize": True}),
         Case("Adan", decayed | {"decoupled_weight_decay": False, "use_gc": True}),
+        Case("LaProp", {"lr": 0.02, "eps": 1e-8}, live.laprop),
+        Case("LaProp", decayed | {"betas": (0.8, 0.5), "eps": 1e-2, "use_gc": True}),
+        Case("ADOPT", {"lr": 0.02}, live.adopt),
+        Case("ADOPT", decayed | {"betas": (0.8, 0.95), "clip_exponent": 0.5, "maximize": True}),
+        Case("ADOPT", decayed | {"decoupled_weight_decay": False, "use_gc": True, "eps": 1e-2}),
+        Case("NAdamW", decayed, live.nadam, decayed | {"decoupled_weight_decay": True}),
+        Case("NAdamW", decayed | {"momentum_decay": 0.1, "betas": (0.8, 0.9), "use_gc": True}),
+        Case("StableAdamW", {"lr": 0.02}),
+        Case("StableAdamW", decayed | {"betas": (0.8, 0.5), "eps": 1e-2, "maximize": True}),
+        Case("StableAdamW", decayed | {"decoupled_weight_decay": False, "use_gc": True}),
+        Case("AdEMAMix", {"lr": 0.02}),
+        Case("AdEMAMix", decayed | {"warmup_steps": 6, "betas": (0.8, 0.95, 0.99), "alpha": 2.0}),
+        Case("AdEMAMix", decayed | {"decoupled_weight_decay": False, "warmup_steps": 100, "use_gc": True}),
         Case("Lion", {"lr": 0.02}, live.lion),
         Case("Lion", decayed | {"betas": (0.95, 0.98)}, live.lion),
         Case("Lion", decayed | {"decoupled_weight_decay": False, "use_gc": True, "maximize": True}),
@@ -331,6 +344,11 @@ TWO_GROUPS = {
     "AdamW": ({"lr": 0.1}, {"betas": (0.8, 0.95), "eps": 1e-3, "lr": 0.01, "weight_decay": 0.1}),
     "RAdam": ({"lr": 0.1}, {"betas": (0.8, 0.95), "eps": 1e-3, "lr": 0.01, "weight_decay": 0.1}),
     "AdaBelief": ({"lr": 0.1, "eps": 1e-8}, {"betas": (0.8, 0.95), "eps": 1e-3, "lr": 0.01, "weight_decay": 0.1}),
+    "ADOPT": ({"lr": 0.1}, {"betas": (0.8, 0.95), "eps": 1e-3, "lr": 0.01, "weight_decay": 0.1}),
+    "AdEMAMix": ({"lr": 0.1}, {"betas": (0.8, 0.95, 0.99), "warmup_steps": 8, "lr": 0.01, "alpha": 2.0}),
+    "LaProp": ({"lr": 0.1, "eps": 1e-8}, {"betas": (0.8, 0.95), "eps": 1e-3, "lr": 0.01, "weight_decay": 0.1}),
+    "NAdamW": ({"lr": 0.1}, {"betas": (0.8, 0.95), "eps": 1e-3, "lr": 0.01, "momentum_decay": 0.1}),
+    "StableAdamW": ({"lr": 0.1}, {"betas": (0.8, 0.95), "eps": 1e-3, "lr": 0.01, "weight_decay": 0.1}),
     "Adan": ({"lr": 0.1}, {"betas": (0.9, 0.8, 0.95), "eps": 1e-3, "lr": 0.01, "weight_decay": 0.1}),
     "Lamb": ({"lr": 0.1}, {"betas": (0.8, 0.95), "eps": 1e-3, "lr": 0.01, "weight_decay": 0.1}),
     "Lion": ({"lr": 0.1}, {"betas": (0.8, 0.95), "lr": 0.01, "weight_decay": 0.1}),
@@ -384,7 +402,7 @@ def _swing(name: str, step: int) -> Hyperparameters:
         "eps": 1e-4 * swing,
         "beta0": swing,
     }
-    if name == "Adan":
+    if name in ("Adan", "AdEMAMix"):
         others["betas"] = (0.98 - 0.1 * swing, 0.92 - 0.1 * swing, 0.99 - 1e-3 * swing)
     known = inspect.signature(getattr(piste, name)).parameters
     return numbers | {key: value for key, value in others.items() if key in known}
@@ -574,6 +592,16 @@ DRAWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "trust_clip": flags,
         "max_weight_norm": st.sampled_from([None, 0.5, 10.0]),
     },
+    "ADOPT": {"betas": betas, "eps": epsilons, "clip_exponent": st.floats(0.1, 0.5)},
+    "AdEMAMix": {
+        "betas": st.tuples(st.floats(0.5, 0.97), st.floats(0.5, 0.999), st.floats(0.9, 0.9999)),
+        "eps": epsilons,
+        "alpha": st.floats(0.0, 10.0),
+        "warmup_steps": st.sampled_from([None, 1, 5, 100]),
+    },
+    "LaProp": {"betas": betas, "eps": epsilons},
+    "NAdamW": {"betas": betas, "eps": epsilons, "momentum_decay": st.floats(0.0, 0.5)},
+    "StableAdamW": {"betas": betas, "eps": epsilons},
     "Lion": {"betas": betas},
     "MADGRAD": {"momentum": st.sampled_from([0.0, 0.5, 0.9]), "eps": epsilons},
     "MirrorMADGRAD": {"momentum": st.sampled_from([0.0, 0.5, 0.9]), "eps": epsilons},
@@ -671,7 +699,12 @@ def test_rules_without_a_direction_refuse_to_centralize_one(name: str) -> None:
 
 STATE_BYTES = {
     "AdaPNM": 16,
+    "ADOPT": 8,
+    "AdEMAMix": 12,
     "Adan": 16,
+    "LaProp": 8,
+    "NAdamW": 8,
+    "StableAdamW": 8,
     "Lamb": 8,
     "Lion": 4,
     "MADGRAD": 12,
@@ -696,7 +729,9 @@ def test_solves_a_convex_problem(name: str, engine: str) -> None:
     curvature, best = a @ a.T / 20 + torch.eye(20, dtype=torch.float64), torch.randn(20, generator=generator).double()
     p = torch.nn.Parameter(torch.zeros(20, dtype=torch.float64))
     start = {"PNM": 0.3, "SGD": 0.3, "NovoGrad": 0.05, "Lamb": 0.1, "MADGRAD": 0.3, "MirrorMADGRAD": 0.1}.get(name, 0.1)
-    optimizer = getattr(piste, name)([p], lr=start, weight_decay=0.0, engine=engine)
+    # its slow average would go on for ten thousand steps
+    extra = {"betas": (0.9, 0.999, 0.99), "alpha": 1.0} if name == "AdEMAMix" else {}
+    optimizer = getattr(piste, name)([p], lr=start, weight_decay=0.0, engine=engine, **extra)
     losses = []
     steps = 1500
     for step in range(steps):

@@ -491,4 +491,5 @@ def test_the_registry_names_the_state_of_a_class(info):
     optimizer = info.optimizer([weight], **ALL_STATE.get(info.name, {}))
     weight.grad = torch.ones(3)
     optimizer.step()
+    optimizer.step()
     assert set(optimizer.state[weight]) == {"step", *info.state}

@@ -65,13 +65,17 @@ def _count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def _steps(value: Any) -> bool:
+    return value is None or _count(value)
+
+
 def _clip(value: Any) -> bool:
     return value is None or bool(_within(0, open_low=True)(value))
 
 
 _FLAG = (_flag, "True or False")
 
-#: hyper-parameter -> (is this value legal?, the legal range in words)
+#: hyper-parameter, or class.hyper-parameter where a class has its own range -> (is this value legal?, the range)
 _LEGAL: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "lr": (_within(0), "a finite number >= 0"),
     "betas": (_fractions, "two numbers, each in [0, 1)"),
@@ -80,9 +84,13 @@ _LEGAL: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "momentum": (_within(0), "a finite number >= 0"),
     "dampening": (_within(-math.inf), "a finite number"),
     "alpha": (_within(0, 1), "a number in [0, 1]"),
+    "AdEMAMix.alpha": (_within(0), "a finite number >= 0"),
     "k": (_count, "a whole number >= 1"),
     "beta0": (_within(0), "a finite number >= 0"),
     "clip_norm": (_clip, "None or a finite number > 0"),
+    "clip_exponent": (_within(0), "a finite number >= 0"),
+    "momentum_decay": (_within(0), "a finite number >= 0"),
+    "warmup_steps": (_steps, "None or a whole number >= 1"),
     "max_weight_norm": (_clip, "None or a finite number > 0"),
     **dict.fromkeys(
         (
@@ -119,7 +127,7 @@ def check_hyperparameters(owner: str, values: Mapping[str, Any], known: Iterable
     known = set(known)
     for name, value in values.items():
         if name in known:
-            legal, words = _LEGAL.get(name, (lambda _: True, ""))
+            legal, words = _LEGAL.get(f"{owner}.{name}") or _LEGAL.get(name, (lambda _: True, ""))
             if not legal(value):
                 raise ValueError(f"{owner} got {name}={value!r}; legal: {words}")
         elif name not in _FOREIGN:

@@ -262,6 +262,8 @@ _PRIORS: Mapping[str, LrPrior] = {
     # 1e-3 to 4e-3 in its author's fastai runs. Measured 0.02 to 0.05: Lookahead halves the pace, too.
     "Ranger": LrPrior(6e-3, 0.8, 1.2),
     "RangerAdaBelief": LrPrior(6e-3, 0.8, 1.2),
+    # Adam with another order of operations, or less haste: where AdamW's is.
+    **dict.fromkeys(("ADOPT", "AdEMAMix", "LaProp", "NAdamW", "StableAdamW"), LrPrior(2e-3)),
     # Ten times AdamW's, as its authors advise (5 to 10 times).
     "Adan": LrPrior(2e-2),
     # The relative change of a tensor per step; 1.8e-3 (BERT) to 1.2e-2 (ImageNet) in the paper at large batches.
@@ -407,6 +409,46 @@ presets = Presets(
                 _L2_NORMS_SPARED,
                 "Liu et al. 2019, arXiv 1908.03265",
                 "Adam that warms itself up; its default settings, as in torch.",
+            ),
+            _preset(
+                "laprop",
+                optimizers.LaProp,
+                {},
+                _NORMS_SPARED,
+                "Ziyin et al. 2020, arXiv 2002.04839",
+                "Momentum of normalised gradients: calmer than Adam where they are noisy.",
+            ),
+            _preset(
+                "adopt",
+                optimizers.ADOPT,
+                {},
+                _NORMS_SPARED,
+                "Taniguchi et al. 2024, arXiv 2411.02853",
+                "Adam that converges at any beta2, with its authors' clipping.",
+            ),
+            _preset(
+                "nadamw",
+                optimizers.NAdamW,
+                {},
+                _NORMS_SPARED,
+                "Dozat 2016; Dahl et al. 2023, arXiv 2306.07179",
+                "AdamW with Nesterov's momentum, the baseline of AlgoPerf.",
+            ),
+            _preset(
+                "stableadamw",
+                optimizers.StableAdamW,
+                {},
+                _NORMS_SPARED,
+                "Wortsman et al. 2023, arXiv 2304.13013",
+                "AdamW that shortens surprising steps, in the place of gradient clipping.",
+            ),
+            _preset(
+                "ademamix",
+                optimizers.AdEMAMix,
+                {},
+                _NORMS_SPARED,
+                "Pagliardini et al. 2024, arXiv 2409.03137",
+                "AdamW with a second, very slow average; say warmup_steps= on long runs.",
             ),
             _preset(
                 "adan",

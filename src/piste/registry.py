@@ -66,10 +66,14 @@ OPTIMIZERS: tuple[OptimizerInfo, ...] = (
     _info(optimizers.AdamW, "m v vmax", "Loshchilov & Hutter 2019, arXiv 1711.05101", "torch.optim.AdamW"),
     _info(optimizers.Adan, "m d n previous", "Xie et al. 2022, arXiv 2208.06677", "timm Adan"),
     _info(optimizers.AdaPNM, "odd even v vmax", "Xie et al. 2021, arXiv 2103.17182", "pytorch_optimizer AdaPNM"),
+    _info(optimizers.AdEMAMix, "m slow v", "Pagliardini et al. 2024, arXiv 2409.03137", "pytorch_optimizer AdEMAMix"),
+    _info(optimizers.ADOPT, "m v", "Taniguchi et al. 2024, arXiv 2411.02853", "timm Adopt"),
     _info(optimizers.Lamb, "m v", "You et al. 2020, arXiv 1904.00962", "timm Lamb, pytorch-lamb 1.0.0"),
+    _info(optimizers.LaProp, "m v", "Ziyin et al. 2020, arXiv 2002.04839", "timm LaProp"),
     _info(optimizers.Lion, "m", "Chen et al. 2023, arXiv 2302.06675", "timm Lion"),
     _info(optimizers.MADGRAD, "nu s x0", "Defazio & Jelassi 2021, arXiv 2101.11075", "madgrad 1.3, timm MADGRAD"),
     _info(optimizers.MirrorMADGRAD, "nu z", "Defazio & Jelassi 2021, madgrad 1.3", "madgrad 1.3"),
+    _info(optimizers.NAdamW, "m v product", "Dozat 2016", "torch.optim.NAdam"),
     _info(optimizers.NovoGrad, "m v vmax", "Ginsburg et al. 2019, arXiv 1905.11286", "timm NvNovoGrad"),
     _info(optimizers.PNM, "odd even", "Xie et al. 2021, arXiv 2103.17182", "pytorch_optimizer PNM"),
     _info(optimizers.RAdam, "m v", "Liu et al. 2019, arXiv 1908.03265", "torch.optim.RAdam"),
@@ -77,6 +81,7 @@ OPTIMIZERS: tuple[OptimizerInfo, ...] = (
     _info(optimizers.RangerAdaBelief, "m s slow", "Zhuang et al. 2020, arXiv 2010.07468", "ranger-adabelief 0.1.0"),
     _info(optimizers.RMSprop, "v gbar buf", "Hinton et al. 2012, lecture 6e", "torch.optim.RMSprop, timm RMSpropTF"),
     _info(optimizers.SGD, "buf", "Sutskever et al. 2013", "torch.optim.SGD"),
+    _info(optimizers.StableAdamW, "m v", "Wortsman et al. 2023, arXiv 2304.13013", "torch-optimi StableAdamW"),
 )
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "anchor",
     "compute_dtype",
     "moment",
+    "product",
     "second_moment",
     "shape_of",
     "squared_norm",
@@ -58,6 +59,8 @@ moment = State("moment")
 second_moment = State("second_moment")
 accumulator = State("accumulator")
 anchor = State("weight", start="weight")
+#: a running product of numbers, one per weight
+product = State("accumulator", start="ones", kind=TENSOR)
 #: a squared norm of the whole weight
 squared_norm = State("second_moment", kind=TENSOR)
 

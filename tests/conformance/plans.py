@@ -19,7 +19,8 @@ def _moving(group: dict[str, Any], step: int) -> dict[str, Any]:
     swing = 1.0 + 0.3 * math.sin(step)
     changed: dict[str, Any] = {"lr": 0.01 * swing, "weight_decay": 0.1 * swing}
     if "betas" in group:
-        changed["betas"] = (0.9 - 0.05 * swing, 0.99 + 0.005 * swing)
+        more = (0.999 + 0.0005 * swing,) if len(group["betas"]) == 3 else ()
+        changed["betas"] = (0.9 - 0.05 * swing, 0.99 + 0.005 * swing, *more)
     if "momentum" in group:
         changed["momentum"] = 0.9 - 0.05 * swing
     if "eps" in group:

@@ -119,11 +119,10 @@ def madgrad(params: Params, **settings: Any) -> torch.optim.Optimizer:
     return timm_module("madgrad").MADGRAD(params, **settings)
 
 
-def novograd(params: Params, **settings: Any) -> torch.optim.Optimizer:
-    """timm's NvNovoGrad, NVIDIA's Jasper code with decoupled decay added; its norms are made in double here."""
-    base = timm_module("nvnovograd").NvNovoGrad
+def _in_double(base: Any) -> Any:
+    """The class, with the numbers that it makes for itself during a step (norms, products) in double."""
 
-    class InDouble(base):  # type: ignore[misc, valid-type]
+    class InDouble(base):  # type: ignore[misc]
         def step(self, closure: Any = None) -> Any:
             before = torch.get_default_dtype()
             torch.set_default_dtype(torch.float64)
@@ -132,7 +131,17 @@ def novograd(params: Params, **settings: Any) -> torch.optim.Optimizer:
             finally:
                 torch.set_default_dtype(before)
 
-    return InDouble(params, **({"weight_decay": 0.0} | settings))
+    return InDouble
+
+
+def novograd(params: Params, **settings: Any) -> torch.optim.Optimizer:
+    """timm's NvNovoGrad, NVIDIA's Jasper code with decoupled decay added; its norms are made in double here."""
+    return _in_double(timm_module("nvnovograd").NvNovoGrad)(params, **({"weight_decay": 0.0} | settings))
+
+
+def nadam(params: Params, **settings: Any) -> torch.optim.Optimizer:
+    """torch's NAdam, whose product of momenta is in double here."""
+    return _in_double(torch.optim.NAdam)(params, foreach=False, **settings)
 
 
 def positive_negative(params: Params, **settings: Any) -> torch.optim.Optimizer:
@@ -162,3 +171,27 @@ def adan(params: Params, **settings: Any) -> torch.optim.Optimizer:
 def lion(params: Params, **settings: Any) -> torch.optim.Optimizer:
     """timm's Lion."""
     return timm_module("lion").Lion(params, foreach=False, **settings)
+
+
+def laprop(params: Params, **settings: Any) -> torch.optim.Optimizer:
+    """timm's LaProp; equal to the paper at a constant learning rate. Its bias corrections are in double here."""
+    return _in_double(timm_module("laprop").LaProp)(params, foreach=False, **settings)
+
+
+def adopt(params: Params, **settings: Any) -> torch.optim.Optimizer:
+    """timm's Adopt with the clipping of the authors' code."""
+    return timm_module("adopt").Adopt(params, clip_exp=0.25, foreach=False, **settings)
+
+
+def stable_adamw(params: Params, **settings: Any) -> torch.optim.Optimizer:
+    """torch-optimi's StableAdamW; it counts steps per group, so dense only."""
+    from optimi import StableAdamW
+
+    return StableAdamW(params, foreach=False, **settings)
+
+
+def ademamix(params: Params, **settings: Any) -> torch.optim.Optimizer:
+    """pytorch_optimizer's AdEMAMix; it counts steps per group, so dense only."""
+    from pytorch_optimizer import AdEMAMix
+
+    return AdEMAMix(params, foreach=False, **settings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from oracles import dual, formulas, modern, momentum
+from oracles import dual, formulas, modern, momentum, relatives
 from oracles.formulas import Formula
 
 FORMULAS: dict[str, Formula] = {
@@ -10,6 +10,11 @@ FORMULAS: dict[str, Formula] = {
     "AdaPNM": momentum.adapnm,
     "Adam": formulas.adam,
     "AdamW": formulas.adamw,
+    "ADOPT": relatives.adopt,
+    "AdEMAMix": relatives.ademamix,
+    "LaProp": relatives.laprop,
+    "NAdamW": relatives.nadamw,
+    "StableAdamW": relatives.stable_adamw,
     "Adan": modern.adan,
     "Lamb": modern.lamb,
     "Lion": modern.lion,

@@ -18,7 +18,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
-from math import prod
+from math import nan, prod
 from typing import Any, NamedTuple
 
 import torch
@@ -298,7 +298,8 @@ def _launch(bucket: Bucket, table: _Table, work: Pass, kernel: Kernel) -> None:
     for column in work.columns:
         columns += _column(bucket, column)
     columns += table.geometry
-    hyper = [group[name] for group in bucket.hp for name in table.lowered.hyper]
+    # a group that is not in this bucket may have a flag where this plan has a number
+    hyper = [group.get(name, nan) for group in bucket.hp for name in table.lowered.hyper]
     threads = torch.get_num_threads() if os.getpid() == _PROCESS else 1
     kernel(len(bucket), threads, len(table.lowered.hyper), table.axes, _packed("q", columns), _packed("d", hyper))
 

@@ -3,6 +3,11 @@
 from piste.optimizers.adabelief import AdaBelief as AdaBelief
 from piste.optimizers.adam import Adam as Adam
 from piste.optimizers.adam import AdamW as AdamW
+from piste.optimizers.adam_family import ADOPT as ADOPT
+from piste.optimizers.adam_family import AdEMAMix as AdEMAMix
+from piste.optimizers.adam_family import LaProp as LaProp
+from piste.optimizers.adam_family import NAdamW as NAdamW
+from piste.optimizers.adam_family import StableAdamW as StableAdamW
 from piste.optimizers.adan import Adan as Adan
 from piste.optimizers.lamb import Lamb as Lamb
 from piste.optimizers.lion import Lion as Lion
@@ -18,20 +23,25 @@ from piste.optimizers.rmsprop import RMSprop as RMSprop
 from piste.optimizers.sgd import SGD as SGD
 
 __all__ = [
+    "ADOPT",
     "MADGRAD",
     "PNM",
     "SGD",
+    "AdEMAMix",
     "AdaBelief",
     "AdaPNM",
     "Adam",
     "AdamW",
     "Adan",
+    "LaProp",
     "Lamb",
     "Lion",
     "MirrorMADGRAD",
+    "NAdamW",
     "NovoGrad",
     "RAdam",
     "RMSprop",
     "Ranger",
     "RangerAdaBelief",
+    "StableAdamW",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from piste.ops import Value, rho
 from piste.slots import Hyper, decay, scale
 
-__all__ = ["decoupled", "decoupled_while_moving", "fixed", "into_direction"]
+__all__ = ["decoupled", "decoupled_from_second_step", "decoupled_while_moving", "fixed", "into_direction"]
 
 
 @decay
@@ -18,6 +18,12 @@ def decoupled(p: Value, hp: Hyper) -> Value:
 def decoupled_while_moving(p: Value, hp: Hyper, t: Value) -> Value:
     """Decoupled decay of RAdam's authors: a weight that rests until the step is rectified is not decayed either."""
     return p if not hp.degenerated_to_sgd and rho(hp.beta2, t) <= 5 else decoupled(p, hp)
+
+
+@decay
+def decoupled_from_second_step(p: Value, hp: Hyper, t: Value) -> Value:
+    """Decoupled decay of a rule that only looks in its first step."""
+    return p if t == 1 else decoupled(p, hp)
 
 
 @decay

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from piste.ops import Value, debias, lerp, maximum, rho, sqrt, square
+from piste.ops import Value, clamp, debias, exp, lerp, log, maximum, mean, minimum, rho, sqrt, square
 from piste.slots import Hyper, States, direction
-from piste.storage import State, moment, second_moment
+from piste.storage import State, moment, product, second_moment
 
-__all__ = ["adabelief", "adam", "adan", "lamb", "radam", "ranger_adabelief", "rmsprop", "rmsprop_tf"]
+__all__ = [
+    "adabelief",
+    "adam",
+    "adan",
+    "ademamix",
+    "adopt",
+    "lamb",
+    "laprop",
+    "nadam",
+    "radam",
+    "ranger_adabelief",
+    "rmsprop",
+    "rmsprop_tf",
+    "stable_adam",
+]
 
 
 @direction(m=moment, v=second_moment, vmax=second_moment)
@@ -88,6 +102,70 @@ def adan(g: Value, st: States, hp: Hyper, t: Value) -> Value:
     n = lerp(st.n, square(g + hp.beta2 * change), 1 - hp.beta3)
     ahead = debias(m, hp.beta1, t) + hp.beta2 * debias(d, hp.beta2, t)
     return ahead / (sqrt(debias(n, hp.beta3, t)) + hp.eps), {"m": m, "d": d, "n": n, "previous": g}
+
+
+@direction(m=moment, v=second_moment)
+def laprop(g: Value, st: States, hp: Hyper, t: Value) -> Value:
+    """Ziyin et al. 2020, algorithm 1: momentum of normalised gradients, where Adam normalises the momentum."""
+    v = lerp(st.v, square(g), 1 - hp.beta2)
+    m = lerp(st.m, g / (sqrt(debias(v, hp.beta2, t)) + hp.eps), 1 - hp.beta1)
+    return debias(m, hp.beta1, t), {"m": m, "v": v}
+
+
+@direction(m=moment, v=second_moment)
+def adopt(g: Value, st: States, hp: Hyper, t: Value) -> Value:
+    """Taniguchi et al. 2024, algorithm 2 with its clipping: each gradient is divided by what came before it.
+
+    The first gradient only begins the mean square, and moves nothing.
+    """
+    if t == 1:
+        return 0.0, {"v": square(g)}
+    bound = (t - 1) ** hp.clip_exponent
+    m = lerp(st.m, clamp(g / maximum(sqrt(st.v), hp.eps), -bound, bound), 1 - hp.beta1)
+    return m, {"m": m, "v": lerp(st.v, square(g), 1 - hp.beta2)}
+
+
+@direction(m=moment, v=second_moment, product=product)
+def nadam(g: Value, st: States, hp: Hyper, t: Value) -> Value:
+    """Dozat 2016, as in torch: Nesterov's momentum with a momentum that warms up, whose product debiases it."""
+    now, then = (hp.beta1 * (1 - 0.5 * exp(log(0.96) * (at * hp.momentum_decay))) for at in (t, t + 1))
+    m = lerp(st.m, g, 1 - hp.beta1)
+    v = lerp(st.v, square(g), 1 - hp.beta2)
+    gathered = st.product * now
+    ahead = g * ((1 - now) / (1 - gathered)) + m * (then / (1 - gathered * then))
+    return ahead / (sqrt(debias(v, hp.beta2, t)) + hp.eps), {"m": m, "v": v, "product": gathered}
+
+
+@direction(m=moment, v=second_moment)
+def stable_adam(g: Value, p: Value, st: States, hp: Hyper, t: Value) -> Value:
+    """Wortsman et al. 2023, algorithm 2: AdamW whose step, decay included, shrinks where gradients outgrow v."""
+    m = lerp(st.m, g, 1 - hp.beta1)
+    v = lerp(st.v, square(g), 1 - hp.beta2)
+    mean_square = debias(v, hp.beta2, t)
+    d = debias(m, hp.beta1, t) / (sqrt(mean_square) + hp.eps)
+    if hp.decoupled_weight_decay and hp.weight_decay != 0:
+        d = d + hp.weight_decay * p
+    surprise = sqrt(mean(square(g) / maximum(mean_square, hp.eps**2)))
+    return d / maximum(surprise, 1.0), {"m": m, "v": v}
+
+
+@direction(m=moment, slow=moment, v=second_moment)
+def ademamix(g: Value, st: States, hp: Hyper, t: Value) -> Value:
+    """Pagliardini et al. 2024, algorithm 1: Adam with a second, much slower average of gradients.
+
+    Both its weight and its slowness may warm up; that average is not corrected for starting at zero.
+    """
+    alpha, beta3 = hp.alpha, hp.beta3
+    if hp.warmup_steps is not None and t < hp.warmup_steps:
+        done = t / hp.warmup_steps
+        fast, slow = log(hp.beta1), log(hp.beta3)
+        alpha = hp.alpha * done
+        beta3 = minimum(exp(fast * slow / ((1 - done) * slow + done * fast)), hp.beta3)
+    m = lerp(st.m, g, 1 - hp.beta1)
+    far = lerp(st.slow, g, 1 - beta3)
+    v = lerp(st.v, square(g), 1 - hp.beta2)
+    mixed = debias(m, hp.beta1, t) + alpha * far
+    return mixed / (sqrt(debias(v, hp.beta2, t)) + hp.eps), {"m": m, "slow": far, "v": v}
 
 
 def _mean_square(g: Value, st: States, hp: Hyper) -> tuple[Value, dict[str, Value]]:
