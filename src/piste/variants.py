@@ -31,7 +31,8 @@ class Graph:
     @cached_property
     def reduces(self) -> bool:
         """Does anything in it depend on more than one element of a weight?"""
-        return any(s.kind == MATRIX or s.kind.level == 2 for s in topological(self.outputs.values()))
+        nodes = topological(self.outputs.values())
+        return any(s.op in ("sum", "peak") or s.kind == MATRIX or bool(s.kind.keep) for s in nodes)
 
     @cached_property
     def totals(self) -> frozenset[str]:

@@ -23,6 +23,15 @@ ILLEGAL: dict[str, list[Any]] = {
     "momentum": [-0.1, math.nan],
     "dampening": [math.nan],
     "alpha": [-0.1, 1.5, math.nan],
+    "AdEMAMix.alpha": [-0.1, math.nan],
+    "beta0": [-0.1, math.inf],
+    "clip_exponent": [-0.1],
+    "momentum_decay": [-0.1],
+    "warmup_steps": [0, 2.5],
+    "max_weight_norm": [0.0, -1.0],
+    "always_adapt": ["yes"],
+    "grad_averaging": [1],
+    "no_prox": [None],
     "k": [0, -1, 2.5],
     "maximize": ["yes"],
     "use_gc": ["no"],
@@ -62,7 +71,7 @@ def illegal_hyperparameters(subject: Subject, engine: str) -> None:
     for name, values in ILLEGAL.items():
         if name not in optimizer.param_groups[0]:
             continue
-        for value in values:
+        for value in ILLEGAL.get(f"{subject.name}.{name}", values):
             refused(lambda n=name, v=value: subject.make(weights_of(SMALL), **{n: v}), name, _shown(value))
             group = {"params": weights_of(SMALL), name: value}
             refused(lambda g=group: subject.make([g]), name, _shown(value))
