@@ -253,8 +253,42 @@ def _modern() -> list[Case]:
     ]
 
 
+def _over9000() -> list[Case]:
+    decayed = {"lr": 0.02, "weight_decay": 0.3}
+    released = {"trust_denominator": "weights"}
+    cases: list[Case] = []
+    for name in ("Ralamb", "RangerLars"):
+        cases += [
+            Case(name, {"lr": 0.02}),
+            Case(name, decayed | {"betas": (0.8, 0.95), "eps": 1e-2, "max_weight_norm": 1.0}),
+            Case(name, decayed | {"decoupled_weight_decay": False, "max_weight_norm": None, "maximize": True}),
+            Case(name, decayed | released | {"use_gc": True, "max_weight_norm": 1.0}),
+            Case(name, decayed | released | {"decoupled_weight_decay": False}),
+        ]
+    return [
+        *cases,
+        Case("RangerLars", decayed | released | {"late_start": True, "k": 4, "alpha": 0.3}),
+        Case("LookaheadAdam", {"lr": 0.02}),
+        Case("LookaheadAdam", decayed | {"late_start": True, "amsgrad": True, "betas": (0.8, 0.5)}),
+        Case("LookaheadAdam", decayed | {"decoupled_weight_decay": True, "k": 4, "alpha": 0.8, "use_gc": True}),
+    ]
+
+
+def _sm3() -> list[Case]:
+    decayed = {"lr": 0.05, "weight_decay": 0.3}
+    return [
+        Case("SM3", {"lr": 0.05}),
+        Case("SM3", {"lr": 0.05, "momentum": 0.0, "beta": 0.8}),
+        Case("SM3", decayed | {"beta": 0.95, "eps": 1e-3, "maximize": True}),
+        Case("SM3", decayed | {"momentum": 0.5, "decoupled_weight_decay": False, "use_gc": True}),
+        Case("SM3", decayed | {"momentum": 0.0, "beta": 0.0, "eps": 0.0}),
+    ]
+
+
 CASES = [
     *_modern(),
+    *_over9000(),
+    *_sm3(),
     *_dual_averaging(),
     *_novograd(),
     *_positive_negative(),
@@ -352,6 +386,10 @@ TWO_GROUPS = {
     "Adan": ({"lr": 0.1}, {"betas": (0.9, 0.8, 0.95), "eps": 1e-3, "lr": 0.01, "weight_decay": 0.1}),
     "Lamb": ({"lr": 0.1}, {"betas": (0.8, 0.95), "eps": 1e-3, "lr": 0.01, "weight_decay": 0.1}),
     "Lion": ({"lr": 0.1}, {"betas": (0.8, 0.95), "lr": 0.01, "weight_decay": 0.1}),
+    "LookaheadAdam": ({"lr": 0.1}, {"betas": (0.8, 0.95), "k": 4, "alpha": 0.8, "lr": 0.01, "late_start": True}),
+    "Ralamb": ({"lr": 0.1}, {"betas": (0.8, 0.95), "eps": 1e-3, "lr": 0.01, "trust_denominator": "weights"}),
+    "RangerLars": ({"lr": 0.1}, {"betas": (0.8, 0.95), "k": 4, "lr": 0.01, "trust_denominator": "weights"}),
+    "SM3": ({"lr": 0.1}, {"momentum": 0.5, "beta": 0.9, "eps": 1e-3, "lr": 0.01, "weight_decay": 0.1}),
     "MADGRAD": ({"lr": 0.1}, {"momentum": 0.5, "eps": 1e-3, "lr": 0.01, "weight_decay": 0.1}),
     "MirrorMADGRAD": ({"lr": 0.1}, {"momentum": 0.5, "eps": 1e-3, "lr": 0.01, "weight_decay": 0.1}),
     "NovoGrad": ({"lr": 0.1}, {"betas": (0.8, 0.95), "eps": 1e-3, "lr": 0.01, "weight_decay": 0.1}),
@@ -555,6 +593,8 @@ decays = st.sampled_from([0.0, 0.05, 0.3])
 epsilons = st.sampled_from([1e-10, 1e-6, 1e-3])
 betas = st.tuples(st.floats(0.5, 0.97), st.floats(0.5, 0.9995))
 flags = st.booleans()
+denominators = st.sampled_from(["update", "weights"])
+bounds = st.sampled_from([None, 0.5, 10.0])
 
 COMMON = {"lr": rates, "weight_decay": decays, "decoupled_weight_decay": flags, "use_gc": flags, "gc_conv_only": flags}
 LOOKAHEAD = {"k": st.integers(1, 5), "alpha": st.floats(0.1, 1.0), "gc_loc": flags}
@@ -603,6 +643,25 @@ DRAWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "NAdamW": {"betas": betas, "eps": epsilons, "momentum_decay": st.floats(0.0, 0.5)},
     "StableAdamW": {"betas": betas, "eps": epsilons},
     "Lion": {"betas": betas},
+    "LookaheadAdam": {
+        "betas": betas,
+        "eps": epsilons,
+        "amsgrad": flags,
+        "k": st.integers(1, 5),
+        "alpha": st.floats(0.1, 1.0),
+        "late_start": flags,
+    },
+    "Ralamb": {"betas": betas, "eps": epsilons, "trust_denominator": denominators, "max_weight_norm": bounds},
+    "RangerLars": {
+        "betas": betas,
+        "eps": epsilons,
+        "trust_denominator": denominators,
+        "max_weight_norm": bounds,
+        "k": st.integers(1, 5),
+        "alpha": st.floats(0.1, 1.0),
+        "late_start": flags,
+    },
+    "SM3": {"momentum": st.sampled_from([0.0, 0.5, 0.9]), "beta": st.sampled_from([0.0, 0.9, 1.0]), "eps": epsilons},
     "MADGRAD": {"momentum": st.sampled_from([0.0, 0.5, 0.9]), "eps": epsilons},
     "MirrorMADGRAD": {"momentum": st.sampled_from([0.0, 0.5, 0.9]), "eps": epsilons},
     "NovoGrad": {"betas": betas, "eps": epsilons, "amsgrad": flags, "grad_averaging": flags},
@@ -707,6 +766,10 @@ STATE_BYTES = {
     "StableAdamW": 8,
     "Lamb": 8,
     "Lion": 4,
+    "LookaheadAdam": 12,
+    "Ralamb": 8,
+    "RangerLars": 12,
+    "SM3": 4.125,
     "MADGRAD": 12,
     "MirrorMADGRAD": 8,
     "NovoGrad": 4,
@@ -728,7 +791,15 @@ def test_solves_a_convex_problem(name: str, engine: str) -> None:
     a = torch.randn(20, 20, generator=generator, dtype=torch.float64)
     curvature, best = a @ a.T / 20 + torch.eye(20, dtype=torch.float64), torch.randn(20, generator=generator).double()
     p = torch.nn.Parameter(torch.zeros(20, dtype=torch.float64))
-    start = {"PNM": 0.3, "SGD": 0.3, "NovoGrad": 0.05, "Lamb": 0.1, "MADGRAD": 0.3, "MirrorMADGRAD": 0.1}.get(name, 0.1)
+    start = {
+        "PNM": 0.3,
+        "SGD": 0.3,
+        "NovoGrad": 0.05,
+        "Lamb": 0.1,
+        "SM3": 0.5,
+        "MADGRAD": 0.3,
+        "MirrorMADGRAD": 0.1,
+    }.get(name, 0.1)
     # its slow average would go on for ten thousand steps
     extra = {"betas": (0.9, 0.999, 0.99), "alpha": 1.0} if name == "AdEMAMix" else {}
     optimizer = getattr(piste, name)([p], lr=start, weight_decay=0.0, engine=engine, **extra)

@@ -487,9 +487,10 @@ ALL_STATE = {
 
 @pytest.mark.parametrize("info", OPTIMIZERS, ids=lambda info: info.name)
 def test_the_registry_names_the_state_of_a_class(info):
-    weight = nn.Parameter(torch.ones(3))
-    optimizer = info.optimizer([weight], **ALL_STATE.get(info.name, {}))
-    weight.grad = torch.ones(3)
+    weights = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, 3))]  # some rules keep other states of matrices
+    optimizer = info.optimizer(weights, **ALL_STATE.get(info.name, {}))
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
     optimizer.step()
     optimizer.step()
-    assert set(optimizer.state[weight]) == {"step", *info.state}
+    assert {name for weight in weights for name in optimizer.state[weight]} == {"step", *info.state}

@@ -8,6 +8,7 @@ from piste.optimizers import ADOPT as ADOPT
 from piste.optimizers import MADGRAD as MADGRAD
 from piste.optimizers import PNM as PNM
 from piste.optimizers import SGD as SGD
+from piste.optimizers import SM3 as SM3
 from piste.optimizers import AdaBelief as AdaBelief
 from piste.optimizers import Adam as Adam
 from piste.optimizers import AdamW as AdamW
@@ -17,12 +18,15 @@ from piste.optimizers import AdEMAMix as AdEMAMix
 from piste.optimizers import Lamb as Lamb
 from piste.optimizers import LaProp as LaProp
 from piste.optimizers import Lion as Lion
+from piste.optimizers import LookaheadAdam as LookaheadAdam
 from piste.optimizers import MirrorMADGRAD as MirrorMADGRAD
 from piste.optimizers import NAdamW as NAdamW
 from piste.optimizers import NovoGrad as NovoGrad
 from piste.optimizers import RAdam as RAdam
+from piste.optimizers import Ralamb as Ralamb
 from piste.optimizers import Ranger as Ranger
 from piste.optimizers import RangerAdaBelief as RangerAdaBelief
+from piste.optimizers import RangerLars as RangerLars
 from piste.optimizers import RMSprop as RMSprop
 from piste.optimizers import StableAdamW as StableAdamW
 from piste.presets import Preset as Preset

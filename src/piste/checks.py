@@ -73,6 +73,10 @@ def _clip(value: Any) -> bool:
     return value is None or bool(_within(0, open_low=True)(value))
 
 
+def _denominator(value: Any) -> bool:
+    return value in ("update", "weights")
+
+
 _FLAG = (_flag, "True or False")
 
 #: hyper-parameter, or class.hyper-parameter where a class has its own range -> (is this value legal?, the range)
@@ -86,6 +90,9 @@ _LEGAL: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "alpha": (_within(0, 1), "a number in [0, 1]"),
     "AdEMAMix.alpha": (_within(0), "a finite number >= 0"),
     "k": (_count, "a whole number >= 1"),
+    "beta": (_within(0, 1), "a number in [0, 1]"),
+    "SM3.momentum": (_within(0, 1, open_high=True), "a number in [0, 1)"),
+    "trust_denominator": (_denominator, "'update' or 'weights'"),
     "beta0": (_within(0), "a finite number >= 0"),
     "clip_norm": (_clip, "None or a finite number > 0"),
     "clip_exponent": (_within(0), "a finite number >= 0"),
@@ -104,6 +111,7 @@ _LEGAL: Mapping[str, tuple[Callable[[Any], bool], str]] = {
             "gc_conv_only",
             "gc_loc",
             "grad_averaging",
+            "late_start",
             "lr_in_momentum",
             "maximize",
             "nesterov",

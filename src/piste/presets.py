@@ -268,6 +268,12 @@ _PRIORS: Mapping[str, LrPrior] = {
     "Adan": LrPrior(2e-2),
     # The relative change of a tensor per step; 1.8e-3 (BERT) to 1.2e-2 (ImageNet) in the paper at large batches.
     "Lamb": LrPrior(5e-3),
+    # 1e-3 to 3e-2 in over9000's runs; on the update it is the relative change of a tensor per step.
+    **dict.fromkeys(("Ralamb", "RangerLars"), LrPrior(5e-3)),
+    # Adam's, and a little more, as Lookahead halves the pace.
+    "LookaheadAdam": LrPrior(3e-3),
+    # Adagrad's scale: 0.1 to 0.3 with a warm-up in the paper's runs.
+    "SM3": LrPrior(0.1),
     # A third to a tenth of AdamW's (Chen et al. 2023).
     "Lion": LrPrior(3e-4),
     # 2.5e-4 (CIFAR-10) to 0.025 (IWSLT) in the paper; a step is about lr^(2/3) in size, so the range is wide in effect.
@@ -473,6 +479,48 @@ presets = Presets(
                 _NORMS_SPARED,
                 "Chen et al. 2023, arXiv 2302.06675",
                 "The sign of momentum: half of Adam's state, a third of its learning rate, ten times its decay.",
+            ),
+            _preset(
+                "lookaheadadam",
+                optimizers.LookaheadAdam,
+                {},
+                _L2_NORMS_SPARED,
+                "mgrankin/over9000; Zhang et al. 2019, arXiv 1907.08610",
+                "Adam with Lookahead, the plain pair of over9000.",
+            ),
+            _preset(
+                "ralamb",
+                optimizers.Ralamb,
+                {},
+                _NORMS_SPARED,
+                "mgrankin/over9000, its trust ratio repaired",
+                "Rectified Adam with LAMB's steps as long as the weights.",
+                schedule="flat_cosine",
+            ),
+            _preset(
+                "rangerlars",
+                optimizers.RangerLars,
+                {},
+                _NORMS_SPARED,
+                "mgrankin/over9000, its trust ratio repaired",
+                "Ralamb with Lookahead.",
+            ),
+            _preset(
+                "over9000",
+                optimizers.RangerLars,
+                {"trust_denominator": "weights", "late_start": True},
+                _NORMS_SPARED,
+                "mgrankin/over9000 as released",
+                "RangerLars as its published results had it: a trust ratio near 1, Lookahead that starts late.",
+            ),
+            _preset(
+                "sm3",
+                optimizers.SM3,
+                {},
+                _NORMS_SPARED,
+                "Anil et al. 2019, arXiv 1901.11150",
+                "Adagrad in the memory of momentum alone; constant learning rate after a warm-up.",
+                set_betas=False,
             ),
             _preset(
                 "madgrad",

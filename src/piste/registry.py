@@ -71,16 +71,27 @@ OPTIMIZERS: tuple[OptimizerInfo, ...] = (
     _info(optimizers.Lamb, "m v", "You et al. 2020, arXiv 1904.00962", "timm Lamb, pytorch-lamb 1.0.0"),
     _info(optimizers.LaProp, "m v", "Ziyin et al. 2020, arXiv 2002.04839", "timm LaProp"),
     _info(optimizers.Lion, "m", "Chen et al. 2023, arXiv 2302.06675", "timm Lion"),
+    _info(
+        optimizers.LookaheadAdam,
+        "m v vmax slow",
+        "Zhang et al. 2019, arXiv 1907.08610",
+        "torch.optim.Adam, timm Lookahead",
+    ),
     _info(optimizers.MADGRAD, "nu s x0", "Defazio & Jelassi 2021, arXiv 2101.11075", "madgrad 1.3, timm MADGRAD"),
     _info(optimizers.MirrorMADGRAD, "nu z", "Defazio & Jelassi 2021, madgrad 1.3", "madgrad 1.3"),
     _info(optimizers.NAdamW, "m v product", "Dozat 2016", "torch.optim.NAdam"),
     _info(optimizers.NovoGrad, "m v vmax", "Ginsburg et al. 2019, arXiv 1905.11286", "timm NvNovoGrad"),
     _info(optimizers.PNM, "odd even", "Xie et al. 2021, arXiv 2103.17182", "pytorch_optimizer PNM"),
     _info(optimizers.RAdam, "m v", "Liu et al. 2019, arXiv 1908.03265", "torch.optim.RAdam"),
+    _info(optimizers.Ralamb, "m v", "Grankin 2019, mgrankin/over9000", "float64 formulas"),
     _info(optimizers.Ranger, "m v slow", "Wright 2019, ranger.py 20.4.11", "float64 formulas"),
     _info(optimizers.RangerAdaBelief, "m s slow", "Zhuang et al. 2020, arXiv 2010.07468", "ranger-adabelief 0.1.0"),
+    _info(optimizers.RangerLars, "m v slow", "Grankin 2019, mgrankin/over9000", "float64 formulas"),
     _info(optimizers.RMSprop, "v gbar buf", "Hinton et al. 2012, lecture 6e", "torch.optim.RMSprop, timm RMSpropTF"),
     _info(optimizers.SGD, "buf", "Sutskever et al. 2013", "torch.optim.SGD"),
+    _info(
+        optimizers.SM3, "buf acc acc0 acc1", "Anil et al. 2019, arXiv 1901.11150", "optax 0.2.8 sm3, float64 formulas"
+    ),
     _info(optimizers.StableAdamW, "m v", "Wortsman et al. 2023, arXiv 2304.13013", "torch-optimi StableAdamW"),
 )
 

@@ -33,7 +33,7 @@ FULL_STATE: dict[str, dict[str, Any]] = {
     "AdaBelief": {"lr": 0.05, "eps": 1e-8, "amsgrad": True, "rectify": False, "weight_decay": 0.05},
 }
 # Rules with norms of whole weights, besides centralization.
-REDUCING = {"Lamb", "NovoGrad", "StableAdamW"}
+REDUCING = {"Lamb", "NovoGrad", "Ralamb", "RangerLars", "SM3", "StableAdamW"}
 WRAPPED = "Lookahead(AdamW)"
 LOOKAHEAD = {"k": 6, "alpha": 0.5}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from oracles import dual, formulas, modern, momentum, relatives
+from oracles import dual, formulas, modern, momentum, over9000, relatives
 from oracles.formulas import Formula
 
 FORMULAS: dict[str, Formula] = {
@@ -18,13 +18,17 @@ FORMULAS: dict[str, Formula] = {
     "Adan": modern.adan,
     "Lamb": modern.lamb,
     "Lion": modern.lion,
+    "LookaheadAdam": over9000.lookahead_adam,
     "MADGRAD": dual.madgrad,
     "MirrorMADGRAD": dual.mirror_madgrad,
     "NovoGrad": momentum.novograd,
     "PNM": momentum.pnm,
     "RAdam": formulas.radam,
+    "Ralamb": over9000.ralamb,
     "RMSprop": formulas.rmsprop,
     "Ranger": formulas.ranger,
     "RangerAdaBelief": formulas.ranger_adabelief,
+    "RangerLars": over9000.ranger_lars,
+    "SM3": over9000.sm3,
     "SGD": formulas.sgd,
 }

@@ -14,6 +14,9 @@ from piste.optimizers.lion import Lion as Lion
 from piste.optimizers.madgrad import MADGRAD as MADGRAD
 from piste.optimizers.madgrad import MirrorMADGRAD as MirrorMADGRAD
 from piste.optimizers.novograd import NovoGrad as NovoGrad
+from piste.optimizers.over9000 import LookaheadAdam as LookaheadAdam
+from piste.optimizers.over9000 import Ralamb as Ralamb
+from piste.optimizers.over9000 import RangerLars as RangerLars
 from piste.optimizers.pnm import PNM as PNM
 from piste.optimizers.pnm import AdaPNM as AdaPNM
 from piste.optimizers.radam import RAdam as RAdam
@@ -21,12 +24,14 @@ from piste.optimizers.ranger import Ranger as Ranger
 from piste.optimizers.ranger import RangerAdaBelief as RangerAdaBelief
 from piste.optimizers.rmsprop import RMSprop as RMSprop
 from piste.optimizers.sgd import SGD as SGD
+from piste.optimizers.sm3 import SM3 as SM3
 
 __all__ = [
     "ADOPT",
     "MADGRAD",
     "PNM",
     "SGD",
+    "SM3",
     "AdEMAMix",
     "AdaBelief",
     "AdaPNM",
@@ -36,12 +41,15 @@ __all__ = [
     "LaProp",
     "Lamb",
     "Lion",
+    "LookaheadAdam",
     "MirrorMADGRAD",
     "NAdamW",
     "NovoGrad",
     "RAdam",
     "RMSprop",
+    "Ralamb",
     "Ranger",
     "RangerAdaBelief",
+    "RangerLars",
     "StableAdamW",
 ]

@@ -6,7 +6,7 @@ from piste.ops import Value, lerp
 from piste.slots import Hyper, States, after
 from piste.storage import anchor
 
-__all__ = ["lookahead"]
+__all__ = ["late_lookahead", "lookahead"]
 
 
 @after(slow=anchor)
@@ -19,4 +19,13 @@ def lookahead(p: Value, st: States, hp: Hyper, t: Value) -> Value:
     if t % hp.k != 0:
         return p
     slow = lerp(slow, p, hp.alpha)
+    return slow, {"slow": slow}
+
+
+@after(slow=anchor)
+def late_lookahead(p: Value, st: States, hp: Hyper, t: Value) -> Value:
+    """Lookahead whose slow weights begin as the weights after the first k steps: that synchronisation moves nothing."""
+    if t % hp.k != 0:
+        return p
+    slow = p if t == hp.k else lerp(st.slow, p, hp.alpha)
     return slow, {"slow": slow}

@@ -6,7 +6,7 @@ from piste.ops import Value, minimum, norm, rectifier, rho, sqrt, where
 from piste.slots import Hyper, States, scale
 from piste.storage import moment
 
-__all__ = ["heavy_ball", "rectified_step", "trust_ratio"]
+__all__ = ["corrected_step", "heavy_ball", "rectified", "rectified_step", "trust_of_new_weights", "trust_ratio"]
 
 
 @scale
@@ -14,6 +14,19 @@ def rectified_step(d: Value, hp: Hyper, t: Value) -> Value:
     """RAdam's step size: bias correction, times the rectifier once the variance of the adaptive step is known."""
     c1, c2 = 1 - hp.beta1**t, 1 - hp.beta2**t
     return d * (rectifier(hp.beta2, t) * sqrt(c2) / c1) if rho(hp.beta2, t) > 5 else d / c1
+
+
+@scale
+def corrected_step(d: Value, hp: Hyper, t: Value) -> Value:
+    """The bias correction in RAdam's step size alone; :func:`rectified` is the rest of :func:`rectified_step`."""
+    c1, c2 = 1 - hp.beta1**t, 1 - hp.beta2**t
+    return d * (sqrt(c2) / c1) if rho(hp.beta2, t) > 5 else d / c1
+
+
+@scale
+def rectified(d: Value, hp: Hyper, t: Value) -> Value:
+    """RAdam's rectifier alone, once the variance of the adaptive step is known."""
+    return d * rectifier(hp.beta2, t) if rho(hp.beta2, t) > 5 else d
 
 
 @scale(buf=moment)
@@ -34,8 +47,21 @@ def trust_ratio(d: Value, p: Value, hp: Hyper) -> Value:
     """
     if not hp.always_adapt and hp.weight_decay == 0:
         return d
-    weight, step = norm(p), norm(d)
+    return d * _trust(norm(p), norm(d), hp)
+
+
+@scale
+def trust_of_new_weights(d: Value, p: Value, hp: Hyper) -> Value:
+    """The trust ratio of over9000's Ralamb: its denominator is the norm of the weights after a step without it.
+
+    That norm is nearly the weight's own, so the ratio is about 1, or ``max_weight_norm`` over the weight's norm.
+    """
+    kept = 1 - hp.lr * hp.weight_decay if hp.decoupled_weight_decay else 1.0
+    return d * _trust(norm(p), norm(kept * p - hp.lr * d), hp)
+
+
+def _trust(weight: Value, step: Value, hp: Hyper) -> Value:
     if hp.max_weight_norm is not None:
         weight = minimum(weight, hp.max_weight_norm)
     ratio = where(weight > 0, where(step > 0, weight / step, 1.0), 1.0)
-    return d * (minimum(ratio, 1.0) if hp.trust_clip else ratio)
+    return minimum(ratio, 1.0) if hp.trust_clip else ratio
