@@ -424,7 +424,7 @@ def test_every_preset_says_what_it_is():
         assert preset.gradient_evaluations == 1
         assert preset.lr_prior.decades_below + preset.lr_prior.decades_above == 2.0
         assert callable(getattr(piste.schedules, preset.schedule))
-        assert (preset.schedule == "flat_cosine") is ("ranger" in name)
+        assert (preset.schedule == "flat_cosine") is ("ranger" in name or name == "ralamb")
         assert set(preset.domains) == ({"vision", "nlp", "rl"} if "belief" in name else set())
 
 
@@ -459,7 +459,13 @@ def test_bad_priors():
 
 def test_list_optimizers():
     assert piste.list_optimizers() == sorted(piste.presets)
-    assert piste.list_optimizers("ranger*") == ["ranger", "ranger_nogc", "rangeradabelief", "rangeradabelief_nogc"]
+    assert piste.list_optimizers("ranger*") == [
+        "ranger",
+        "ranger_nogc",
+        "rangeradabelief",
+        "rangeradabelief_nogc",
+        "rangerlars",
+    ]
     assert piste.list_optimizers("SGD-?esterov") == ["sgd_nesterov"]
     assert piste.list_optimizers("nothing") == []
 
@@ -480,6 +486,7 @@ ALL_STATE = {
     "RMSprop": {"momentum": 0.9, "centered": True},
     "Adam": {"amsgrad": True},
     "AdamW": {"amsgrad": True},
+    "LookaheadAdam": {"amsgrad": True},
     "NovoGrad": {"lr": 0.05, "amsgrad": True, "weight_decay": 0.05},
     "AdaBelief": {"amsgrad": True, "rectify": False},
 }

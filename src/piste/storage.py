@@ -14,13 +14,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from piste.symbol import FULL, MATRIX, TENSOR, Kind
+from piste.symbol import FULL, MATRIX, TENSOR, Kind, reduced
 
 __all__ = [
     "STATE_FORMATS",
     "WEIGHT_FORMATS",
     "State",
     "accumulator",
+    "accumulator_along",
     "allocate",
     "anchor",
     "compute_dtype",
@@ -63,6 +64,11 @@ anchor = State("weight", start="weight")
 product = State("accumulator", start="ones", kind=TENSOR)
 #: a squared norm of the whole weight
 squared_norm = State("second_moment", kind=TENSOR)
+
+
+def accumulator_along(axis: int) -> State:
+    """An accumulator with one number for each index of an axis."""
+    return State("accumulator", kind=reduced((axis,)))
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -11,6 +11,7 @@ import torch
 
 from conformance.matrix import promise
 from conformance.subjects import SMALL, Subject, assert_identical, frozen, train, weights_of
+from piste.presets import arguments_of
 
 ANY_ENGINE = ("reference",)  # refusals happen before an engine is chosen
 
@@ -72,7 +73,7 @@ def illegal_hyperparameters(subject: Subject, engine: str) -> None:
     optimizer = subject.make(weights_of(SMALL))
     before = frozen([], optimizer)
     for name, values in ILLEGAL.items():
-        if name not in optimizer.param_groups[0]:
+        if name not in arguments_of(subject.cls):
             continue
         for value in ILLEGAL.get(f"{subject.name}.{name}", values):
             refused(lambda n=name, v=value: subject.make(weights_of(SMALL), **{n: v}), name, _shown(value))

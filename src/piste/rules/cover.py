@@ -6,13 +6,12 @@ from functools import reduce
 
 from piste.ops import Value, minimum, peak, rsqrt, square, where
 from piste.slots import Hyper, States, direction
-from piste.storage import State, accumulator, moment
-from piste.symbol import reduced
+from piste.storage import accumulator, accumulator_along, moment
 
 __all__ = ["sm3"]
 
 #: one accumulator for each of the first axes; an axis beyond them needs none, for the others cover every element
-_AXES = {f"acc{axis}": State("accumulator", kind=reduced((axis,))) for axis in range(8)}
+_AXES = {f"acc{axis}": accumulator_along(axis) for axis in range(8)}
 
 
 @direction(buf=moment, acc=accumulator, **_AXES)
