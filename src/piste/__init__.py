@@ -25,6 +25,7 @@ from piste.optimizers import NovoGrad as NovoGrad
 from piste.optimizers import RAdam as RAdam
 from piste.optimizers import Ralamb as Ralamb
 from piste.optimizers import Ranger as Ranger
+from piste.optimizers import Ranger21 as Ranger21
 from piste.optimizers import RangerAdaBelief as RangerAdaBelief
 from piste.optimizers import RangerLars as RangerLars
 from piste.optimizers import RMSprop as RMSprop

@@ -69,6 +69,10 @@ def _steps(value: Any) -> bool:
     return value is None or _count(value)
 
 
+def _done(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def _clip(value: Any) -> bool:
     return value is None or bool(_within(0, open_low=True)(value))
 
@@ -99,6 +103,19 @@ _LEGAL: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "momentum_decay": (_within(0), "a finite number >= 0"),
     "warmup_steps": (_steps, "None or a whole number >= 1"),
     "max_weight_norm": (_clip, "None or a finite number > 0"),
+    "agc_clip": (_within(0, open_low=True), "a finite number > 0"),
+    "agc_eps": (_within(0), "a finite number >= 0"),
+    "base_lr": (_within(0), "a finite number >= 0"),
+    "batches_per_epoch": (_steps, "None or a whole number >= 1"),
+    "beta_softplus": (_within(0, open_low=True), "a finite number > 0"),
+    "current_lr": (_within(0), "a finite number >= 0"),
+    "epochs": (_steps, "None or a whole number >= 1"),
+    "norm_loss": (_within(0), "a finite number >= 0"),
+    "schedule_step": (_done, "a whole number >= 0"),
+    "total_steps": (_steps, "None or a whole number >= 1"),
+    "warmdown_min_lr": (_within(0), "a finite number >= 0"),
+    "warmdown_start": (_within(0, 1), "a number in [0, 1]"),
+    "warmup_fraction": (_within(0, 1), "a number in [0, 1]"),
     **dict.fromkeys(
         (
             "always_adapt",
@@ -107,19 +124,30 @@ _LEGAL: Mapping[str, tuple[Callable[[Any], bool], str]] = {
             "centered",
             "decoupled_weight_decay",
             "degenerated_to_sgd",
+            "faithful",
             "fixed_decay",
             "gc_conv_only",
             "gc_loc",
             "grad_averaging",
             "late_start",
+            "lookahead",
             "lr_in_momentum",
             "maximize",
             "nesterov",
             "no_prox",
+            "normalize",
+            "pnm",
             "rectify",
+            "softplus",
+            "stable_decay",
             "tf",
             "trust_clip",
+            "use_agc",
+            "use_cheb",
             "use_gc",
+            "use_madgrad",
+            "use_warmdown",
+            "use_warmup",
         ),
         _FLAG,
     ),

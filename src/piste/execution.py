@@ -67,6 +67,7 @@ def run(
     Returns:
         The totals over all weights that the rules asked for, by name.
     """
+    _give_tallies(buckets)
     for bucket in buckets:
         if inverse_scale is not None:
             _give_scale(bucket, inverse_scale)
@@ -90,6 +91,18 @@ def _give_scale(bucket: Bucket, inverse_scale: Tensor) -> None:
         for sym in stage.loads:
             if sym.op == "inverse_scale":
                 bucket.values[sym] = [value]
+
+
+def _give_tallies(buckets: Sequence[Bucket]) -> None:
+    """Add up host numbers of all weights, by name."""
+    sums: dict[str, float] = {}
+    for bucket in buckets:
+        for sym, host in bucket.plan.tallies:
+            numbers = [host(row)[0] for row in bucket.rows]
+            sums[sym.attr] = sums.get(sym.attr, 0.0) + sum(numbers[i] for i in bucket.row_of)
+    for bucket in buckets:
+        for sym, _ in bucket.plan.tallies:
+            bucket.values[sym] = [torch.tensor(sums[sym.attr], device=bucket.device, dtype=bucket.dtype)]
 
 
 def _complete_reductions(buckets: list[Bucket], totals: dict[str, Tensor], collective: Collective | None) -> None:

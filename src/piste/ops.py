@@ -40,9 +40,12 @@ __all__ = [
     "rsqrt",
     "scratch",
     "sign",
+    "size",
+    "softplus",
     "sqrt",
     "square",
     "sum_",
+    "tally",
     "total",
     "where",
 ]
@@ -194,6 +197,13 @@ def where(condition: Value, x: Value, y: Value) -> Value:
     return _apply("where", condition, x, y)
 
 
+def softplus(x: Value, beta: Value) -> Value:
+    """``log(1 + exp(beta * x)) / beta``, a smooth ``max(x, 0)``; x itself where ``beta * x > 20``, as in torch."""
+    scaled = beta * x
+    smooth = maximum(scaled, 0.0) + log(1 + exp(-absolute(scaled)))
+    return where(scaled > 20, x, smooth / beta)
+
+
 def lerp(start: Value, end: Value, weight: Value) -> Value:
     """``start + weight * (end - start)``: an exponential moving average takes ``weight = 1 - beta``."""
     return _apply("lerp", start, end, weight)
@@ -237,6 +247,11 @@ def _extent(axes: Sequence[int]) -> Value:
     return size
 
 
+def size(x: Value) -> Value:
+    """How many elements a weight's value has: a host number."""
+    return _count(x, ())
+
+
 def mean(x: Value, keep: Sequence[int] = ()) -> Value:
     """The mean over all axes but ``keep``."""
     return sum_(x, keep) / _count(x, keep)
@@ -250,11 +265,19 @@ def norm(x: Value, keep: Sequence[int] = ()) -> Value:
 def total(x: Value, name: str) -> Value:
     """The sum of ``x`` over every weight of every group.
 
-    Weights that follow different rules add to the same number when they use the same ``name``.
+    Weights that follow different rules add to the same number when they use the same ``name``. A weight whose rule asks
+    for the sum and makes no use of it adds to it all the same.
     """
     if not isinstance(x, Sym):
         raise LanguageError(f"total({name!r}) spans every weight and exists only inside an optimizer's step")
     return nary("total", x, attr=name, kind=ALL)
+
+
+def tally(x: Value, name: str) -> Value:
+    """The sum of a host number over every weight of every group that takes the step; as :func:`total` for the rest."""
+    if not isinstance(x, Sym) or x.kind != HOST:
+        raise LanguageError(f"tally({name!r}) adds host numbers of every weight, inside an optimizer's step; not {x!r}")
+    return nary("tally", x, attr=name, kind=ALL)
 
 
 # structure -----------------------------------------------------------------------------------------------------------

@@ -229,6 +229,13 @@ class Optimizer(torch.optim.Optimizer):
     def check_group(cls, group: Mapping[str, Any]) -> None:
         """Refuse combinations of hyper-parameters that make no sense; each value is already within its own range."""
 
+    def flags_of(self, group: int, position: int) -> tuple[tuple[str, Any], ...]:
+        """Flags of one weight, by its place, that :meth:`pipeline` sees besides those of its group.
+
+        They may change which parts a weight has, not which states it may keep.
+        """
+        return ()
+
     def advance(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """The next values of the numbers that a group itself carries from step to step, by name.
 
@@ -329,9 +336,10 @@ class Optimizer(torch.optim.Optimizer):
             step = self._roster.sort(gradients, hp)
             totals = execution.run(step.buckets, execution.engine_for(self._engine_name), inverse_scale=inverse_scale)
             step.finish()
-            for group, new in zip(self.param_groups, advanced, strict=True):
-                group.update(new)
-                group.update(self.absorb(group, totals))
+            if step.counts:  # where no weight had a gradient, no step was taken
+                for group, new in zip(self.param_groups, advanced, strict=True):
+                    group.update(new)
+                    group.update(self.absorb(group, totals))
         self.last_step = LastStep(self, totals, inverse_scale, skipped)
         return loss
 
@@ -371,9 +379,9 @@ class Optimizer(torch.optim.Optimizer):
         setting = scaled, self.measure_updates, [statics for statics, _ in groups]
         if not self._current(weights, setting):
             members = [
-                Member(p, index, self.state[p], *reversed(self._program(statics, p.ndim, scaled)))
-                for index, (group, (statics, _)) in enumerate(zip(self.param_groups, groups, strict=True))
-                for p in group["params"]
+                Member(p, i, self.state[p], *reversed(self._program(statics + self.flags_of(i, n), p.ndim, scaled)))
+                for i, (group, (statics, _)) in enumerate(zip(self.param_groups, groups, strict=True))
+                for n, p in enumerate(group["params"])
             ]
             self._roster, self._roster_of = Roster(members), (self.state, weights, setting)
             self._any_complex = any(p.is_complex() for p in weights)

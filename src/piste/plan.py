@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from piste.symbol import HOST, Sym, topological
+from piste.symbol import HOST, HostFunction, Sym, compile_host, topological
 from piste.variants import Graph
 
 __all__ = ["Plan", "Stage", "build"]
 
 _REDUCTIONS = ("sum", "peak", "total")
 _LEAVES = ("g", "p", "state")
+_GIVEN = ("inverse_scale", "tally")  # known before the step
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Stage:
 
     Attributes:
         loads: symbols that are read, with where from: ``"g"``, ``"p"``, ``"state.NAME"``, or ``"value"`` (a finished
-            reduction, an opaque result, a scratch buffer or the inverse loss scale, found under the symbol itself).
+            reduction, an opaque result, a scratch buffer, or what is known before the step, found under the symbol itself).
         compute: symbols to work out, arguments first.
         writes: where results go at the end of the stage: ``"p"`` or ``"state.NAME"``.
         partials: reductions whose argument is ready here; each engine reduces weight by weight.
@@ -70,6 +71,12 @@ class Plan:
     @property
     def states(self) -> frozenset[str]:
         return self.graph.states
+
+    @cached_property
+    def tallies(self) -> list[tuple[Sym, HostFunction]]:
+        """Sums of host numbers over every weight, and what gives the number of one weight."""
+        found = [sym for sym in topological(self.graph.outputs.values()) if sym.op == "tally"]
+        return [(sym, compile_host(sym.args)) for sym in found]
 
     @cached_property
     def totals(self) -> dict[str, tuple[Sym, int]]:
@@ -166,7 +173,7 @@ def _fill(
             if due.get(_home(sym), number) < number:
                 late[_home(sym)] = number
             stage.loads[sym] = _home(sym)
-        elif sym.op in (*_REDUCTIONS, "opaque", "inverse_scale") or (sym.op == "scratch" and ready[sym] < number):
+        elif sym.op in (*_REDUCTIONS, *_GIVEN, "opaque") or (sym.op == "scratch" and ready[sym] < number):
             stage.loads[sym] = "value"
         else:
             for arg in sym.args:

@@ -262,6 +262,9 @@ _PRIORS: Mapping[str, LrPrior] = {
     # 1e-3 to 4e-3 in its author's fastai runs. Measured 0.02 to 0.05: Lookahead halves the pace, too.
     "Ranger": LrPrior(6e-3, 0.8, 1.2),
     "RangerAdaBelief": LrPrior(6e-3, 0.8, 1.2),
+    # Between AdamW's, which its authors start from, and Ranger's: softplus and Lookahead slow it, normalised gradients
+    # with positive-negative momentum do not.
+    "Ranger21": LrPrior(3e-3),
     # Adam with another order of operations, or less haste: where AdamW's is.
     **dict.fromkeys(("ADOPT", "AdEMAMix", "LaProp", "NAdamW", "StableAdamW"), LrPrior(2e-3)),
     # Ten times AdamW's, as its authors advise (5 to 10 times).
@@ -345,6 +348,14 @@ presets = Presets(
                 _NORMS_SPARED,
                 f"{_MAPPING}; Wright 2019, lessw2020/Ranger-Deep-Learning-Optimizer",
                 "Ranger without gradient centralization.",
+            ),
+            _preset(
+                "ranger21",
+                optimizers.Ranger21,
+                {},
+                _NORMS_SPARED,
+                "Wright & Demeure 2021, arXiv 2106.13731; ranger21 0.1.0",
+                "Ranger's heir with eight more ideas; say total_steps= for the schedule inside, and no other.",
             ),
             _preset(
                 "rangeradabelief",

@@ -85,6 +85,12 @@ OPTIMIZERS: tuple[OptimizerInfo, ...] = (
     _info(optimizers.RAdam, "m v", "Liu et al. 2019, arXiv 1908.03265", "torch.optim.RAdam"),
     _info(optimizers.Ralamb, "m v", "Grankin 2019, mgrankin/over9000", "float64 formulas"),
     _info(optimizers.Ranger, "m v slow", "Wright 2019, ranger.py 20.4.11", "float64 formulas"),
+    _info(
+        optimizers.Ranger21,
+        "odd even v vmax slow",
+        "Wright & Demeure 2021, arXiv 2106.13731",
+        "float64 formulas, ranger21 0.1.0",
+    ),
     _info(optimizers.RangerAdaBelief, "m s slow", "Zhuang et al. 2020, arXiv 2010.07468", "ranger-adabelief 0.1.0"),
     _info(optimizers.RangerLars, "m v slow", "Grankin 2019, mgrankin/over9000", "float64 formulas"),
     _info(optimizers.RMSprop, "v gbar buf", "Hinton et al. 2012, lecture 6e", "torch.optim.RMSprop, timm RMSpropTF"),

@@ -13,8 +13,8 @@ slot             turns                 for instance
 ===============  ====================  ================================================================
 
 A part is a function marked with the slot it fills. It names what it wants to see, out of ``g`` (gradient), ``d``
-(direction), ``p`` (weight), ``st`` (its own states), ``hp`` (hyper-parameters), ``t`` (this weight's own step number,
-from 1), ``ndim`` and ``shape``; and returns its new value, with a dictionary of new states if it keeps any::
+(direction), ``p`` (weight), ``st`` (its own states), ``new`` (states as parts before it have left them), ``hp``
+(hyper-parameters), ``t`` (this weight's own step number, from 1), ``ndim`` and ``shape``; and returns its new value, with a dictionary of new states if it keeps any::
 
     @direction(m=moment)
     def momentum(g, st, hp):
@@ -38,7 +38,7 @@ __all__ = ["Part", "Pipeline", "after", "apply", "decay", "direction", "prepare"
 Hyper: TypeAlias = Any  # namespaces: their attributes are the states and hyper-parameters of one optimizer
 States: TypeAlias = Any
 
-_VOCABULARY = ("g", "d", "p", "st", "hp", "t", "ndim", "shape")
+_VOCABULARY = ("g", "d", "p", "st", "new", "hp", "t", "ndim", "shape")
 
 
 @dataclass(frozen=True)
@@ -205,6 +205,9 @@ class _Reader:
         for part in pipeline.after:
             p = self.call(part, g=g, p=p)
         self.put("p", p, self.p, FULL)
+        for node in list(self.trace.nodes.values()):
+            if node.op in ("total", "tally"):  # a weight adds to a sum whatever becomes of it
+                self.outputs[f"watch.{node.attr}"] = node
         if watch:
             self.outputs["watch.update_norm"] = nary("total", (p - self.p) ** 2, attr="update_norm", kind=ALL)
         return Graph(self.outputs, frozenset(self.touched))
@@ -213,6 +216,7 @@ class _Reader:
         self.trace.rule = part.name
         names: dict[str, Callable[[], Any]] = {
             "st": lambda: self.states_of(part),
+            "new": lambda: self.left_of(part),
             "hp": lambda: self.hyper_of(part),
             "t": lambda: self.trace.node("t", kind=HOST),
             "ndim": lambda: self.ndim,
@@ -240,6 +244,11 @@ class _Reader:
             return self.state(part, name)
 
         return _Namespace("state", part.name, get, lambda: sorted(part.states))
+
+    def left_of(self, part: Part) -> _Namespace:
+        """States as the parts that ran before have left them, under the names they have in the optimizer."""
+        left = {target.removeprefix("state."): new for target, new in self.outputs.items() if target != "p"}
+        return _Namespace("new state", part.name, left.__getitem__, lambda: sorted(left))
 
     def hyper_of(self, part: Part) -> _Namespace:
         def get(name: str) -> Any:

@@ -22,6 +22,7 @@ from piste.optimizers.pnm import AdaPNM as AdaPNM
 from piste.optimizers.radam import RAdam as RAdam
 from piste.optimizers.ranger import Ranger as Ranger
 from piste.optimizers.ranger import RangerAdaBelief as RangerAdaBelief
+from piste.optimizers.ranger21 import Ranger21 as Ranger21
 from piste.optimizers.rmsprop import RMSprop as RMSprop
 from piste.optimizers.sgd import SGD as SGD
 from piste.optimizers.sm3 import SM3 as SM3
@@ -49,6 +50,7 @@ __all__ = [
     "RMSprop",
     "Ralamb",
     "Ranger",
+    "Ranger21",
     "RangerAdaBelief",
     "RangerLars",
     "StableAdamW",

@@ -6,7 +6,7 @@ from piste.ops import Value, lerp
 from piste.slots import Hyper, States, after
 from piste.storage import anchor
 
-__all__ = ["late_lookahead", "lookahead"]
+__all__ = ["late_lookahead", "lookahead", "lookahead_together"]
 
 
 @after(slow=anchor)
@@ -28,4 +28,13 @@ def late_lookahead(p: Value, st: States, hp: Hyper, t: Value) -> Value:
     if t % hp.k != 0:
         return p
     slow = p if t == hp.k else lerp(st.slow, p, hp.alpha)
+    return slow, {"slow": slow}
+
+
+@after(slow=anchor)
+def lookahead_together(p: Value, st: States, hp: Hyper) -> Value:
+    """Lookahead by one count for all weights, ``schedule_step``; a weight without a gradient misses its turn."""
+    if hp.schedule_step % hp.k != 0:
+        return p
+    slow = lerp(st.slow, p, hp.alpha)
     return slow, {"slow": slow}

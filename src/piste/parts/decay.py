@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from piste.ops import Value, rho
-from piste.slots import Hyper, decay, scale
+from piste.ops import Value, cbrt, debias, rho, size, sqrt, tally, total, where
+from piste.parts.prepare import unit_norm
+from piste.slots import Hyper, States, decay, scale
 
-__all__ = ["decoupled", "decoupled_from_second_step", "decoupled_while_moving", "fixed", "into_direction"]
+__all__ = [
+    "decoupled",
+    "decoupled_from_second_step",
+    "decoupled_while_moving",
+    "fixed",
+    "into_direction",
+    "norm_loss",
+    "stable",
+    "stable_dual",
+]
 
 
 @decay
@@ -36,3 +46,40 @@ def fixed(p: Value, hp: Hyper) -> Value:
 def into_direction(d: Value, p: Value, hp: Hyper) -> Value:
     """Decay inside the direction, so that whatever scales the direction scales the decay."""
     return d if hp.weight_decay == 0 else d + hp.weight_decay * p
+
+
+def _mean_square(new: States, hp: Hyper, t: Value) -> Value:
+    """The mean over all weights of their second moments; those that are not decayed count, too."""
+    return total(debias(new.v, hp.beta2, t), "second_moment") / tally(size(new.v), "elements")
+
+
+def _shrunk(p: Value, pace: Value, typical: Value) -> Value:
+    """Gradients that are all zero so far tell no typical size, and let the weight be."""
+    return p * (1 - where(typical > 0, pace / typical, 0.0))
+
+
+@decay
+def stable(p: Value, new: States, hp: Hyper, t: Value) -> Value:
+    """Decoupled decay relative to the size of steps (Xie et al. 2020, arXiv 2011.11152): over the root mean square.
+
+    Needs a second moment named ``v`` that begins at zero.
+    """
+    square = _mean_square(new, hp, t)
+    return p if hp.weight_decay == 0 else _shrunk(p, hp.lr * hp.weight_decay, sqrt(square))
+
+
+@decay
+def stable_dual(p: Value, new: States, hp: Hyper, t: Value) -> Value:
+    """The same for dual averaging, whose steps grow with the root of their number over a cube root."""
+    square = _mean_square(new, hp, t)
+    return p if hp.weight_decay == 0 else _shrunk(p, hp.lr * sqrt(t) * hp.weight_decay, cbrt(square))
+
+
+@decay
+def norm_loss(p: Value, hp: Hyper, ndim: int) -> Value:
+    """Pull the norm of each output unit towards 1 (Georgiou et al. 2021, arXiv 2103.06583); units of zeros stay."""
+    if hp.norm_loss == 0:
+        return p
+    length = unit_norm(p, ndim)
+    excess = where(length > 0, 1 - 1 / (length + hp.eps), 0.0)
+    return p * (1 - hp.lr * 2 * hp.norm_loss * excess)

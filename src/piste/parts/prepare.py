@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from piste.ops import Value, mean, minimum, sqrt, square, total
-from piste.slots import Hyper, prepare, scale
+from piste.ops import Value, lerp, maximum, mean, minimum, norm, size, sqrt, square, sum_, total, where
+from piste.slots import Hyper, States, prepare, scale
+from piste.storage import second_moment
 
-__all__ = ["ascend", "centralize", "centralize_direction", "clip_norm", "l2"]
+__all__ = [
+    "adaptive_clip",
+    "ascend",
+    "centralize",
+    "centralize_direction",
+    "clip_norm",
+    "keep_second_moment",
+    "l2",
+    "normalize",
+    "unit_norm",
+]
 
 
 @prepare
@@ -45,3 +56,36 @@ def centralize(g: Value, hp: Hyper, ndim: int) -> Value:
 def centralize_direction(d: Value, hp: Hyper, ndim: int) -> Value:
     """Gradient centralization of the final direction, which keeps each unit's mean weight where it is."""
     return _centralized(d, hp, ndim)
+
+
+def unit_norm(x: Value, ndim: int) -> Value:
+    """The norm of what makes one output unit (Brock et al. 2021): of a row, of a filter, of a whole vector.
+
+    Filters of 1-D convolutions have one norm for each position, as in the code of that paper's authors.
+    """
+    if ndim <= 1:
+        return norm(x)
+    return norm(x, keep=(0, 2) if ndim == 3 else (0,))
+
+
+@prepare
+def adaptive_clip(g: Value, p: Value, hp: Hyper, ndim: int) -> Value:
+    """Each unit's gradient is at most ``agc_clip`` times as long as the unit's weight (Brock et al. 2021, eq. 3)."""
+    longest = maximum(unit_norm(p, ndim), hp.agc_eps) * hp.agc_clip
+    length = unit_norm(g, ndim)
+    return g * where(length > longest, longest / maximum(length, 1e-6), 1.0)
+
+
+@prepare
+def normalize(g: Value) -> Value:
+    """Divide by the standard deviation of the whole gradient; one or two elements have none worth the name."""
+    n = size(g)
+    if n <= 2:
+        return g
+    return g / (sqrt(sum_(square(g - mean(g))) / (n - 1)) + 1e-8)
+
+
+@prepare(v=second_moment)
+def keep_second_moment(g: Value, st: States, hp: Hyper) -> tuple[Value, dict[str, Value]]:
+    """A running mean of squares, for the parts that follow; the gradient goes on as it is."""
+    return g, {"v": lerp(st.v, square(g), 1 - hp.beta2)}

@@ -16,6 +16,8 @@ def standard(
     group: Mapping[str, Any],
     direction: Part,
     *,
+    clip: tuple[Part, ...] = (),
+    finish: tuple[Part, ...] = (),
     scale: tuple[Part, ...] = (),
     coupled: Part | None = l2,
     decoupled: Part | None = decay.decoupled,
@@ -24,7 +26,7 @@ def standard(
 ) -> Pipeline:
     """A pipeline with the parts that the flags of ``group`` ask for.
 
-    The order is: maximize, clip, L2, centralize, *direction*, *scale*, centralize the direction, decoupled decay,
+    The order is: maximize, clip, L2, *clip*, centralize, *finish*, *direction*, *scale*, centralize the direction, decoupled decay,
     *apply*, *after*. ``decoupled`` is the part that decays when ``decoupled_weight_decay`` is set, ``coupled`` the one
     when it is not; each may fill the slot ``scale`` instead, for rules that decay inside the direction, and None
     leaves the decay to the rule.
@@ -37,8 +39,10 @@ def standard(
     decays = decoupled if group["decoupled_weight_decay"] else coupled
     if decays is not None and decays.slot == "prepare":
         prepare.append(decays)
+    prepare += clip
     if group["use_gc"] and group["gc_loc"]:
         prepare.append(centralize)
+    prepare += finish
 
     inside = (decays,) if decays is not None and decays.slot == "scale" else ()
     centered = (centralize_direction,) if group["use_gc"] and not group["gc_loc"] else ()
