@@ -396,6 +396,10 @@ TWO_GROUPS = {
     "PNM": ({"lr": 0.1}, {"momentum": 0.5, "beta0": 0.5, "lr": 0.01, "weight_decay": 0.1}),
     "AdaPNM": ({"lr": 0.1}, {"betas": (0.8, 0.95), "eps": 1e-3, "lr": 0.01, "weight_decay": 0.1, "amsgrad": False}),
     "Ranger": ({"lr": 0.1}, {"betas": (0.8, 0.95), "k": 4, "alpha": 0.8, "lr": 0.01, "weight_decay": 0.1}),
+    "Ranger21": (
+        {"lr": 0.1},
+        {"betas": (0.8, 0.95), "k": 4, "eps": 1e-3, "lr": 0.01, "weight_decay": 0.1, "pnm": False},
+    ),
     "RangerAdaBelief": ({"lr": 0.1}, {"betas": (0.8, 0.95), "k": 4, "alpha": 0.8, "lr": 0.01, "use_gc": False}),
 }
 
@@ -668,6 +672,20 @@ DRAWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "PNM": {"momentum": st.sampled_from([0.0, 0.5, 0.9]), "beta0": st.floats(0.0, 2.0)},
     "AdaPNM": {"betas": betas, "eps": epsilons, "amsgrad": flags, "beta0": st.floats(0.0, 2.0)},
     "Ranger": {"betas": betas, "eps": epsilons, **LOOKAHEAD},
+    "Ranger21": {
+        "betas": betas,
+        "eps": epsilons,
+        "k": st.integers(1, 5),
+        "alpha": st.floats(0.1, 1.0),
+        "beta0": st.floats(0.0, 2.0),
+        "norm_loss": st.sampled_from([0.0, 1e-4, 0.1]),
+        "agc_clip": st.sampled_from([1e-2, 1.0]),
+        "total_steps": st.sampled_from([None, 4, 9]),
+        "warmup_steps": st.sampled_from([None, 1, 3]),
+        "momentum": st.sampled_from([0.0, 0.9]),
+        **dict.fromkeys(("use_agc", "normalize", "pnm", "amsgrad", "softplus", "stable_decay", "lookahead"), flags),
+        **dict.fromkeys(("use_warmup", "use_warmdown", "use_madgrad"), flags),
+    },
     "RangerAdaBelief": {"betas": betas, "eps": epsilons, **LOOKAHEAD},
 }
 
@@ -768,6 +786,7 @@ STATE_BYTES = {
     "Lion": 4,
     "LookaheadAdam": 12,
     "Ralamb": 8,
+    "Ranger21": 20,
     "RangerLars": 12,
     "SM3": 4.125,
     "MADGRAD": 12,

@@ -33,7 +33,8 @@ class Stage:
 
     Attributes:
         loads: symbols that are read, with where from: ``"g"``, ``"p"``, ``"state.NAME"``, or ``"value"`` (a finished
-            reduction, an opaque result, a scratch buffer, or what is known before the step, found under the symbol itself).
+            reduction, an opaque result, a scratch buffer, or what is known before the step, found under the symbol
+            itself).
         compute: symbols to work out, arguments first.
         writes: where results go at the end of the stage: ``"p"`` or ``"state.NAME"``.
         partials: reductions whose argument is ready here; each engine reduces weight by weight.

@@ -14,7 +14,8 @@ slot             turns                 for instance
 
 A part is a function marked with the slot it fills. It names what it wants to see, out of ``g`` (gradient), ``d``
 (direction), ``p`` (weight), ``st`` (its own states), ``new`` (states as parts before it have left them), ``hp``
-(hyper-parameters), ``t`` (this weight's own step number, from 1), ``ndim`` and ``shape``; and returns its new value, with a dictionary of new states if it keeps any::
+(hyper-parameters), ``t`` (this weight's own step number, from 1), ``ndim`` and ``shape``; and returns its new value,
+with a dictionary of new states if it keeps any::
 
     @direction(m=moment)
     def momentum(g, st, hp):

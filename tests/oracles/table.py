@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from oracles import dual, formulas, modern, momentum, over9000, relatives
+from oracles import dual, formulas, modern, momentum, over9000, ranger21, relatives
 from oracles.formulas import Formula
 
 FORMULAS: dict[str, Formula] = {
@@ -27,6 +27,7 @@ FORMULAS: dict[str, Formula] = {
     "Ralamb": over9000.ralamb,
     "RMSprop": formulas.rmsprop,
     "Ranger": formulas.ranger,
+    "Ranger21": ranger21.ranger21,
     "RangerAdaBelief": formulas.ranger_adabelief,
     "RangerLars": over9000.ranger_lars,
     "SM3": over9000.sm3,

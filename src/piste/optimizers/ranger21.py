@@ -204,7 +204,9 @@ class Ranger21(Optimizer):
             decoupled=stable if group["stable_decay"] else decay.decoupled,
             after=(lookahead,) if group["lookahead"] else (),
         )
-        whole = _as_released(whole, group) if group["faithful"] else replace(whole, decay=(*whole.decay, decay.norm_loss))
+        whole = (
+            _as_released(whole, group) if group["faithful"] else replace(whole, decay=(*whole.decay, decay.norm_loss))
+        )
         return _scheduled(whole)
 
 

@@ -64,8 +64,8 @@ def _refuse_another(group: Group, lr: float) -> None:
     base = float(group["base_lr"] if group["schedule_step"] else group.get("initial_lr", lr))
     if lr != base:
         raise ValueError(
-            f"group['lr']={lr!r} was {base!r}: something else schedules the learning rate of this Ranger21, which has a "
-            "schedule of its own; legal: no lr scheduler, or one round Ranger21 without total_steps and epochs (or "
+            f"group['lr']={lr!r} was {base!r}: something else schedules the learning rate of this Ranger21, which has "
+            "a schedule of its own; legal: no lr scheduler, or one round Ranger21 without total_steps and epochs (or "
             "use_warmup=False, use_warmdown=False, use_cheb=False)"
         )
 
@@ -98,7 +98,7 @@ def _warmdown(group: Group, lr: float, end: float, step: int) -> float | None:
     if step < first:
         return None
     way = (step + 1 - first) / (group["total_steps"] - first + 1)
-    return max(lr - (lr - end) * min(way, 1.0), end)
+    return float(max(lr - (lr - end) * min(way, 1.0), end))
 
 
 @cache
@@ -147,9 +147,7 @@ def _count(optimizer: Optimizer, weight: Tensor) -> int:
 
 def _clocks(optimizer: Optimizer) -> list[int]:
     """Each group's step number: that of the last weight which was looked at before, if it has a gradient."""
-    counts = [
-        [_count(optimizer, p) for p in group["params"] if p.grad is not None] for group in optimizer.param_groups
-    ]
+    counts = [[_count(optimizer, p) for p in group["params"] if p.grad is not None] for group in optimizer.param_groups]
     seen = [c for count in counts for c in count]
     clocks = [seen[-1] if seen else 1]
     for count in counts[:-1]:

@@ -23,7 +23,13 @@ def _per_root(x: Value, nu: Value, hp: Hyper) -> Value:
 
 
 def _averaged(
-    g: Value, p: Value, st: States, hp: Hyper, weight: Value, x0: Callable[[], Value], per_root: Callable[[Value, Value, Hyper], Value]
+    g: Value,
+    p: Value,
+    st: States,
+    hp: Hyper,
+    weight: Value,
+    x0: Callable[[], Value],
+    per_root: Callable[[Value, Value, Hyper], Value],
 ) -> tuple[Value, dict[str, Value]]:
     """Defazio & Jelassi 2021, algorithm 1. Without momentum the initial weight is worked out and not kept."""
     nu, s = st.nu + weight * square(g), st.s + weight * g

@@ -14,7 +14,7 @@ def _momentum(
 ) -> tuple[Value, dict[str, Value]]:
     """Xie et al. 2021, eq. 5: two averages take the gradients of odd and of even steps.
 
-    The result is divided by the size of the noise that ``beta0`` makes, or whatever is said to be ``noise`` in its place.
+    The result is divided by the size of the noise that ``beta0`` makes, or ``noise`` in its place.
     """
     noise = beta0 if noise is None else noise
     own, other = ("odd", "even") if t % 2 == 1 else ("even", "odd")
