@@ -575,3 +575,66 @@ def test_rules_are_functions_of_tensors_too() -> None:
 def test_second_moment_declares_its_role() -> None:
     assert second_moment.role == "second_moment"
     assert moment.role == "moment"
+
+
+# --- sums of host numbers, states of parts before, rounded corners -------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_tally_adds_host_numbers_of_the_weights_that_step(engine: str) -> None:
+    """Over groups and buckets; a weight that asks and makes no use of the sum counts, one without a gradient does not."""
+
+    @direction
+    def shared(g: Any, hp: Any, t: Any) -> Any:
+        elements = ops.tally(ops.size(g) * hp.weight, "elements")
+        return g if hp.idle == 1 else g / elements
+
+    cls = optimizer_of(Pipeline(direction=shared), weight=1.0, idle=0.0)
+    params = weights([(3, 4), (5,), (2,), (7,)])
+    start = [p.detach().clone() for p in params]
+    groups = [{"params": params[:2]}, {"params": params[2:3], "weight": 2.0, "idle": 1.0}, {"params": params[3:]}]
+    optimizer = cls(groups, engine=engine)
+    for p in params[:3]:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for p, before, step in zip(params, start, (0.1 / 21, 0.1 / 21, 0.1, 0.0), strict=True):
+        torch.testing.assert_close(p.detach(), before - step, rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_part_sees_what_parts_before_it_left(engine: str) -> None:
+    @prepare(m=moment)
+    def gather(g: Any, st: Any) -> Any:
+        return g, {"m": st.m + g}
+
+    @direction
+    def gathered(new: Any) -> Any:
+        return new.m
+
+    (p,) = params = weights([(3, 2)])
+    start = p.detach().clone()
+    optimizer = optimizer_of(Pipeline(prepare=(gather,), direction=gathered))(params, engine=engine)
+    first, second = (row[0] for row in run(optimizer, params, 2))
+    torch.testing.assert_close(p.detach(), start - 0.1 * (2 * first + second), rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_softplus_is_torch_s(engine: str, dtype: torch.dtype) -> None:
+    """From far below zero to past the threshold where it is the identity; no overflow on the way."""
+
+    @update
+    def rounded(p: Any, hp: Any) -> Any:
+        return ops.softplus(p, hp.beta)
+
+    p = torch.nn.Parameter(torch.tensor([-1e4, -3.0, -1e-3, 0.0, 1e-9, 0.1, 0.39999, 0.41, 3.0, 1e4], dtype=dtype))
+    expected = torch.nn.functional.softplus(p.detach().double(), beta=50.0).to(dtype)
+    optimizer = optimizer_of(Pipeline(direction=rounded), beta=50.0)([p], engine=engine)
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), expected, rtol=1e-6 if dtype == torch.float32 else 1e-14, atol=1e-9)
+
+
+def test_tally_is_for_host_numbers_in_a_step() -> None:
+    with pytest.raises(LanguageError, match="tally"):
+        ops.tally(3.0, "elements")

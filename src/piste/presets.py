@@ -356,6 +356,7 @@ presets = Presets(
                 _NORMS_SPARED,
                 "Wright & Demeure 2021, arXiv 2106.13731; ranger21 0.1.0",
                 "Ranger's heir with eight more ideas; say total_steps= for the schedule inside, and no other.",
+                schedule="constant",
             ),
             _preset(
                 "rangeradabelief",

@@ -33,7 +33,9 @@ FULL_STATE: dict[str, dict[str, Any]] = {
     "AdaBelief": {"lr": 0.05, "eps": 1e-8, "amsgrad": True, "rectify": False, "weight_decay": 0.05},
 }
 # Rules with norms of whole weights, besides centralization.
-REDUCING = {"Lamb", "NovoGrad", "Ralamb", "RangerLars", "SM3", "StableAdamW"}
+REDUCING = {"Lamb", "NovoGrad", "Ralamb", "Ranger21", "RangerLars", "SM3", "StableAdamW"}
+# What lets weights see each other (besides clipping), switched off.
+APART: dict[str, dict[str, Any]] = {"Ranger21": {"weight_decay": 0.0}}
 WRAPPED = "Lookahead(AdamW)"
 LOOKAHEAD = {"k": 6, "alpha": 0.5}
 
@@ -60,6 +62,11 @@ class Subject:
     def reduces(self) -> bool:
         """Does a step combine elements of a weight?"""
         return self.centralizes or self.name in REDUCING
+
+    @property
+    def apart(self) -> Subject:
+        """The same with nothing that makes one weight's step depend on another weight."""
+        return replace(self, settings=self.settings | APART.get(self.name, {}))
 
     @property
     def formula(self) -> Formula:

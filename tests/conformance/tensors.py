@@ -170,6 +170,7 @@ def storage_kept(subject: Subject, engine: str) -> None:
 @promise("weights of several dtypes in one optimizer")
 def mixed_dtypes(subject: Subject, engine: str) -> None:
     """Each dtype moves as it does alone."""
+    subject = subject.apart
     problem = random_problem([(3, 4), (5,)], seed=41)
     dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
     together = [p for dtype in dtypes for p in weights_of(problem, dtype)]

@@ -195,3 +195,21 @@ def ademamix(params: Params, **settings: Any) -> torch.optim.Optimizer:
     from pytorch_optimizer import AdEMAMix
 
     return AdEMAMix(params, foreach=False, **settings)
+
+
+def ranger21(params: Params, **settings: Any) -> torch.optim.Optimizer:
+    """ranger21 0.1.0, silent; it imports matplotlib for a plot that nobody asks for here.
+
+    Its gradients are changed in place: give it copies.
+    """
+    names = ("matplotlib", "matplotlib.pyplot")
+    with mock.patch.dict(sys.modules, {name: types.ModuleType(name) for name in names}):
+        package = importlib.import_module("ranger21")
+
+    class Quiet(package.Ranger21):  # type: ignore[misc, name-defined]
+        def step(self, closure: Any = None) -> Any:
+            with _quietly():
+                return super().step(closure)
+
+    with _quietly():
+        return Quiet(params, logging_active=False, **settings)

@@ -61,7 +61,7 @@ def _runs(group: Group) -> bool:
 
 def _refuse_another(group: Group, lr: float) -> None:
     """Two schedules multiply to neither; one that only cycles momentum does no harm."""
-    base = float(group["base_lr"] if group["schedule_step"] else group.get("initial_lr", lr))
+    base = float(group["base_lr"] or group.get("initial_lr", lr))
     if lr != base:
         raise ValueError(
             f"group['lr']={lr!r} was {base!r}: something else schedules the learning rate of this Ranger21, which has "

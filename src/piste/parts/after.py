@@ -34,7 +34,8 @@ def late_lookahead(p: Value, st: States, hp: Hyper, t: Value) -> Value:
 @after(slow=anchor)
 def lookahead_together(p: Value, st: States, hp: Hyper) -> Value:
     """Lookahead by one count for all weights, ``schedule_step``; a weight without a gradient misses its turn."""
+    slow = st.slow
     if hp.schedule_step % hp.k != 0:
         return p
-    slow = lerp(st.slow, p, hp.alpha)
+    slow = lerp(slow, p, hp.alpha)
     return slow, {"slow": slow}

@@ -27,9 +27,9 @@ def standard(
     """A pipeline with the parts that the flags of ``group`` ask for.
 
     The order is: maximize, clip, L2, *clip*, centralize, *finish*, *direction*, *scale*, centralize the direction,
-    decoupled decay, *apply*, *after*. ``decoupled`` is the part that decays when ``decoupled_weight_decay`` is set, ``coupled`` the one
-    when it is not; each may fill the slot ``scale`` instead, for rules that decay inside the direction, and None
-    leaves the decay to the rule.
+    decoupled decay, *apply*, *after*. ``decoupled`` is the part that decays when ``decoupled_weight_decay`` is set,
+    ``coupled`` the one when it is not; each may fill the slot ``scale`` instead, for rules that decay inside the
+    direction, and None leaves the decay to the rule.
     """
     prepare: list[Part] = []
     if group["maximize"]:

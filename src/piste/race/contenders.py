@@ -87,8 +87,14 @@ def make_optimizer(
     else:
         # Some presets have settings of their own for a field of application (the eps of AdaBelief).
         field = {"domain": domain} if domain in piste.presets[contender.optimizer].domains else {}
-        optimizer = piste.create(contender.optimizer, model, lr=lr, **field)
+        optimizer = piste.create(contender.optimizer, model, lr=lr, **field, **_own_schedule(contender, total_steps))
     return optimizer, getattr(piste.schedules, contender.schedule)(optimizer, total_steps)
+
+
+def _own_schedule(contender: Contender, total_steps: int) -> dict[str, int]:
+    """Optimizers that bring a schedule of their own follow it where no other one is asked for."""
+    arguments = inspect.signature(piste.presets[contender.optimizer].optimizer).parameters
+    return {"total_steps": total_steps} if contender.schedule == "constant" and "total_steps" in arguments else {}
 
 
 def _names(pattern: str) -> list[str]:
