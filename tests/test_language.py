@@ -582,7 +582,7 @@ def test_second_moment_declares_its_role() -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_tally_adds_host_numbers_of_the_weights_that_step(engine: str) -> None:
-    """Over groups and buckets; a weight that asks and makes no use of the sum counts, one without a gradient does not."""
+    """Over groups and buckets; a weight that makes no use of the sum counts, one without a gradient does not."""
 
     @direction
     def shared(g: Any, hp: Any, t: Any) -> Any:
@@ -625,11 +625,11 @@ def test_softplus_is_torch_s(engine: str, dtype: torch.dtype) -> None:
 
     @update
     def rounded(p: Any, hp: Any) -> Any:
-        return ops.softplus(p, hp.beta)
+        return ops.softplus(p, hp.sharpness)
 
     p = torch.nn.Parameter(torch.tensor([-1e4, -3.0, -1e-3, 0.0, 1e-9, 0.1, 0.39999, 0.41, 3.0, 1e4], dtype=dtype))
     expected = torch.nn.functional.softplus(p.detach().double(), beta=50.0).to(dtype)
-    optimizer = optimizer_of(Pipeline(direction=rounded), beta=50.0)([p], engine=engine)
+    optimizer = optimizer_of(Pipeline(direction=rounded), sharpness=50.0)([p], engine=engine)
     p.grad = torch.zeros_like(p)
     optimizer.step()
     torch.testing.assert_close(p.detach(), expected, rtol=1e-6 if dtype == torch.float32 else 1e-14, atol=1e-9)

@@ -462,6 +462,7 @@ def test_list_optimizers():
     assert piste.list_optimizers() == sorted(piste.presets)
     assert piste.list_optimizers("ranger*") == [
         "ranger",
+        "ranger21",
         "ranger_nogc",
         "rangeradabelief",
         "rangeradabelief_nogc",
