@@ -121,6 +121,7 @@ _LEGAL: Mapping[str, tuple[Callable[[Any], bool], str]] = {
             "always_adapt",
             "amsgrad",
             "bias_correction",
+            "cautious",
             "centered",
             "decoupled_weight_decay",
             "degenerated_to_sgd",

@@ -33,6 +33,9 @@ class EngineOptions(TypedDict, total=False):
 
     * ``decoupled_weight_decay`` (bool): shrink weights by ``lr * weight_decay`` instead of adding an L2 gradient.
     * ``clip_norm`` (float or None): scale all gradients so that their global norm is at most this.
+    * ``cautious`` (bool): only the elements of a step that agree in sign with their gradient are taken, the longer for
+      it (Liang et al. 2024, arXiv 2411.16085). Decay is not masked, except where the rule itself has it in its
+      direction (StableAdamW). Rules without a direction apart from the weight refuse it.
     * ``maximize`` (bool): climb instead of descend.
 
     Settings of the whole optimizer:
@@ -51,6 +54,7 @@ class EngineOptions(TypedDict, total=False):
 
     decoupled_weight_decay: bool
     clip_norm: float | None
+    cautious: bool
     maximize: bool
     engine: str
     state: str
@@ -78,6 +82,7 @@ class Options(EngineOptions, total=False):
 _GROUP_OPTIONS: Mapping[str, Any] = {
     "decoupled_weight_decay": False,
     "clip_norm": None,
+    "cautious": False,
     "maximize": False,
     "use_gc": False,
     "gc_conv_only": False,

@@ -78,8 +78,13 @@ class RMSprop(Optimizer):
         super().__init__(params, hyper | {"centered": centered, "tf": tf, "lr_in_momentum": lr_in_momentum}, options)
 
     @classmethod
+    def check_group(cls, group: Mapping[str, Any]) -> None:
+        if group["cautious"] and group["tf"] and group["lr_in_momentum"]:
+            raise ValueError("RMSprop got cautious=True with tf=True; legal: lr_in_momentum=False, or cautious=False")
+
+    @classmethod
     def pipeline(cls, group: Mapping[str, Any]) -> Pipeline:
         rule = rmsprop_tf if group["tf"] else rmsprop
         if group["tf"] and group["lr_in_momentum"]:
             return standard(group, rule, apply=momentum_over_steps)
-        return standard(group, rule, scale=(heavy_ball,))
+        return standard(group, rule, momentum=(heavy_ball,))

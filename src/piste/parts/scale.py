@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
-from piste.ops import Value, minimum, norm, rectifier, rho, sqrt, where
+from piste.ops import Value, maximum, mean, minimum, norm, rectifier, rho, sign, sqrt, where
 from piste.slots import Hyper, States, scale
 from piste.storage import moment
 
-__all__ = ["corrected_step", "heavy_ball", "rectified", "rectified_step", "trust_of_new_weights", "trust_ratio"]
+__all__ = [
+    "cautious",
+    "corrected_step",
+    "heavy_ball",
+    "rectified",
+    "rectified_step",
+    "trust_of_new_weights",
+    "trust_ratio",
+]
+
+
+@scale
+def cautious(d: Value, g: Value) -> Value:
+    """Only where the direction agrees with the gradient, at the same mean length (Liang et al. 2024, algorithm 1).
+
+    The share that agrees counts as a thousandth at least, as in the authors' code.
+    """
+    agree = maximum(sign(d * g), 0.0)
+    return d * (agree / maximum(mean(agree), 1e-3))
 
 
 @scale
