@@ -59,6 +59,21 @@ def figure(results: dict[str, Any], name: str) -> go.Figure:
     return drawn
 
 
+def photograph(drawn: go.Figure, picture: Path) -> None:
+    """Write a figure as PNG, in its own size, as a browser draws it."""
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        page_file = Path(folder) / "figure.html"
+        page_file.write_text(drawn.to_html(include_plotlyjs=True), encoding="utf-8")
+        browser = playwright.chromium.launch(
+            executable_path=os.environ.get("CHROMIUM", "/usr/bin/chromium"), args=["--no-sandbox"]
+        )
+        page = browser.new_page(viewport={"width": drawn.layout.width + 20, "height": drawn.layout.height + 20})
+        page.goto(page_file.as_uri())
+        page.wait_for_selector(".plot-container")
+        page.screenshot(path=str(picture))
+        browser.close()
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Draw it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.picture", description=__doc__)
@@ -67,18 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
     asked = parser.parse_args(arguments)
     results = json.loads(asked.results.read_text())
     name = next(iter(results["lists"]))
-    page_text = figure(results, name).to_html(include_plotlyjs=True)
-    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
-        page_file = Path(folder) / "figure.html"
-        page_file.write_text(page_text, encoding="utf-8")
-        browser = playwright.chromium.launch(
-            executable_path=os.environ.get("CHROMIUM", "/usr/bin/chromium"), args=["--no-sandbox"]
-        )
-        page = browser.new_page(viewport={"width": WIDTH + 20, "height": HEIGHT + 20})
-        page.goto(page_file.as_uri())
-        page.wait_for_selector(".plot-container")
-        page.screenshot(path=str(asked.out))
-        browser.close()
+    photograph(figure(results, name), asked.out)
 
 
 if __name__ == "__main__":

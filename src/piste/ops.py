@@ -228,9 +228,29 @@ def _reduce(op: str, x: Value, keep: Sequence[int]) -> Value:
     return nary(op, x, attr=tuple(sorted(keep)), kind=reduced(keep))
 
 
+def _factored(x: Sym, keep: Sequence[int]) -> tuple[Sym, Value]:
+    """``x`` as a value and a factor that is the same for everything a reduction to ``keep`` combines (None for 1)."""
+    if x.op == "square":
+        rest, factor = _factored(x.args[0], keep)
+        return (x, None) if factor is None else (square(rest), square(factor))
+    if x.op == "mul":
+        for rest, factor in (x.args, x.args[::-1]):
+            if rest.kind == x.kind and factor.kind.level <= 2 and set(factor.kind.keep) <= set(keep):
+                rest, further = _factored(rest, keep)
+                return rest, factor if further is None else factor * further
+    return x, None
+
+
 def sum_(x: Value, keep: Sequence[int] = ()) -> Value:
-    """The sum over all axes but ``keep``."""
-    return _reduce("sum", x, keep)
+    """The sum over all axes but ``keep``.
+
+    In a rule that piste reads, common factors come out of it, so that it does not have to wait for them: the mean of a
+    clipped gradient is ready as early as that of the gradient.
+    """
+    if not isinstance(x, Sym) or x.kind != FULL:
+        return _reduce("sum", x, keep)
+    rest, factor = _factored(x, keep)
+    return _reduce("sum", rest, keep) if factor is None else _reduce("sum", rest, keep) * factor
 
 
 def peak(x: Value, keep: Sequence[int] = ()) -> Value:

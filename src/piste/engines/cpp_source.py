@@ -106,7 +106,7 @@ def write(plan: Plan, passes: Mapping[str, Pass], real: torch.dtype, homes: Mapp
             _headers(),
             "namespace piste {",
             f"typedef {TYPES[real]} R;",
-            "#pragma omp declare reduction(peak : double : omp_out = maximum(omp_out, omp_in)) "
+            "#pragma omp declare reduction(peak : R : omp_out = maximum(omp_out, omp_in)) "
             "initializer(omp_priv = -__builtin_inf())",
             *_host_function(numbers, hyper_names(plan)),
             *(
@@ -280,7 +280,8 @@ class _Writer:
         value = self.names[reduction.args[0]]
         number = _place(self.one.partials, reduction)
         join = "a{0} = a{0} + {1};" if reduction.op != "peak" else "a{0} = maximum(a{0}, {1});"
-        local = f"double a{number} = {_START[reduction.op]};"
+        wide = "R" if reduction.op == "peak" else "double"  # a sum grows beyond its terms, a peak is one of them
+        local = f"{wide} a{number} = {_START[reduction.op]};"
         if reduction.kind == self.one.space:
             self.inside.append(f"c{i}[i] = R({value});")
             return []
@@ -301,8 +302,8 @@ class _Writer:
                 self.inside.append(f"b{number}[{step}] = {joined};")
                 return []
         self.before.append(local)
-        self.inside.append(join.format(number, f"double({value})"))
-        return [f"{at} = {_JOIN[reduction.op]}({at}, a{number});"]
+        self.inside.append(join.format(number, f"{wide}({value})"))
+        return [f"{at} = {_JOIN[reduction.op]}({at}, double(a{number}));"]
 
     # the walk --------------------------------------------------------------------------------------------------------
     @property

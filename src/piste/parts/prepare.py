@@ -41,9 +41,14 @@ def l2(g: Value, p: Value, hp: Hyper) -> Value:
     return g if hp.weight_decay == 0 else g + hp.weight_decay * p
 
 
+def _centers(hp: Hyper, ndim: int) -> bool:
+    """Does centralization touch weights of this rank? Vectors and scalars stay as they are."""
+    return ndim > (3 if hp.gc_conv_only else 1)
+
+
 def _centralized(x: Value, hp: Hyper, ndim: int) -> Value:
-    """Take from each output unit its mean (Yong et al. 2020, eq. 1): vectors and scalars stay as they are."""
-    return x - mean(x, keep=(0,)) if ndim > (3 if hp.gc_conv_only else 1) else x
+    """Take from each output unit its mean (Yong et al. 2020, eq. 1)."""
+    return x - mean(x, keep=(0,)) if _centers(hp, ndim) else x
 
 
 @prepare
@@ -77,12 +82,13 @@ def adaptive_clip(g: Value, p: Value, hp: Hyper, ndim: int) -> Value:
 
 
 @prepare
-def normalize(g: Value) -> Value:
+def normalize(g: Value, hp: Hyper, ndim: int) -> Value:
     """Divide by the standard deviation of the whole gradient; one or two elements have none worth the name."""
     n = size(g)
     if n <= 2:
         return g
-    return g / (sqrt(sum_(square(g - mean(g))) / (n - 1)) + 1e-8)
+    around = g if hp.use_gc and _centers(hp, ndim) else g - mean(g)
+    return g / (sqrt(sum_(square(around)) / (n - 1)) + 1e-8)
 
 
 @prepare(v=second_moment)
