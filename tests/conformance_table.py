@@ -92,6 +92,8 @@ def page(results: Results) -> str:
     lines += [_row([distributed.TITLE, *(_ddp_mark(results, c) for c in columns)]), "", NOT_YET]
     lines += ["Why a promise does not apply to the wrapper:", ""]
     lines += [f"* {p.title}: {p.not_for_wrappers}." for p in promises() if p.not_for_wrappers]
+    reasons = [(p.title, name, why) for p in promises() for name, why in p.not_for.items()]
+    lines += ["", "And to an optimizer:", "", *(f"* {title}, {name}: {why}." for title, name, why in reasons)]
     lines += ["", "## Where the expected numbers come from", ""]
     lines += [
         "Float64 formulas typed a second time, in NumPy (`tests/oracles/formulas.py`), for every optimizer; and:",

@@ -389,6 +389,10 @@ TWO_GROUPS = {
     "LookaheadAdam": ({"lr": 0.1}, {"betas": (0.8, 0.95), "k": 4, "alpha": 0.8, "lr": 0.01, "late_start": True}),
     "Ralamb": ({"lr": 0.1}, {"betas": (0.8, 0.95), "eps": 1e-3, "lr": 0.01, "trust_denominator": "weights"}),
     "RangerLars": ({"lr": 0.1}, {"betas": (0.8, 0.95), "k": 4, "lr": 0.01, "trust_denominator": "weights"}),
+    "Prodigy": ({"lr": 1.0}, {"betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1, "d_coef": 2.0}),
+    "ScheduleFreeAdamW": ({"lr": 0.1}, {"betas": (0.8, 0.95), "eps": 1e-3, "lr": 0.01, "warmup_steps": 5, "r": 1.0}),
+    "ScheduleFreeRAdam": ({"lr": 0.1}, {"betas": (0.8, 0.95), "lr": 0.01, "silent_sgd_phase": False}),
+    "ScheduleFreeSGD": ({"lr": 0.1}, {"momentum": 0.5, "lr": 0.01, "warmup_steps": 5, "weight_decay": 0.1}),
     "SM3": ({"lr": 0.1}, {"momentum": 0.5, "beta": 0.9, "eps": 1e-3, "lr": 0.01, "weight_decay": 0.1}),
     "MADGRAD": ({"lr": 0.1}, {"momentum": 0.5, "eps": 1e-3, "lr": 0.01, "weight_decay": 0.1}),
     "MirrorMADGRAD": ({"lr": 0.1}, {"momentum": 0.5, "eps": 1e-3, "lr": 0.01, "weight_decay": 0.1}),
@@ -598,6 +602,7 @@ decays = st.sampled_from([0.0, 0.05, 0.3])
 epsilons = st.sampled_from([1e-10, 1e-6, 1e-3])
 betas = st.tuples(st.floats(0.5, 0.97), st.floats(0.5, 0.9995))
 flags = st.booleans()
+warm_ups = st.sampled_from([None, 1, 4])
 denominators = st.sampled_from(["update", "weights"])
 bounds = st.sampled_from([None, 0.5, 10.0])
 
@@ -666,6 +671,19 @@ DRAWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "alpha": st.floats(0.1, 1.0),
         "late_start": flags,
     },
+    "Prodigy": {
+        "lr": st.floats(0.1, 2.0),
+        "betas": betas,
+        "eps": epsilons,
+        "beta3": st.sampled_from([None, 0.9]),
+        "bias_correction": flags,
+        "safeguard_warmup": flags,
+        "d0": st.sampled_from([1e-6, 1e-3]),
+        "growth_rate": st.sampled_from([1.5, float("inf")]),
+    },
+    "ScheduleFreeAdamW": {"betas": betas, "eps": epsilons, "r": st.floats(0.0, 2.0), "warmup_steps": warm_ups},
+    "ScheduleFreeRAdam": {"betas": betas, "eps": epsilons, "r": st.floats(0.0, 2.0), "silent_sgd_phase": flags},
+    "ScheduleFreeSGD": {"momentum": st.floats(0.1, 0.95), "warmup_steps": warm_ups, "weight_lr_power": st.floats(0, 3)},
     "SM3": {"momentum": st.sampled_from([0.0, 0.5, 0.9]), "beta": st.sampled_from([0.0, 0.9, 1.0]), "eps": epsilons},
     "MADGRAD": {"momentum": st.sampled_from([0.0, 0.5, 0.9]), "eps": epsilons},
     "MirrorMADGRAD": {"momentum": st.sampled_from([0.0, 0.5, 0.9]), "eps": epsilons},
@@ -789,6 +807,10 @@ STATE_BYTES = {
     "Ralamb": 8,
     "Ranger21": 20,
     "RangerLars": 12,
+    "Prodigy": 16,
+    "ScheduleFreeAdamW": 8,
+    "ScheduleFreeRAdam": 8,
+    "ScheduleFreeSGD": 4,
     "SM3": 4.125,
     "MADGRAD": 12,
     "MirrorMADGRAD": 8,
@@ -817,6 +839,9 @@ def test_solves_a_convex_problem(name: str, engine: str) -> None:
         "NovoGrad": 0.05,
         "Lamb": 0.1,
         "SM3": 0.5,
+        "Prodigy": 1.0,
+        "ScheduleFreeSGD": 0.3,
+        "ScheduleFreeRAdam": 0.5,
         "MADGRAD": 0.3,
         "MirrorMADGRAD": 0.1,
     }.get(name, 0.1)

@@ -22,6 +22,7 @@ from piste.optimizers import LookaheadAdam as LookaheadAdam
 from piste.optimizers import MirrorMADGRAD as MirrorMADGRAD
 from piste.optimizers import NAdamW as NAdamW
 from piste.optimizers import NovoGrad as NovoGrad
+from piste.optimizers import Prodigy as Prodigy
 from piste.optimizers import RAdam as RAdam
 from piste.optimizers import Ralamb as Ralamb
 from piste.optimizers import Ranger as Ranger
@@ -29,6 +30,9 @@ from piste.optimizers import Ranger21 as Ranger21
 from piste.optimizers import RangerAdaBelief as RangerAdaBelief
 from piste.optimizers import RangerLars as RangerLars
 from piste.optimizers import RMSprop as RMSprop
+from piste.optimizers import ScheduleFreeAdamW as ScheduleFreeAdamW
+from piste.optimizers import ScheduleFreeRAdam as ScheduleFreeRAdam
+from piste.optimizers import ScheduleFreeSGD as ScheduleFreeSGD
 from piste.optimizers import StableAdamW as StableAdamW
 from piste.presets import Preset as Preset
 from piste.presets import presets as presets

@@ -81,6 +81,14 @@ def _denominator(value: Any) -> bool:
     return value in ("update", "weights")
 
 
+def _beta3(value: Any) -> bool:
+    return value is None or bool(_within(0, 1, open_high=True)(value))
+
+
+def _growth(value: Any) -> bool:
+    return value == math.inf or bool(_within(1, open_low=True)(value))
+
+
 _FLAG = (_flag, "True or False")
 
 #: hyper-parameter, or class.hyper-parameter where a class has its own range -> (is this value legal?, the range)
@@ -113,6 +121,18 @@ _LEGAL: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "norm_loss": (_within(0), "a finite number >= 0"),
     "schedule_step": (_done, "a whole number >= 0"),
     "total_steps": (_steps, "None or a whole number >= 1"),
+    "averaging": (_within(0, 1), "a number in [0, 1]"),
+    "beta3": (_beta3, "None or a number in [0, 1)"),
+    "d": (_within(0, open_low=True), "a finite number > 0"),
+    "d0": (_within(0, open_low=True), "a finite number > 0"),
+    "d_coef": (_within(0, open_low=True), "a finite number > 0"),
+    "d_max": (_within(0, open_low=True), "a finite number > 0"),
+    "d_numerator": (_within(-math.inf), "a finite number"),
+    "growth_rate": (_growth, "a number > 1, infinity included"),
+    "lr_max": (_within(0), "a finite number >= 0"),
+    "r": (_within(0), "a finite number >= 0"),
+    "weight_lr_power": (_within(0), "a finite number >= 0"),
+    "weight_sum": (_within(0), "a finite number >= 0"),
     "warmdown_min_lr": (_within(0), "a finite number >= 0"),
     "warmdown_start": (_within(0, 1), "a number in [0, 1]"),
     "warmup_fraction": (_within(0, 1), "a number in [0, 1]"),
@@ -139,9 +159,12 @@ _LEGAL: Mapping[str, tuple[Callable[[Any], bool], str]] = {
             "normalize",
             "pnm",
             "rectify",
+            "safeguard_warmup",
+            "silent_sgd_phase",
             "softplus",
             "stable_decay",
             "tf",
+            "train_mode",
             "trust_clip",
             "use_agc",
             "use_cheb",

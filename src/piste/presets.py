@@ -284,6 +284,12 @@ _PRIORS: Mapping[str, LrPrior] = {
     "MirrorMADGRAD": LrPrior(5e-3, 1.2, 0.8),
     # Undampened momentum over gradients of unit norm: 1e-2 in the paper's vision runs, with wide scatter.
     "NovoGrad": LrPrior(1e-2),
+    # It multiplies an estimate: 1 is the authors' advice, with d_coef in its place for corrections.
+    "Prodigy": LrPrior(1.0),
+    # One to ten times AdamW's (authors' package; 2.5e-3 is their default).
+    **dict.fromkeys(("ScheduleFreeAdamW", "ScheduleFreeRAdam"), LrPrior(4e-3)),
+    # 10 to 50 times that of SGD with momentum under a schedule (authors' package).
+    "ScheduleFreeSGD": LrPrior(1.0),
     # Averages instead of sums: ten times what SGD with momentum takes.
     "PNM": LrPrior(0.5),
     "AdaPNM": LrPrior(2e-3),
@@ -576,6 +582,41 @@ presets = Presets(
                 _NORMS_SPARED,
                 "Xie et al. 2021, arXiv 2103.17182",
                 "Adam with positive-negative momentum and amsgrad, its authors' settings.",
+            ),
+            _preset(
+                "prodigy",
+                optimizers.Prodigy,
+                {},
+                _NORMS_SPARED,
+                "Mishchenko & Defazio 2023, arXiv 2306.06101",
+                "AdamW that finds its learning rate; lr is the schedule alone and begins at 1.",
+            ),
+            _preset(
+                "schedulefreesgd",
+                optimizers.ScheduleFreeSGD,
+                {},
+                _L2_NORMS_SPARED,
+                "Defazio et al. 2024, arXiv 2405.15682",
+                "SGD that averages in the place of a schedule; eval() and train() switch its weights.",
+                schedule="constant",
+            ),
+            _preset(
+                "schedulefreeadamw",
+                optimizers.ScheduleFreeAdamW,
+                {},
+                _NORMS_SPARED,
+                "Defazio et al. 2024, arXiv 2405.15682",
+                "AdamW that averages in the place of a schedule; eval() and train() switch its weights.",
+                schedule="constant",
+            ),
+            _preset(
+                "schedulefreeradam",
+                optimizers.ScheduleFreeRAdam,
+                {},
+                _NORMS_SPARED,
+                "Defazio et al. 2024, arXiv 2405.15682",
+                "The same with RAdam's rectifier as its warm-up.",
+                schedule="constant",
             ),
             _preset(
                 "adabelief",

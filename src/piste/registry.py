@@ -82,6 +82,7 @@ OPTIMIZERS: tuple[OptimizerInfo, ...] = (
     _info(optimizers.NAdamW, "m v product", "Dozat 2016", "torch.optim.NAdam"),
     _info(optimizers.NovoGrad, "m v vmax", "Ginsburg et al. 2019, arXiv 1905.11286", "timm NvNovoGrad"),
     _info(optimizers.PNM, "odd even", "Xie et al. 2021, arXiv 2103.17182", "pytorch_optimizer PNM"),
+    _info(optimizers.Prodigy, "m v s x0", "Mishchenko & Defazio 2023, arXiv 2306.06101", "prodigyopt 1.1.2"),
     _info(optimizers.RAdam, "m v", "Liu et al. 2019, arXiv 1908.03265", "torch.optim.RAdam"),
     _info(optimizers.Ralamb, "m v", "Grankin 2019, mgrankin/over9000", "float64 formulas"),
     _info(optimizers.Ranger, "m v slow", "Wright 2019, ranger.py 20.4.11", "float64 formulas"),
@@ -94,6 +95,9 @@ OPTIMIZERS: tuple[OptimizerInfo, ...] = (
     _info(optimizers.RangerAdaBelief, "m s slow", "Zhuang et al. 2020, arXiv 2010.07468", "ranger-adabelief 0.1.0"),
     _info(optimizers.RangerLars, "m v slow", "Grankin 2019, mgrankin/over9000", "float64 formulas"),
     _info(optimizers.RMSprop, "v gbar buf", "Hinton et al. 2012, lecture 6e", "torch.optim.RMSprop, timm RMSpropTF"),
+    _info(optimizers.ScheduleFreeAdamW, "z v", "Defazio et al. 2024, arXiv 2405.15682", "schedulefree 1.4.1"),
+    _info(optimizers.ScheduleFreeRAdam, "z v", "Defazio et al. 2024, arXiv 2405.15682", "schedulefree 1.4.1"),
+    _info(optimizers.ScheduleFreeSGD, "z", "Defazio et al. 2024, arXiv 2405.15682", "schedulefree 1.4.1"),
     _info(optimizers.SGD, "buf", "Sutskever et al. 2013", "torch.optim.SGD"),
     _info(
         optimizers.SM3, "buf acc acc0 acc1", "Anil et al. 2019, arXiv 1901.11150", "optax 0.2.8 sm3, float64 formulas"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from oracles.replay import Problem, set_gradients
 
-from conformance.matrix import promise
+from conformance.matrix import ONE_ESTIMATE, promise
 from conformance.subjects import (
     ATOL,
     DENSE,
@@ -130,7 +130,7 @@ def names(subject: Subject, engine: str) -> None:
     assert_identical([p.detach() for p in twins], [p.detach() for p in weights])
 
 
-@promise("add_param_group late")
+@promise("add_param_group late", not_for=ONE_ESTIMATE)
 def add_group_late(subject: Subject, engine: str) -> None:
     """A group added later moves as in a new optimizer, with its own lr, and the old ones do not notice.
 

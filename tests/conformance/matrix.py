@@ -6,10 +6,16 @@ the table and says where it applies.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from conformance.subjects import ENGINES, Subject
+
+# What makes weights depend on each other by definition.
+ONE_ESTIMATE = {"Prodigy": "one estimate for all weights"}
+ONE_AVERAGE = dict.fromkeys(
+    ("ScheduleFreeAdamW", "ScheduleFreeRAdam", "ScheduleFreeSGD"), "one share of the average for all weights of a group"
+)
 
 Check = Callable[[Subject, str], None]
 
@@ -24,9 +30,10 @@ class Promise:
     engines: tuple[str, ...] = ENGINES
     compiled: bool = False  # also under `compile`, in the slow tests
     not_for_wrappers: str = ""  # why Lookahead has no such cell
+    not_for: Mapping[str, str] = field(default_factory=dict)  # optimizers without one, and why
 
     def applies(self, subject: Subject) -> bool:
-        return not (subject.wrapped and self.not_for_wrappers)
+        return not (subject.wrapped and self.not_for_wrappers) and subject.name not in self.not_for
 
 
 PROMISES: list[Promise] = []
@@ -38,11 +45,12 @@ def promise(
     engines: tuple[str, ...] = ENGINES,
     compiled: bool = False,
     not_for_wrappers: str = "",
+    not_for: Mapping[str, str] | None = None,
 ) -> Callable[[Check], Check]:
     """Adds a check to the matrix."""
 
     def add(check: Check) -> Check:
-        PROMISES.append(Promise(check.__name__, title, check, engines, compiled, not_for_wrappers))
+        PROMISES.append(Promise(check.__name__, title, check, engines, compiled, not_for_wrappers, not_for or {}))
         return check
 
     return add

@@ -33,7 +33,7 @@ FULL_STATE: dict[str, dict[str, Any]] = {
     "AdaBelief": {"lr": 0.05, "eps": 1e-8, "amsgrad": True, "rectify": False, "weight_decay": 0.05},
 }
 # Rules with norms of whole weights, besides centralization.
-REDUCING = {"Lamb", "NovoGrad", "Ralamb", "Ranger21", "RangerLars", "SM3", "StableAdamW"}
+REDUCING = {"Lamb", "NovoGrad", "Prodigy", "Ralamb", "Ranger21", "RangerLars", "SM3", "StableAdamW"}
 # What lets weights see each other (besides clipping), switched off.
 APART: dict[str, dict[str, Any]] = {"Ranger21": {"weight_decay": 0.0}}
 WRAPPED = "Lookahead(AdamW)"

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from oracles.replay import Problem, random_problem, set_gradients
 
-from conformance.matrix import promise
+from conformance.matrix import ONE_ESTIMATE, promise
 from conformance.subjects import (
     ATOL,
     RTOL,
@@ -167,7 +167,7 @@ def storage_kept(subject: Subject, engine: str) -> None:
         assert_identical(flat, torch.cat([p.detach().flatten() for p in plain]))
 
 
-@promise("weights of several dtypes in one optimizer")
+@promise("weights of several dtypes in one optimizer", not_for=ONE_ESTIMATE)
 def mixed_dtypes(subject: Subject, engine: str) -> None:
     """Each dtype moves as it does alone."""
     subject = subject.apart

@@ -80,6 +80,8 @@ class FormulaRun:
         self.settings = [dict(s) for s in settings]
         self.states: list[State] = [{} for _ in weights]
         self.shared: State = {}
+        self.group_of = [self.settings.index(own) for own in self.settings]
+        self.numbers: dict[int, State] = {group: {} for group in self.group_of}
         self.lookahead = lookahead
         self.slow = [w.copy() for w in self.weights]
         self.steps = 0
@@ -94,12 +96,25 @@ class FormulaRun:
             hyperparameters.pop("clip_norm", None)
             sign = -1.0 if hyperparameters.pop("maximize", False) else 1.0
             present.append((i, sign * coefficient * np.asarray(g, dtype=np.float64), hyperparameters))
+        if present and hasattr(self.formula, "advance"):
+            self._advance()
         if getattr(self.formula, "whole", False):
             self._step_whole(present)
         else:
             for i, g, hyperparameters in present:
                 self.weights[i] = self.formula(self.weights[i], g, self.states[i], **hyperparameters)
         self._sync()
+
+    def _advance(self) -> None:
+        """A formula with a function ``advance`` keeps numbers for each group: weights of equal settings at the start.
+
+        It is called as ``advance(numbers, **settings)`` before every step, and the formula finds them as its weight's
+        ``state["group"]``.
+        """
+        for i, group in enumerate(self.group_of):
+            self.states[i]["group"] = self.numbers[group]
+        for group, numbers in self.numbers.items():
+            self.formula.advance(numbers, **self.settings[group])  # type: ignore[attr-defined]
 
     def _step_whole(self, present: list[tuple[int, Array, dict[str, Any]]]) -> None:
         """A formula with the attribute ``whole`` gets all weights at once, with one more state that they share.

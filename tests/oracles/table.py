@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from oracles import dual, formulas, modern, momentum, over9000, ranger21, relatives
+from oracles import dual, formulas, modern, momentum, over9000, ranger21, relatives, self_tuning
 from oracles.formulas import Formula
 
 FORMULAS: dict[str, Formula] = {
@@ -31,5 +31,9 @@ FORMULAS: dict[str, Formula] = {
     "RangerAdaBelief": formulas.ranger_adabelief,
     "RangerLars": over9000.ranger_lars,
     "SM3": over9000.sm3,
+    "Prodigy": self_tuning.prodigy,
+    "ScheduleFreeAdamW": self_tuning.schedule_free_adamw,
+    "ScheduleFreeRAdam": self_tuning.schedule_free_radam,
+    "ScheduleFreeSGD": self_tuning.schedule_free_sgd,
     "SGD": formulas.sgd,
 }

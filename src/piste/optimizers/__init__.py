@@ -19,11 +19,15 @@ from piste.optimizers.over9000 import Ralamb as Ralamb
 from piste.optimizers.over9000 import RangerLars as RangerLars
 from piste.optimizers.pnm import PNM as PNM
 from piste.optimizers.pnm import AdaPNM as AdaPNM
+from piste.optimizers.prodigy import Prodigy as Prodigy
 from piste.optimizers.radam import RAdam as RAdam
 from piste.optimizers.ranger import Ranger as Ranger
 from piste.optimizers.ranger import RangerAdaBelief as RangerAdaBelief
 from piste.optimizers.ranger21 import Ranger21 as Ranger21
 from piste.optimizers.rmsprop import RMSprop as RMSprop
+from piste.optimizers.schedule_free import ScheduleFreeAdamW as ScheduleFreeAdamW
+from piste.optimizers.schedule_free import ScheduleFreeRAdam as ScheduleFreeRAdam
+from piste.optimizers.schedule_free import ScheduleFreeSGD as ScheduleFreeSGD
 from piste.optimizers.sgd import SGD as SGD
 from piste.optimizers.sm3 import SM3 as SM3
 
@@ -46,6 +50,7 @@ __all__ = [
     "MirrorMADGRAD",
     "NAdamW",
     "NovoGrad",
+    "Prodigy",
     "RAdam",
     "RMSprop",
     "Ralamb",
@@ -53,5 +58,8 @@ __all__ = [
     "Ranger21",
     "RangerAdaBelief",
     "RangerLars",
+    "ScheduleFreeAdamW",
+    "ScheduleFreeRAdam",
+    "ScheduleFreeSGD",
     "StableAdamW",
 ]

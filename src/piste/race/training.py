@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,6 +94,17 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
 
 
+@contextmanager
+def evaluating(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """With the weights that an optimizer means to be evaluated: schedule-free ones train with others."""
+    to_evaluation, to_training = (getattr(optimizer, name, lambda: None) for name in ("eval", "train"))
+    to_evaluation()
+    try:
+        yield
+    finally:
+        to_training()
+
+
 def evaluate(task: Task, model: nn.Module, split: Split, device: torch.device) -> tuple[float, float]:
     """Loss and metric on a whole split, in evaluation mode; the metric is the loss where the task has none."""
     was_training = model.training
@@ -140,7 +152,7 @@ class _Attempt:
         self.optimizer, schedule = make_optimizer(self.contender, model, self.key.lr, self.key.steps, self.task.domain)
         batches = training_batches(self.splits.train, self.task.batch_size, derived_seed(self.key.seed, "batches"))
         stops = evaluation_steps(self.key.steps)
-        self._evaluate(0, model, math.nan)
+        self._evaluate(0, model, self.optimizer, math.nan)
         losses: list[Tensor] = []
         stretch = self._clock()
         for number in range(1, self.key.steps + 1):
@@ -150,11 +162,12 @@ class _Attempt:
             progress(number)
             if number in stops:
                 self.seconds += self._clock() - stretch
-                self._evaluate(number, model, float(torch.stack(losses).mean()))
+                self._evaluate(number, model, self.optimizer, float(torch.stack(losses).mean()))
                 losses.clear()
                 stretch = self._clock()
         if self.key.phase == record.CONFIRM:
-            self.test = evaluate(self.task, model, self.splits.report, self.device)
+            with evaluating(self.optimizer):
+                self.test = evaluate(self.task, model, self.splits.report, self.device)
             if not all(map(math.isfinite, self.test)):
                 raise DivergedError("the score on the report split is not finite")
 
@@ -203,8 +216,9 @@ class _Attempt:
             if not math.isfinite(value):
                 raise DivergedError(f"the training loss became {value} at step {number} of {self.key.steps}")
 
-    def _evaluate(self, number: int, model: nn.Module, train_loss: float) -> None:
-        loss, metric = evaluate(self.task, model, self.splits.valid, self.device)
+    def _evaluate(self, number: int, model: nn.Module, optimizer: torch.optim.Optimizer, train_loss: float) -> None:
+        with evaluating(optimizer):
+            loss, metric = evaluate(self.task, model, self.splits.valid, self.device)
         self.curve.step.append(number)
         self.curve.train_seconds.append(self.seconds)
         self.curve.train_loss.append(train_loss)
