@@ -198,7 +198,11 @@ def where(condition: Value, x: Value, y: Value) -> Value:
     One of the two has to be a value of the weight: two numbers have no precision to be chosen in
     (``maximum(sign(x), 0.0)`` is 1 where x is positive and 0 elsewhere, in the precision of x).
     """
-    if isinstance(condition, Sym) and all(not isinstance(v, Sym) or v.kind == HOST for v in (x, y)):
+    if (
+        isinstance(condition, Sym)
+        and condition.kind != HOST
+        and all(not isinstance(v, Sym) or v.kind == HOST for v in (x, y))
+    ):
         raise LanguageError(f"where chooses between the numbers {x!r} and {y!r}; one has to be a value of the weight")
     return _apply("where", condition, x, y)
 

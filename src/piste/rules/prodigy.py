@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from piste.ops import Value, absolute, lerp, maximum, minimum, sqrt, square, total, where
 from piste.slots import Hyper, States, update
 from piste.storage import State, anchor, moment, second_moment
@@ -16,7 +18,7 @@ def grown(hp: Hyper, gained: Value, scale: Value) -> tuple[Value, Value, Value]:
     """The estimate d of the distance to the solution after this step, the largest one so far, and the numerator."""
     numerator = _beta3(hp) * hp.d_numerator + gained
     found = where(scale > 0, hp.d_coef * numerator / scale, hp.d)
-    d = where(hp.d == hp.d0, maximum(found, hp.d), hp.d)
+    d = minimum(maximum(found, hp.d), where(hp.d == hp.d0, math.inf, hp.d))  # at once from the first estimate, only
     d_max = maximum(found, hp.d_max)
     return minimum(d_max, d * hp.growth_rate), d_max, numerator
 
