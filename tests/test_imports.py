@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"checks", "storage"},
     "optimizer": {"execution", "roster", "checks", "checkpoint", "slots", "storage", "symbol", "variants"},
     "wrappers": {"execution", "roster", "checks", "checkpoint", "slots", "storage", "variants", "parts"},
-    "optimizers": {"optimizer", "rules", "parts", "slots", "checks"},
+    "optimizers": {"optimizer", "rules", "parts", "slots", "checks", "groups"},
     "schedules": {"checks"},
     "groups": {"checks"},
     "presets": {"checks", "optimizer", "optimizers", "schedules", "groups"},

@@ -389,6 +389,11 @@ TWO_GROUPS = {
     "LookaheadAdam": ({"lr": 0.1}, {"betas": (0.8, 0.95), "k": 4, "alpha": 0.8, "lr": 0.01, "late_start": True}),
     "Ralamb": ({"lr": 0.1}, {"betas": (0.8, 0.95), "eps": 1e-3, "lr": 0.01, "trust_denominator": "weights"}),
     "RangerLars": ({"lr": 0.1}, {"betas": (0.8, 0.95), "k": 4, "lr": 0.01, "trust_denominator": "weights"}),
+    "Adafactor": (
+        {"lr": 0.1},
+        {"lr": None, "beta1": 0.5, "clip_threshold": 0.5, "weight_decay": 0.1, "factor": "last"},
+    ),
+    "Amos": ({"lr": 0.1}, {"lr": 0.01, "beta": 0.9, "scale": 0.5, "momentum": 0.5, "weight_decay": 0.01}),
     "Prodigy": ({"lr": 1.0}, {"betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1, "d_coef": 2.0}),
     "ScheduleFreeAdamW": ({"lr": 0.1}, {"betas": (0.8, 0.95), "eps": 1e-3, "lr": 0.01, "warmup_steps": 5, "r": 1.0}),
     "ScheduleFreeRAdam": ({"lr": 0.1}, {"betas": (0.8, 0.95), "lr": 0.01, "silent_sgd_phase": False}),
@@ -671,6 +676,20 @@ DRAWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "alpha": st.floats(0.1, 1.0),
         "late_start": flags,
     },
+    "Adafactor": {
+        "clip_threshold": st.sampled_from([0.5, 1.0]),
+        "decay_rate": st.floats(-1.0, -0.3),
+        "beta1": st.sampled_from([None, 0.0, 0.9]),
+        "scale_parameter": flags,
+        "factor": st.sampled_from(["matrix", "last"]),
+    },
+    "Amos": {
+        "beta": st.floats(0.5, 0.9995),
+        "scale": st.floats(0.1, 2.0),
+        "momentum": st.sampled_from([0.0, 0.9]),
+        "clip_value": st.sampled_from([None, 0.5]),
+        "transposed": flags,
+    },
     "Prodigy": {
         "lr": st.floats(0.1, 2.0),
         "betas": betas,
@@ -791,6 +810,88 @@ def test_rules_without_a_direction_refuse_to_centralize_one(name: str) -> None:
         getattr(piste, name)([torch.nn.Parameter(torch.ones(2))], use_gc=True, gc_loc=False)
 
 
+# --- Adafactor's and Amos's own -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("settings_", [{}, {"clip_threshold": 1.2}, {"decay_rate": -0.5}], ids=str)
+def test_adafactor_follows_torch_with_relative_steps(settings_: Hyperparameters, engine: str) -> None:
+    """torch clamps by its first eps where the paper adds it: at 1e-30 that is nothing."""
+    names = {"clip_threshold": "d", "decay_rate": "beta2_decay"}
+    theirs = {names[key]: value for key, value in settings_.items()} | {"lr": 1e-2, "eps": (1e-30, 1e-3)}
+    expected = by_optimizer(lambda p: torch.optim.Adafactor(p, foreach=False, **theirs), DENSE)
+    actual = by_optimizer(lambda p: piste.Adafactor(p, factor="last", engine=engine, **settings_), DENSE)
+    assert_same(actual, expected, RTOL, ATOL)
+
+
+@pytest.mark.parametrize(
+    ("settings_", "words"),
+    [
+        ({"lr": 0.1, "relative_step": True}, "relative_step=True with lr=0.1"),
+        ({"relative_step": False}, "relative_step=False with lr=None"),
+        ({"lr": 0.1, "warmup_init": True}, "warmup_init=True with lr=0.1"),
+    ],
+    ids=str,
+)
+def test_adafactor_refuses_two_rates(settings_: Hyperparameters, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        piste.Adafactor([torch.nn.Parameter(torch.ones(2))], **settings_)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings_", "shape", "numbers"),
+    [
+        ("Adafactor", {}, (64, 32), 64 + 32),
+        ("Adafactor", {}, (64, 32, 3, 3), 64 + 32 * 9),
+        ("Adafactor", {"factor": "last"}, (64, 32, 3, 3), 2 * 64 * 32 * 3),
+        ("Adafactor", {"lr": 0.1, "beta1": 0.9}, (64, 32), 64 * 32 + 64 + 32),
+        ("Adafactor", {}, (64,), 64),
+        ("Amos", {}, (64, 32, 3, 3), 64 + 64),
+        ("Amos", {"transposed": True}, (64, 32, 3, 3), 32 + 32),
+        ("Amos", {"momentum": 0.9}, (64, 32), 64 * 32 + 64 + 64),
+        ("Amos", {}, (64,), 2),
+        ("SM3", {"momentum": 0.0}, (64, 32, 3, 3), 64 + 32 + 3 + 3),
+    ],
+)
+def test_numbers_kept(name: str, settings_: Hyperparameters, shape: tuple[int, ...], numbers: int) -> None:
+    p = torch.nn.Parameter(torch.ones(shape))
+    optimizer = getattr(piste, name)([p], **settings_)
+    for _ in range(2):
+        p.grad = torch.randn(shape)
+        optimizer.step()
+    assert sum(x.numel() for x in optimizer.state[p].values() if isinstance(x, torch.Tensor)) == numbers
+
+
+def test_amos_takes_scales_and_layouts_from_the_model() -> None:
+    """The authors' table: norm scales 1, vectors 0.5, embeddings sqrt(2 / width), others by their fan-in."""
+    nn = torch.nn
+    model = nn.ModuleDict(
+        {
+            "table": nn.Embedding(9, 8),
+            "norm": nn.LayerNorm(8),
+            "mlp": nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Dropout(), nn.Linear(16, 4)),
+            "conv": nn.Conv2d(6, 10, 3, groups=2),
+            "up": nn.ConvTranspose2d(6, 10, 3, groups=2),
+        }
+    )
+    for optimizer in (piste.create("amos", model), piste.Amos(piste.Amos.groups(model))):
+        groups = optimizer.param_groups
+        scales = {name: group["scale"] for group in groups for name in group["param_names"]}
+        assert scales == {
+            "table.weight": 0.5,
+            "norm.weight": 1.0,
+            **dict.fromkeys(("norm.bias", "mlp.0.bias", "mlp.3.bias", "conv.bias", "up.bias"), 0.5),
+            "mlp.0.weight": np.sqrt(1 / 8),
+            "mlp.3.weight": np.sqrt(2 / 16),
+            "conv.weight": np.sqrt(1 / 27),
+            "up.weight": np.sqrt(1 / 27),
+        }
+        turned = {name: group["transposed"] for group in groups for name in group["param_names"]}
+        assert {name for name, is_turned in turned.items() if is_turned} == {"up.weight"}
+    fixed = piste.create("amos", model, scale=0.1)
+    assert {group["scale"] for group in fixed.param_groups} == {0.1}
+
+
 # --- what every class does ----------------------------------------------------------------------------------------
 
 STATE_BYTES = {
@@ -807,6 +908,8 @@ STATE_BYTES = {
     "Ralamb": 8,
     "Ranger21": 20,
     "RangerLars": 12,
+    "Adafactor": 0.125,
+    "Amos": 4.125,
     "Prodigy": 16,
     "ScheduleFreeAdamW": 8,
     "ScheduleFreeRAdam": 8,

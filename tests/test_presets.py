@@ -290,7 +290,7 @@ def rates(optimizer):
 @pytest.mark.parametrize("name", sorted(presets))
 def test_without_lr_a_preset_starts_in_the_range_where_a_race_looks(name):
     preset = presets[name]
-    fixed = {"adamw_no_decay": 1e-5}.get(name)
+    fixed = {"adamw_no_decay": 1e-5, "adafactor": 1e-2}.get(name)
     expected = preset.lr_prior.center if fixed is None else fixed
     for made in (name, preset):
         assert rates(piste.create(made, small_model())) == {expected}
@@ -491,6 +491,8 @@ ALL_STATE = {
     "LookaheadAdam": {"amsgrad": True},
     "NovoGrad": {"lr": 0.05, "amsgrad": True, "weight_decay": 0.05},
     "AdaBelief": {"amsgrad": True, "rectify": False},
+    "Adafactor": {"lr": 0.1, "beta1": 0.9},
+    "Amos": {"momentum": 0.9},
 }
 
 

@@ -10,11 +10,13 @@ from piste.optimizers import PNM as PNM
 from piste.optimizers import SGD as SGD
 from piste.optimizers import SM3 as SM3
 from piste.optimizers import AdaBelief as AdaBelief
+from piste.optimizers import Adafactor as Adafactor
 from piste.optimizers import Adam as Adam
 from piste.optimizers import AdamW as AdamW
 from piste.optimizers import Adan as Adan
 from piste.optimizers import AdaPNM as AdaPNM
 from piste.optimizers import AdEMAMix as AdEMAMix
+from piste.optimizers import Amos as Amos
 from piste.optimizers import Lamb as Lamb
 from piste.optimizers import LaProp as LaProp
 from piste.optimizers import Lion as Lion

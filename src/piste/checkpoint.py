@@ -113,7 +113,7 @@ def _entries(entries: Mapping[str, Any], name: str, weight: Tensor, states: Mapp
 
 def check_tensor(value: Any, key: str, name: str, state: State, weight: Tensor) -> Tensor:
     """A saved tensor, if it has the shape it should have, copied to the weight's device in its own dtype."""
-    expected = shape_of(state.kind, weight)
+    expected = shape_of(state.kind_of(weight.ndim), weight)
     if not isinstance(value, Tensor) or (expected is not None and tuple(value.shape) != expected):
         had = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"state {key!r} of parameter {name} has shape {had}; expected {expected}")

@@ -81,6 +81,14 @@ def _denominator(value: Any) -> bool:
     return value in ("update", "weights")
 
 
+def _factor(value: Any) -> bool:
+    return value in ("matrix", "last")
+
+
+def _rate(value: Any) -> bool:
+    return value is None or bool(_within(0)(value))
+
+
 def _beta3(value: Any) -> bool:
     return value is None or bool(_within(0, 1, open_high=True)(value))
 
@@ -121,11 +129,23 @@ _LEGAL: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "norm_loss": (_within(0), "a finite number >= 0"),
     "schedule_step": (_done, "a whole number >= 0"),
     "total_steps": (_steps, "None or a whole number >= 1"),
+    "Adafactor.lr": (_rate, "None or a finite number >= 0"),
+    "Amos.momentum": (_within(0, 1, open_high=True), "a number in [0, 1)"),
+    "Amos.beta": (_within(0, 1, open_high=True), "a number in [0, 1)"),
+    "beta1": (_beta3, "None or a number in [0, 1)"),
+    "c_coef": (_within(0), "a finite number >= 0"),
+    "clip_threshold": (_within(0, open_low=True), "a finite number > 0"),
+    "clip_value": (_clip, "None or a finite number > 0"),
+    "d_coef": (_within(0), "a finite number >= 0"),
+    "decay_rate": (_within(-math.inf, 0), "a finite number <= 0"),
+    "eps_scale": (_within(0), "a finite number >= 0"),
+    "factor": (_factor, "'matrix' or 'last'"),
+    "scale": (_within(0, open_low=True), "a finite number > 0"),
     "averaging": (_within(0, 1), "a number in [0, 1]"),
     "beta3": (_beta3, "None or a number in [0, 1)"),
     "d": (_within(0, open_low=True), "a finite number > 0"),
     "d0": (_within(0, open_low=True), "a finite number > 0"),
-    "d_coef": (_within(0, open_low=True), "a finite number > 0"),
+    "Prodigy.d_coef": (_within(0, open_low=True), "a finite number > 0"),
     "d_max": (_within(0, open_low=True), "a finite number > 0"),
     "d_numerator": (_within(-math.inf), "a finite number"),
     "growth_rate": (_growth, "a number > 1, infinity included"),
@@ -159,6 +179,9 @@ _LEGAL: Mapping[str, tuple[Callable[[Any], bool], str]] = {
             "normalize",
             "pnm",
             "rectify",
+            "scale_parameter",
+            "transposed",
+            "warmup_init",
             "safeguard_warmup",
             "silent_sgd_phase",
             "softplus",

@@ -6,8 +6,8 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby, zip_longest
-from math import isfinite
+from itertools import groupby, pairwise, zip_longest
+from math import isfinite, sqrt
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -15,9 +15,10 @@ from torch.nn.parameter import is_lazy
 
 from piste.checks import refuse_unknown
 
-__all__ = ["GROUP_OPTIONS", "describe_groups", "param_groups"]
+__all__ = ["GROUP_OPTIONS", "describe_groups", "model_scales", "param_groups"]
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _ALWAYS_FP32_BELOW = 4096  # no storage format quantises the state of smaller tensors, so they need no mark
 
 
@@ -159,6 +160,70 @@ def describe_groups(groups: Iterable[dict[str, Any]]) -> str:
         1             0   -      -        2       10  *.bias x2
     """
     return _table(list(groups), [])
+
+
+def model_scales(model: nn.Module, groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same groups, split by the ``scale`` that trained entries of each weight should have, for Amos.
+
+    From the type of the module that owns a weight: norm scales 1; biases and other vectors 0.5; embeddings
+    sqrt(2 / width); dense layers and convolutions sqrt(1 / fan-in), or sqrt(2 / fan-in) right behind a ReLU, GELU or
+    SiLU in an ``nn.Sequential``. A group that names its own ``scale`` keeps it.
+
+    Args:
+        model: that owns the weights.
+        groups: as :func:`param_groups` makes them.
+
+    Returns:
+        New groups with "scale" and "transposed" (is the first axis that of the inputs?), in the order of their first
+        weights. Nothing tells of raw parameters what they are for: those of two axes and more count as dense layers.
+
+    >>> import piste
+    >>> from torch import nn
+    >>> [group["scale"] for group in piste.Amos.groups(nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2)))]
+    [0.25, 0.5]
+
+    Source: Tian & Parikh 2022 (arXiv 2210.11693), and the settings of its authors' experiments.
+    """
+    owners = {id(w.tensor): w.owners[0] for w in _weights(model)}
+    behind = _behind_rectifier(model)
+    found: dict[tuple[int, float, bool], dict[str, Any]] = {}
+    for index, group in enumerate(groups):
+        names = group.get("param_names", [None] * len(group["params"]))
+        for tensor, name in zip(group["params"], names, strict=True):
+            owner = owners.get(id(tensor))
+            scale = group.get("scale", _scale(tensor, owner, owner in behind))
+            turned = group.get("transposed", tensor.ndim > 1 and isinstance(owner, _TRANSPOSED))
+            settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+            settings |= {"scale": scale, "transposed": turned}
+            new = found.setdefault((index, scale, turned), {"params": [], "param_names": [], **settings})
+            new["params"].append(tensor)
+            new["param_names"].append(name)
+            if name is None:
+                new["param_names"].pop()
+    return [{k: v for k, v in group.items() if k != "param_names" or v} for group in found.values()]
+
+
+def _scale(tensor: Tensor, owner: nn.Module | None, rectified: bool) -> float:
+    if tensor.ndim < 2:
+        is_norm_scale = owner is not None and _is_norm(owner) and tensor is getattr(owner, "weight", None)
+        return 1.0 if is_norm_scale else 0.5
+    if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
+        return sqrt(2 / tensor.shape[-1])
+    fan_in = tensor[0].numel()
+    if isinstance(owner, _TRANSPOSED):  # (in, out / groups, *kernel)
+        fan_in = tensor.shape[0] // owner.groups * tensor[0, 0].numel()
+    return sqrt((2 if rectified else 1) / max(1, fan_in))
+
+
+def _behind_rectifier(model: nn.Module) -> set[nn.Module]:
+    """Modules that read what a rectifier has made: only ``nn.Sequential`` tells the order."""
+    found: set[nn.Module] = set()
+    for sequence in model.modules():
+        if isinstance(sequence, nn.Sequential):
+            layers = [m for m in sequence if not isinstance(m, (nn.Dropout, nn.Flatten, nn.MaxPool2d, nn.AvgPool2d))]
+            rectifiers = (nn.ReLU, nn.GELU, nn.SiLU)
+            found |= {after for before, after in pairwise(layers) if isinstance(before, rectifiers)}
+    return found
 
 
 def _check_types(name: str, types: Sequence[type[nn.Module]]) -> None:

@@ -284,6 +284,10 @@ _PRIORS: Mapping[str, LrPrior] = {
     "MirrorMADGRAD": LrPrior(5e-3, 1.2, 0.8),
     # Undampened momentum over gradients of unit norm: 1e-2 in the paper's vision runs, with wide scatter.
     "NovoGrad": LrPrior(1e-2),
+    # The relative change of a tensor per step (lr times its root mean square); 1e-2 is the most of relative steps.
+    "Adafactor": LrPrior(1e-2),
+    # 1 / sqrt(batches in the data): 1e-2 to 5e-2 for small data, less for large (authors' advice).
+    "Amos": LrPrior(2e-2),
     # It multiplies an estimate: 1 is the authors' advice, with d_coef in its place for corrections.
     "Prodigy": LrPrior(1.0),
     # One to ten times AdamW's (authors' package; 2.5e-3 is their default).
@@ -582,6 +586,23 @@ presets = Presets(
                 _NORMS_SPARED,
                 "Xie et al. 2021, arXiv 2103.17182",
                 "Adam with positive-negative momentum and amsgrad, its authors' settings.",
+            ),
+            _preset(
+                "adafactor",
+                optimizers.Adafactor,
+                {"lr": 1e-2},
+                _NORMS_SPARED,
+                "Shazeer & Stern 2018, arXiv 1804.04235",
+                "Adam's second moment in rows and columns, steps relative to the weight's size: next to no state.",
+            ),
+            _preset(
+                "amos",
+                optimizers.Amos,
+                {"momentum": 0.9},
+                _NORMS_SPARED,
+                "Tian & Parikh 2022, arXiv 2210.11693",
+                "Decay towards scales that the model's layers call for; they are filled in from the modules.",
+                schedule="constant",
             ),
             _preset(
                 "prodigy",

@@ -62,12 +62,19 @@ def _info(optimizer: type[Optimizer], state: str, source: str, oracle: str) -> O
 #: every optimizer class of piste, in the order of their names
 OPTIMIZERS: tuple[OptimizerInfo, ...] = (
     _info(optimizers.AdaBelief, "m s smax", "Zhuang et al. 2020, arXiv 2010.07468", "adabelief-pytorch 0.2.1"),
+    _info(
+        optimizers.Adafactor,
+        "row col v m",
+        "Shazeer & Stern 2018, arXiv 1804.04235",
+        "float64 formulas, transformers 5.23.0, torch.optim.Adafactor",
+    ),
     _info(optimizers.Adam, "m v vmax", "Kingma & Ba 2015, arXiv 1412.6980", "torch.optim.Adam"),
     _info(optimizers.AdamW, "m v vmax", "Loshchilov & Hutter 2019, arXiv 1711.05101", "torch.optim.AdamW"),
     _info(optimizers.Adan, "m d n previous", "Xie et al. 2022, arXiv 2208.06677", "timm Adan"),
     _info(optimizers.AdaPNM, "odd even v vmax", "Xie et al. 2021, arXiv 2103.17182", "pytorch_optimizer AdaPNM"),
     _info(optimizers.AdEMAMix, "m slow v", "Pagliardini et al. 2024, arXiv 2409.03137", "pytorch_optimizer AdEMAMix"),
     _info(optimizers.ADOPT, "m v", "Taniguchi et al. 2024, arXiv 2411.02853", "timm Adopt"),
+    _info(optimizers.Amos, "v b m", "Tian & Parikh 2022, arXiv 2210.11693", "float64 formulas, jestimator 0.3.3"),
     _info(optimizers.Lamb, "m v", "You et al. 2020, arXiv 1904.00962", "timm Lamb, pytorch-lamb 1.0.0"),
     _info(optimizers.LaProp, "m v", "Ziyin et al. 2020, arXiv 2002.04839", "timm LaProp"),
     _info(optimizers.Lion, "m", "Chen et al. 2023, arXiv 2302.06675", "timm Lion"),
@@ -218,6 +225,8 @@ def create(name: str | Preset, model_or_params: nn.Module | Iterable[Any], **ove
         if grouping.get("layer_decay") is not None:
             grouping["lr"] = settings.get("lr")
         params: list[Any] = list(param_groups(model_or_params, weight_decay=decay, **grouping))
+        if issubclass(preset.optimizer, optimizers.Amos) and "scale" not in settings:
+            params = preset.optimizer.groups(model_or_params, params)
     else:
         if isinstance(model_or_params, torch.Tensor):
             raise TypeError("model_or_params is one tensor; legal: a model, or an iterable of tensors, pairs or groups")

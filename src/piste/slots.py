@@ -231,12 +231,12 @@ class _Reader:
         for name, new in states.items():
             if name not in part.states:
                 raise LanguageError(f"rule {part.name!r} returns the state {name!r}, which it does not declare")
-            self.put("state." + part.prefix + name, new, self.state(part, name), part.states[name].kind)
+            self.put("state." + part.prefix + name, new, self.state(part, name), part.states[name].kind_of(self.ndim))
         return value
 
     def state(self, part: Part, name: str) -> Sym:
         self.touched.add(part.prefix + name)
-        return self.trace.node("state", attr=part.prefix + name, kind=part.states[name].kind)
+        return self.trace.node("state", attr=part.prefix + name, kind=part.states[name].kind_of(self.ndim))
 
     def states_of(self, part: Part) -> _Namespace:
         def get(name: str) -> Sym:

@@ -7,7 +7,7 @@ float32 too, so nothing is lost to the weight's own format.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +25,7 @@ __all__ = [
     "allocate",
     "anchor",
     "compute_dtype",
+    "kept_over",
     "moment",
     "product",
     "second_moment",
@@ -48,12 +49,17 @@ class State:
             a copy of the ``"weight"``, or an ``"accumulator"``.
         start: ``"zeros"``, ``"ones"``, ``"weight"`` (a copy of the weight as it was before its first step), or, for
             matrix states, a function of the weight.
-        kind: ``FULL`` (the weight's shape), ``reduced(keep)``, ``TENSOR`` (one number), or ``MATRIX``.
+        kind: ``FULL`` (the weight's shape), ``reduced(keep)``, ``TENSOR`` (one number), or ``MATRIX``; or a function
+            of the weight's rank that gives one of these.
     """
 
     role: Role
     start: Literal["zeros", "ones", "weight"] | Callable[[Tensor], Tensor] = "zeros"
-    kind: Kind = FULL
+    kind: Kind | Callable[[int], Kind] = FULL
+
+    def kind_of(self, ndim: int) -> Kind:
+        """Its kind for weights of this rank."""
+        return self.kind if isinstance(self.kind, Kind) else self.kind(ndim)
 
 
 moment = State("moment")
@@ -64,6 +70,11 @@ anchor = State("weight", start="weight")
 product = State("accumulator", start="ones", kind=TENSOR)
 #: a squared norm of the whole weight
 squared_norm = State("second_moment", kind=TENSOR)
+
+
+def kept_over(role: Role, axes: Callable[[int], Iterable[int]]) -> State:
+    """A state with one number for each index of some axes, which the weight's rank tells; no axes, one number."""
+    return State(role, kind=lambda ndim: reduced(axes(ndim)))
 
 
 def accumulator_along(axis: int) -> State:
@@ -93,9 +104,10 @@ def allocate(state: State, weight: Tensor) -> Tensor:
     if state.start == "weight":
         return torch.empty_like(weight, dtype=dtype).copy_(weight)
     fill = 1.0 if state.start == "ones" else 0.0
-    if state.kind == FULL:
+    kind = state.kind_of(weight.ndim)
+    if kind == FULL:
         return torch.full_like(weight, fill, dtype=dtype)
-    shape = shape_of(state.kind, weight)
+    shape = shape_of(kind, weight)
     if shape is None:
         raise ValueError("a matrix state has a shape of its own: its start must be a function of the weight")
     return torch.full(shape, fill, dtype=dtype, device=weight.device)

@@ -30,10 +30,23 @@ FULL_STATE: dict[str, dict[str, Any]] = {
     "RMSprop": {"lr": 0.05, "momentum": 0.9, "centered": True, "weight_decay": 0.05},
     "Adam": {"lr": 0.05, "amsgrad": True, "weight_decay": 0.05},
     "NovoGrad": {"lr": 0.05, "amsgrad": True, "weight_decay": 0.05},
+    "Adafactor": {"lr": 0.05, "beta1": 0.9, "weight_decay": 0.05},
+    "Amos": {"lr": 0.05, "momentum": 0.9},
     "AdaBelief": {"lr": 0.05, "eps": 1e-8, "amsgrad": True, "rectify": False, "weight_decay": 0.05},
 }
 # Rules with norms of whole weights, besides centralization.
-REDUCING = {"Lamb", "NovoGrad", "Prodigy", "Ralamb", "Ranger21", "RangerLars", "SM3", "StableAdamW"}
+REDUCING = {
+    "Adafactor",
+    "Amos",
+    "Lamb",
+    "NovoGrad",
+    "Prodigy",
+    "Ralamb",
+    "Ranger21",
+    "RangerLars",
+    "SM3",
+    "StableAdamW",
+}
 # What lets weights see each other (besides clipping), switched off.
 APART: dict[str, dict[str, Any]] = {"Ranger21": {"weight_decay": 0.0}}
 WRAPPED = "Lookahead(AdamW)"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from oracles import dual, formulas, modern, momentum, over9000, ranger21, relatives, self_tuning
+from oracles import dual, factored, formulas, modern, momentum, over9000, ranger21, relatives, self_tuning
 from oracles.formulas import Formula
 
 FORMULAS: dict[str, Formula] = {
     "AdaBelief": formulas.adabelief,
     "AdaPNM": momentum.adapnm,
+    "Amos": factored.amos,
+    "Adafactor": factored.adafactor,
     "Adam": formulas.adam,
     "AdamW": formulas.adamw,
     "ADOPT": relatives.adopt,

@@ -1,6 +1,7 @@
 """The shop window: one small file a family, each optimizer a short composition of rules and parts."""
 
 from piste.optimizers.adabelief import AdaBelief as AdaBelief
+from piste.optimizers.adafactor import Adafactor as Adafactor
 from piste.optimizers.adam import Adam as Adam
 from piste.optimizers.adam import AdamW as AdamW
 from piste.optimizers.adam_family import ADOPT as ADOPT
@@ -9,6 +10,7 @@ from piste.optimizers.adam_family import LaProp as LaProp
 from piste.optimizers.adam_family import NAdamW as NAdamW
 from piste.optimizers.adam_family import StableAdamW as StableAdamW
 from piste.optimizers.adan import Adan as Adan
+from piste.optimizers.amos import Amos as Amos
 from piste.optimizers.lamb import Lamb as Lamb
 from piste.optimizers.lion import Lion as Lion
 from piste.optimizers.madgrad import MADGRAD as MADGRAD
@@ -40,9 +42,11 @@ __all__ = [
     "AdEMAMix",
     "AdaBelief",
     "AdaPNM",
+    "Adafactor",
     "Adam",
     "AdamW",
     "Adan",
+    "Amos",
     "LaProp",
     "Lamb",
     "Lion",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from piste.ops import Value, lerp, maximum, mean, minimum, norm, size, sqrt, square, sum_, total, where
+from piste.ops import Value, clamp, lerp, maximum, mean, minimum, norm, size, sqrt, square, sum_, total, where
 from piste.slots import Hyper, States, prepare, scale
 from piste.storage import second_moment
 
@@ -12,6 +12,7 @@ __all__ = [
     "centralize",
     "centralize_direction",
     "clip_norm",
+    "clip_value",
     "keep_second_moment",
     "l2",
     "normalize",
@@ -33,6 +34,12 @@ def clip_norm(g: Value, hp: Hyper) -> Value:
     """
     norm = sqrt(total(square(g), "gradient_norm"))
     return g * minimum(hp.clip_norm / (norm + 1e-6), 1.0)
+
+
+@prepare
+def clip_value(g: Value, hp: Hyper) -> Value:
+    """Hold every number of the gradient within ``[-clip_value, clip_value]``."""
+    return clamp(g, -hp.clip_value, hp.clip_value)
 
 
 @prepare
