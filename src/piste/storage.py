@@ -26,6 +26,7 @@ __all__ = [
     "anchor",
     "compute_dtype",
     "moment",
+    "number",
     "product",
     "second_moment",
     "shape_of",
@@ -60,6 +61,8 @@ moment = State("moment")
 second_moment = State("second_moment")
 accumulator = State("accumulator")
 anchor = State("weight", start="weight")
+#: a number per weight
+number = State("accumulator", kind=TENSOR)
 #: a running product of numbers, one per weight
 product = State("accumulator", start="ones", kind=TENSOR)
 #: a squared norm of the whole weight
