@@ -1,6 +1,7 @@
 """piste: every PyTorch optimizer worth trying, one rule on every engine, raced honestly on your own problem."""
 
 from piste import schedules as schedules
+from piste.batchnorm import recalibrate as recalibrate
 from piste.groups import describe_groups as describe_groups
 from piste.groups import param_groups as param_groups
 from piste.optimizer import Optimizer as Optimizer
@@ -42,6 +43,8 @@ from piste.registry import create as create
 from piste.registry import list_optimizers as list_optimizers
 from piste.registry import optimizer_info as optimizer_info
 from piste.registry import state_bytes as state_bytes
+from piste.wrappers import Graft as Graft
 from piste.wrappers import Lookahead as Lookahead
+from piste.wrappers import ModelEMA as ModelEMA
 
 __version__ = "0.1.0"

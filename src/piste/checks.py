@@ -113,6 +113,8 @@ _LEGAL: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "beta": (_within(0, 1), "a number in [0, 1]"),
     "SM3.momentum": (_within(0, 1, open_high=True), "a number in [0, 1)"),
     "trust_denominator": (_denominator, "'update' or 'weights'"),
+    "lr_scale": (_within(0), "a finite number >= 0"),
+    "ModelEMA.decay": (_within(0, 1, open_high=True), "a number in [0, 1)"),
     "beta0": (_within(0), "a finite number >= 0"),
     "clip_norm": (_clip, "None or a finite number > 0"),
     "clip_exponent": (_within(0), "a finite number >= 0"),

@@ -6,6 +6,7 @@ import operator
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, TypedDict, overload
 
 import torch
@@ -16,7 +17,7 @@ from piste.checkpoint import after_loading, before_loading, matched
 from piste.checks import check_choice, check_hyperparameters, refuse_unknown
 from piste.execution import Member, Roster
 from piste.roster import real
-from piste.slots import Pipeline, program
+from piste.slots import Part, Pipeline, program
 from piste.storage import STATE_FORMATS, WEIGHT_FORMATS, State
 from piste.symbol import Row
 from piste.variants import Variants
@@ -196,6 +197,8 @@ class Optimizer(torch.optim.Optimizer):
 
     #: measure the norm of every update from the next step on; see :class:`LastStep`
     measure_updates: bool = False
+    #: what is done with the change of every weight, which then stays; for wrappers, and only while they step
+    instead: Part | None = None
     #: how many numbers ``betas`` has
     betas_count: ClassVar[int] = 2
     _programs: ClassVar[dict[Any, tuple[Variants, Mapping[str, State]]]] = {}
@@ -381,7 +384,7 @@ class Optimizer(torch.optim.Optimizer):
         known = self._hyper_defaults
         groups = [_split({**g, **new} if new else g, known) for g, new in zip(self.param_groups, advanced, strict=True)]
         weights = [p for group in self.param_groups for p in group["params"]]
-        setting = scaled, self.measure_updates, [statics for statics, _ in groups]
+        setting = scaled, self.measure_updates, self._instead, [statics for statics, _ in groups]
         if not self._current(weights, setting):
             members = [
                 Member(p, i, self.state[p], *reversed(self._program(statics + self.flags_of(i, n), p.ndim, scaled)))
@@ -395,6 +398,11 @@ class Optimizer(torch.optim.Optimizer):
         if self._any_complex or not layouts <= {torch.strided}:
             self._refuse(gradients, [hp for _, hp in groups])
         return gradients, [hp for _, hp in groups]
+
+    @property
+    def _instead(self) -> Any:
+        """What tells one :attr:`instead` from another."""
+        return None if self.instead is None else self.instead.function
 
     def _current(self, weights: list[Tensor], setting: Any) -> bool:
         """Does the roster hold these weights, with the states they have now and these flags?"""
@@ -432,9 +440,9 @@ class Optimizer(torch.optim.Optimizer):
                 )
 
     def _program(self, statics: tuple[tuple[str, Any], ...], ndim: int, scaled: bool) -> Any:
-        key = type(self), statics, ndim, scaled, self.measure_updates
+        key = type(self), statics, ndim, scaled, self.measure_updates, self._instead
         if key not in self._programs:
-            pipeline = self.pipeline(_Flags(statics))
+            pipeline = replace(self.pipeline(_Flags(statics)), instead=self.instead)
             flags = {k: v for k, v in statics if v is not Number}
             variants = program(pipeline, flags, ndim, scaled=scaled, watch=self.measure_updates)
             self._programs[key] = variants, pipeline.states

@@ -10,6 +10,7 @@ slot             turns                 for instance
 ``apply``        p, d, lr -> p         plain subtraction
 ``after``        p, states -> p        Lookahead
 ``update``       g, p, states -> p     rules whose paper couples direction, scale and apply
+``instead``      p, d, states -> p     what a wrapper does with the change ``d`` of the weight, not adding it
 ===============  ====================  ================================================================
 
 A part is a function marked with the slot it fills. It names what it wants to see, out of ``g`` (gradient), ``d``
@@ -34,7 +35,19 @@ from piste.storage import State
 from piste.symbol import ALL, FULL, HOST, LanguageError, Row, Sym, Trace, nary
 from piste.variants import Graph, Variants
 
-__all__ = ["Part", "Pipeline", "after", "apply", "decay", "direction", "prepare", "program", "scale", "update"]
+__all__ = [
+    "Part",
+    "Pipeline",
+    "after",
+    "apply",
+    "decay",
+    "direction",
+    "instead",
+    "prepare",
+    "program",
+    "scale",
+    "update",
+]
 
 Hyper: TypeAlias = Any  # namespaces: their attributes are the states and hyper-parameters of one optimizer
 States: TypeAlias = Any
@@ -101,6 +114,7 @@ decay = _Slot("decay")
 apply = _Slot("apply")
 after = _Slot("after")
 update = _Slot("update")
+instead = _Slot("instead")
 
 
 @apply
@@ -119,12 +133,15 @@ class Pipeline:
     decay: tuple[Part, ...] = ()
     apply: Part = plain
     after: tuple[Part, ...] = ()
+    instead: Part | None = None
 
     def __post_init__(self) -> None:
         for slot in ("prepare", "scale", "decay", "after"):
             for part in getattr(self, slot):
                 self._check(part, slot)
         self._check(self.apply, "apply")
+        if self.instead is not None:
+            self._check(self.instead, "instead")
         if self.direction.slot != "update":
             self._check(self.direction, "direction")
         elif self.scale or self.apply is not plain:
@@ -138,7 +155,8 @@ class Pipeline:
     def parts(self) -> tuple[Part, ...]:
         """All parts in the order in which they run."""
         last = () if self.direction.slot == "update" else (self.apply,)
-        return (*self.prepare, self.direction, *self.scale, *self.decay, *last, *self.after)
+        instead = () if self.instead is None else (self.instead,)
+        return (*self.prepare, self.direction, *self.scale, *self.decay, *last, *self.after, *instead)
 
     @property
     def states(self) -> dict[str, State]:
@@ -205,12 +223,14 @@ class _Reader:
             p = self.call(pipeline.apply, g=g, p=p, d=d)
         for part in pipeline.after:
             p = self.call(part, g=g, p=p)
+        if watch:
+            self.outputs["watch.update_norm"] = nary("total", (p - self.p) ** 2, attr="update_norm", kind=ALL)
+        if pipeline.instead is not None:
+            p = self.call(pipeline.instead, g=g, p=self.p, d=_change(p, self.p))
         self.put("p", p, self.p, FULL)
         for node in list(self.trace.nodes.values()):
             if node.op in ("total", "tally"):  # a weight adds to a sum whatever becomes of it
                 self.outputs[f"watch.{node.attr}"] = node
-        if watch:
-            self.outputs["watch.update_norm"] = nary("total", (p - self.p) ** 2, attr="update_norm", kind=ALL)
         return Graph(self.outputs, frozenset(self.touched))
 
     def call(self, part: Part, **values: Any) -> Any:
@@ -272,6 +292,35 @@ class _Reader:
             new = nary("expand", new, old, kind=kind)
         if new is not old:
             self.outputs[target] = new
+
+
+def _change(new: Sym, old: Sym) -> Sym:
+    """``new - old``, not rounded to the size of ``old`` where ``new`` is ``old`` with terms added or subtracted."""
+    terms = _terms(new, old)
+    if terms is None:
+        difference: Sym = new - old
+        return difference
+    change: Any = None
+    for sign, term in terms:
+        signed = term if sign > 0 else -term
+        change = signed if change is None else change + signed
+    if isinstance(change, Sym) and change.kind == FULL:
+        return change
+    return nary("expand", 0.0 if change is None else change, old, kind=FULL)
+
+
+def _terms(new: Sym, old: Sym) -> list[tuple[int, Sym]] | None:
+    """The terms, with their signs, that were added to ``old`` one after the other; None if that is not how it went."""
+    if new is old:
+        return []
+    if new.op not in ("add", "sub"):
+        return None
+    x, y = new.args
+    before = _terms(x, old)
+    if before is not None:
+        return [*before, (1 if new.op == "add" else -1, y)]
+    before = _terms(y, old) if new.op == "add" else None
+    return None if before is None else [*before, (1, x)]
 
 
 def program(

@@ -27,6 +27,7 @@ __all__ = [
     "compute_dtype",
     "kept_over",
     "moment",
+    "number",
     "product",
     "second_moment",
     "shape_of",
@@ -66,6 +67,8 @@ moment = State("moment")
 second_moment = State("second_moment")
 accumulator = State("accumulator")
 anchor = State("weight", start="weight")
+#: a number per weight
+number = State("accumulator", kind=TENSOR)
 #: a running product of numbers, one per weight
 product = State("accumulator", start="ones", kind=TENSOR)
 #: a squared norm of the whole weight

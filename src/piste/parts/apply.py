@@ -6,7 +6,7 @@ from piste.ops import Value
 from piste.slots import Hyper, States, apply
 from piste.storage import moment
 
-__all__ = ["lr_in_momentum", "proximal"]
+__all__ = ["lr_in_momentum", "proximal", "scaled_lr"]
 
 
 @apply(buf=moment)
@@ -21,4 +21,11 @@ def lr_in_momentum(p: Value, d: Value, st: States, hp: Hyper) -> Value:
 @apply
 def proximal(p: Value, d: Value, hp: Hyper) -> Value:
     """The step, then the decay as a proximal map: the weight that minimises both (Zhuang et al. 2022)."""
-    return (p - hp.lr * d) / (1 + hp.lr * hp.weight_decay)
+    moved = p - hp.lr * d
+    return moved if hp.weight_decay == 0 else moved / (1 + hp.lr * hp.weight_decay)
+
+
+@apply
+def scaled_lr(p: Value, d: Value, hp: Hyper) -> Value:
+    """Gradient descent with a group's own factor on the learning rate; both are host numbers, so it costs nothing."""
+    return p - (hp.lr * hp.lr_scale) * d

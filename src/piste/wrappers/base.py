@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from piste.checkpoint import after_loading, before_loading, check_tensor, weights_by_id
 from piste.roster import real
-from piste.slots import Pipeline, program
+from piste.slots import Part
 from piste.storage import State
-from piste.variants import Variants
+from piste.wrappers.arithmetic import Arithmetic
 
 __all__ = ["Wrapper"]
 
@@ -32,7 +32,7 @@ class Wrapper(torch.optim.Optimizer):
             raise TypeError(f"{type(self).__name__} got optimizer={kind}; legal: an instance of torch.optim.Optimizer")
         self.optimizer = optimizer
         self.own: dict[Tensor, dict[str, Any]] = {}
-        self._programs: dict[int, Variants] = {}
+        self._arithmetic: dict[Any, Arithmetic] = {}
         super().__setstate__({"defaults": optimizer.defaults})  # torch's hooks; its groups stay the inner one's
 
     # the inner optimizer's face --------------------------------------------------------------------------------------
@@ -58,28 +58,37 @@ class Wrapper(torch.optim.Optimizer):
         """Add weights to the inner optimizer."""
         self.optimizer.add_param_group(param_group)
 
-    def inner_step(self, closure: Callable[[], float] | None) -> tuple[float | None, bool]:
-        """Step the inner optimizer; what it returned, and whether it took the step.
+    def inner_step(
+        self, closure: Callable[[], float] | None, optimizer: torch.optim.Optimizer | None = None
+    ) -> tuple[float | None, bool]:
+        """Step the inner optimizer (or another one inside); what it returned, and whether it took the step.
 
         GradScaler leaves its findings on the optimizer it was given, which is this wrapper: they are handed on.
         """
+        optimizer = self.optimizer if optimizer is None else optimizer
         handed = [name for name in ("grad_scale", "found_inf") if hasattr(self, name)]
         for name in handed:
-            setattr(self.optimizer, name, getattr(self, name))
+            setattr(optimizer, name, getattr(self, name))
         try:
-            loss = self.optimizer.step() if closure is None else self.optimizer.step(closure)
+            loss = optimizer.step() if closure is None else optimizer.step(closure)
         finally:
             for name in handed:
-                delattr(self.optimizer, name)
+                delattr(optimizer, name)
         found = getattr(self, "found_inf", None)
-        last = getattr(self.optimizer, "last_step", None)
+        last = getattr(optimizer, "last_step", None)
         return loss, not ((found is not None and bool(found.item())) or (last is not None and last.skipped))
 
-    def program(self, pipeline: Pipeline, ndim: int) -> Variants:
-        """The wrapper's own arithmetic for weights of one rank."""
-        if ndim not in self._programs:
-            self._programs[ndim] = program(pipeline, {}, ndim)
-        return self._programs[ndim]
+    def compute(
+        self,
+        part: Part,
+        weights: Sequence[Tensor],
+        states: Sequence[dict[str, Any]],
+        groups: Sequence[int],
+        hp: Sequence[Mapping[str, float]],
+    ) -> None:
+        """Run a part of the wrapper's own on weights; see :meth:`piste.wrappers.arithmetic.Arithmetic.run`."""
+        arithmetic = self._arithmetic.setdefault(part.function, Arithmetic(part))
+        arithmetic.run(weights, states, groups, hp, self.engine_name)
 
     @property
     def engine_name(self) -> str:
@@ -101,21 +110,27 @@ class Wrapper(torch.optim.Optimizer):
         """The inner optimizer's state dictionary with this wrapper's entries."""
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        packed = self.optimizer.state_dict()
-        state = {number: dict(entries) for number, entries in packed["state"].items()}
-        numbers = self._numbers()
-        for weight, entries in self.own.items():
-            if weight in numbers:
-                own = {f"{self.name}.{key}": value for key, value in entries.items()}
-                state.setdefault(numbers[weight], {}).update(own)
-        packed = {**packed, "state": state}
+        packed = self._packed()
         for after in self._optimizer_state_dict_post_hooks.values():
             packed = after(self, packed) or packed
         return packed
 
+    def _packed(self) -> dict[str, Any]:
+        packed = self.optimizer.state_dict()
+        state = {number: dict(entries) for number, entries in packed["state"].items()}
+        numbers, saved = self._numbers(), ("step", *self.states())
+        for weight, entries in self.own.items():
+            if weight in numbers:
+                own = {f"{self.name}.{key}": value for key, value in entries.items() if key in saved}
+                state.setdefault(numbers[weight], {}).update(own)
+        return {**packed, "state": state}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave; a dictionary of the inner optimizer alone is refused."""
-        state_dict = before_loading(self, state_dict)
+        self._unpack(before_loading(self, state_dict))
+        after_loading(self)
+
+    def _unpack(self, state_dict: dict[str, Any]) -> None:
         weights = weights_by_id(self.param_groups, state_dict["param_groups"])
         inner: dict[Any, dict[str, Any]] = {}
         own: dict[Tensor, dict[str, Any]] = {}
@@ -129,7 +144,6 @@ class Wrapper(torch.optim.Optimizer):
                 own[weights[number][0]] = self._checked(mine, *weights[number])
         self.optimizer.load_state_dict({**state_dict, "state": inner})
         self.own = own
-        after_loading(self)
 
     def _checked(self, entries: Mapping[str, Any], weight: Tensor, name: str) -> dict[str, Any]:
         legal = {"step", *self.states()}
@@ -142,11 +156,11 @@ class Wrapper(torch.optim.Optimizer):
         return {"step": int(entries["step"]), **checked}
 
     def __getstate__(self) -> dict[str, Any]:
-        skipped = ("_programs", "step")  # derived; torch's patch of step is made anew
+        skipped = ("_arithmetic", "step")  # derived; torch's patch of step is made anew
         return {k: v for k, v in self.__dict__.items() if k not in skipped and not k.startswith("_optimizer_")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"_programs": {}, **state})
+        super().__setstate__({"_arithmetic": {}, **state})
 
     def __repr__(self) -> str:
         inner = "\n    ".join(repr(self.optimizer).splitlines())

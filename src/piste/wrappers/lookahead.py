@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 
-from piste import execution
 from piste.checks import check_hyperparameters
-from piste.execution import Member, Roster
 from piste.parts.after import lookahead
 from piste.roster import real
-from piste.slots import Pipeline, update
 from piste.storage import State, allocate
 from piste.wrappers.base import Wrapper
 
 __all__ = ["Lookahead"]
-
-
-@update
-def _stay(p: Any) -> Any:
-    """The inner optimizer has already moved the weight."""
-    return p
-
-
-_PIPELINE = Pipeline(direction=_stay, after=(lookahead,))
 
 
 class Lookahead(Wrapper):
@@ -86,8 +73,5 @@ class Lookahead(Wrapper):
         return loss
 
     def _synchronise(self, weights: list[torch.Tensor]) -> None:
-        members = [Member(p, 0, self.own[p], lookahead.states, self.program(_PIPELINE, p.ndim)) for p in weights]
-        # the rule sees no gradient; the weight stands in its place
-        step = Roster(members).sort(weights, [{"k": self.k, "alpha": self.alpha}])
-        execution.run(step.buckets, execution.engine_for(self.engine_name))
-        step.finish()
+        states = [self.own[p] for p in weights]
+        self.compute(lookahead, weights, states, [0] * len(weights), [{"k": self.k, "alpha": self.alpha}])

@@ -1,0 +1,80 @@
+"""Arithmetic of wrappers: a pipeline over weights and tensors that belong to them, outside of any optimizer's step."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from piste import execution
+from piste.execution import Member, Roster
+from piste.slots import Part, Pipeline, program, update
+from piste.variants import Variants
+
+__all__ = ["Arithmetic", "stay"]
+
+
+@update
+def stay(p: Any) -> Any:
+    """The weight as it is."""
+    return p
+
+
+class Arithmetic:
+    """A part that is run on weights. They are sorted once, and again when they are others.
+
+    Args:
+        part: an ``update``, or an ``after``.
+    """
+
+    def __init__(self, part: Part) -> None:
+        self.pipeline = Pipeline(part) if part.slot == "update" else Pipeline(stay, after=(part,))
+        self._variants: dict[int, Variants] = {}
+        self._roster = Roster([])
+        self._groups: list[int] = []
+
+    def run(
+        self,
+        weights: Sequence[Tensor],
+        states: Sequence[dict[str, Any]],
+        groups: Sequence[int],
+        hp: Sequence[Mapping[str, float]],
+        engine: str,
+    ) -> None:
+        """Run the part once.
+
+        Args:
+            weights: the weights.
+            states: for each weight, its tensors by name; missing ones are allocated, ``"step"`` counts the runs.
+            groups: for each weight, which of ``hp`` holds its numbers.
+            hp: numbers.
+            engine: as :func:`piste.execution.engine_for` takes it.
+        """
+        if not self._current(weights, states, groups):
+            self._groups = list(groups)
+            self._roster = Roster(
+                [
+                    Member(p, group, state, self.pipeline.states, self._program(p.ndim))
+                    for p, state, group in zip(weights, states, groups, strict=True)
+                ]
+            )
+        # the parts see no gradient; the weight stands in its place
+        step = self._roster.sort(list(weights), hp)
+        execution.run(step.buckets, execution.engine_for(engine))
+        step.finish()
+
+    def _current(self, weights: Sequence[Tensor], states: Sequence[dict[str, Any]], groups: Sequence[int]) -> bool:
+        roster = self._roster
+        return (
+            len(weights) == len(roster.weights)
+            and all(map(operator.is_, weights, roster.weights))
+            and all(map(operator.is_, states, roster.states))
+            and list(groups) == self._groups
+        )
+
+    def _program(self, ndim: int) -> Variants:
+        if ndim not in self._variants:
+            self._variants[ndim] = program(self.pipeline, {}, ndim)
+        return self._variants[ndim]
