@@ -113,12 +113,25 @@ def _timm(module: str, name: str, **settings: Any) -> dict[str, Make | None]:
     return {"timm": make}
 
 
+LR = {"lr": 1e-4}
+MOMENTUM = LR | {"momentum": 0.9}
+
+
+def _schedule_free(name: str) -> dict[str, Make | None]:
+    """The authors' package, whose optimizers have to be told that training begins."""
+    made = _package("schedulefree", name, **LR)
+
+    def make(params: list[torch.nn.Parameter]) -> Any:
+        optimizer = made(params) if made is not None else None
+        optimizer.train()  # type: ignore[union-attr]
+        return optimizer
+
+    return {"schedulefree": None if made is None else make}
+
+
 def _ours(name: str, **settings: Any) -> Make:
     return lambda params: getattr(piste, name)(params, engine="cpp", **settings)
 
-
-LR = {"lr": 1e-4}
-MOMENTUM = LR | {"momentum": 0.9}
 
 ALGORITHMS = (
     Algorithm(
@@ -231,7 +244,7 @@ ALGORITHMS = (
         "NAdamW",
         _ours("NAdamW", **LR),
         _bytes(2),
-        _torch("NAdam", decoupled_weight_decay=True, **LR) | _timm("nadamw", "NAdamWLegacy", **LR),
+        _torch("NAdam", decoupled_weight_decay=True, **LR) | _timm("nadamw", "NAdamW", **LR),
         2.5,
     ),
     Algorithm(
@@ -241,6 +254,30 @@ ALGORITHMS = (
         _optimi("StableAdamW", **LR) | _pytorch_optimizer("StableAdamW", **LR),
         2.5,
     ),
+    Algorithm("ScheduleFreeSGD", _ours("ScheduleFreeSGD", **LR), _bytes(1), _schedule_free("SGDScheduleFree"), 2.5),
+    Algorithm(
+        "ScheduleFreeAdamW", _ours("ScheduleFreeAdamW", **LR), _bytes(2), _schedule_free("AdamWScheduleFree"), 2.5
+    ),
+    Algorithm(
+        "ScheduleFreeRAdam", _ours("ScheduleFreeRAdam", **LR), _bytes(2), _schedule_free("RAdamScheduleFree"), 2.5
+    ),
+    Algorithm(
+        "Prodigy",
+        _ours("Prodigy"),
+        _bytes(3, again=4 + 4 + 8),  # x0 and the gradient give the estimate, then both moments and the weight once more
+        {"prodigyopt": _package("prodigyopt", "Prodigy")},
+        2.5,
+    ),
+    # the sums of squares, the normalised gradient's and the weight's size, and the step: g, then g and p, then g and p
+    Algorithm(
+        "Adafactor",
+        _ours("Adafactor", lr=1e-3),
+        _bytes(0, again=4 + 4 + 4),
+        {"torch foreach": lambda params: torch.optim.Adafactor(params, lr=1e-3, foreach=True)}
+        | _timm("adafactor", "Adafactor", lr=1e-3),
+        2.5,
+    ),
+    Algorithm("Amos", _ours("Amos", lr=1e-3), _bytes(0, again=4), _pytorch_optimizer("Amos", lr=1e-3), 2.5),
     Algorithm(
         "AdamW, cautious",
         _ours("AdamW", cautious=True, **LR),

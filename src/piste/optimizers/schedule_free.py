@@ -102,7 +102,7 @@ class ScheduleFreeSGD(ScheduleFree):
 
     **When to use**: when it is not known how long training will go on, or it has to be good at every moment. **When
     not**: under a decaying schedule, which would average twice. Models with BatchNorm need its running statistics made
-    anew after ``eval()``: run some batches through the model in training mode first.
+    anew after ``eval()``: run some batches through the model in training mode, or see ``piste.recalibrate``.
 
     State: 4 bytes per parameter.
 
