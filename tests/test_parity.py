@@ -930,6 +930,15 @@ def test_state_bytes(name: str) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", FORMULAS)
+def test_learning_rate_zero_moves_nothing(name: str, engine: str) -> None:
+    """Decay rests with it (Amos's own is per step), and a mixture of two equal numbers may round."""
+    decay = {} if name == "Amos" else {"weight_decay": 0.3}
+    actual = by_optimizer(lambda p: getattr(piste, name)(p, lr=0.0, engine=engine, **decay), DENSE)
+    assert_same(actual[-1:], [DENSE.weights], rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", FORMULAS)
 def test_solves_a_convex_problem(name: str, engine: str) -> None:
     """A random strongly convex quadratic falls by 1e6 under a learning rate that decays to zero."""
     generator = torch.Generator().manual_seed(5)
