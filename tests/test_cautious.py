@@ -19,6 +19,8 @@ RTOL, ATOL = 1e-12, 1e-13
 DENSE = random_problem(seed=51)
 GAPPY = random_problem(seed=52, missing=GAPS)
 WITHOUT = {
+    "Adafactor",
+    "Amos",
     "MADGRAD",
     "MirrorMADGRAD",
     "Prodigy",
