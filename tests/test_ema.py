@@ -158,6 +158,56 @@ def test_checkpoint() -> None:
         piste.ModelEMA(nn.Linear(2, 2)).load_state_dict(mine)
 
 
+def test_a_buffer_that_repeats_its_elements() -> None:
+    """An expanded buffer has one element in memory, which torch does not write to through the expansion."""
+    net = nn.Linear(2, 2)
+    net.register_buffer("position", torch.zeros(1, 2).expand(3, 2))
+    ema = piste.ModelEMA(net)
+    ema.update()
+    with torch.no_grad():
+        net.position[0].add_(1)  # type: ignore[union-attr, operator]
+    with ema.average():
+        assert torch.equal(net.position, torch.zeros(3, 2))  # type: ignore[arg-type]
+    assert torch.equal(net.position, torch.ones(3, 2))  # type: ignore[arg-type]
+
+
+def test_a_model_that_changes() -> None:
+    """Other precision, a weight more, a weight less: averages follow, and their checkpoint loads."""
+    net = nn.Linear(2, 2)
+    ema = piste.ModelEMA(net, decay=0.5, warmup=False)
+    with torch.no_grad():
+        net.weight.fill_(1.0)
+        ema.update()
+        net.double()
+        net.weight.fill_(1 + 2**-40)
+        ema.update()
+    average = ema.state_dict()["averages"]["weight"]
+    assert torch.equal(average, torch.full((2, 2), 1 + 2**-41, dtype=torch.float64))
+    net.extra = nn.Parameter(torch.ones(2))
+    ema.update()
+    assert "extra" in ema.state_dict()["averages"]
+    del net.extra
+    ema.update()
+    piste.ModelEMA(copy.deepcopy(net)).load_state_dict(ema.state_dict())
+
+
+def test_incomplete_checkpoints_are_refused() -> None:
+    net = nn.Linear(2, 2)
+    ema = piste.ModelEMA(net)
+    ema.update()
+    saved = ema.state_dict()
+    other = piste.ModelEMA(nn.Linear(2, 2))
+    for key, words in (("averages", "no 'averages'"), ("steps", "no 'steps'")):
+        with pytest.raises(ValueError, match=words):
+            other.load_state_dict({k: v for k, v in saved.items() if k != key})
+    with pytest.raises(ValueError, match="number of steps of the average 'weight'"):
+        other.load_state_dict({**saved, "steps": {}})
+    with pytest.raises(ValueError, match="lacks the average of 'bias'"):
+        other.load_state_dict({**saved, "averages": {"weight": saved["averages"]["weight"]}})
+    assert other.updates == 0
+    assert other.state_dict()["averages"] == {}
+
+
 def test_copy_to() -> None:
     net = model()
     ema = piste.ModelEMA(net, decay=0.5)
@@ -217,6 +267,15 @@ def test_recalibrate_changes_nothing_when_it_fails() -> None:
     assert not net.training
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert not net[1]._forward_pre_hooks
+
+
+def test_recalibrate_passes_over_an_empty_batch() -> None:
+    net = nn.BatchNorm1d(2)
+    data = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    assert piste.recalibrate(net, [data[:0], data]) == 2
+    assert torch.equal(net.running_mean, torch.tensor([2.0, 3.0]))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="recalibrate got model=str"):
+        piste.recalibrate("net", [data])  # type: ignore[arg-type]
 
 
 def test_recalibrate_after_a_schedule_free_run() -> None:

@@ -231,6 +231,94 @@ def test_scaled_groups_go_on_alone() -> None:
     assert optimizer.layer_scales() == {}
 
 
+def test_scaled_groups_reproduce_the_step_of_unequal_groups() -> None:
+    """Groups with learning rates and decays of their own, and a direction that had an lr_scale: one lr for all."""
+    rates, decays = [0.02, 0.2], [0.3, 0.0]
+
+    def groups(params: list[torch.nn.Parameter], **each: list[float]) -> list[dict[str, Any]]:
+        halves = (params[:3], params[3:])
+        return [{"params": half, **{k: v[i] for k, v in each.items()}} for i, half in enumerate(halves)]
+
+    params = parameters(DENSE)
+    magnitude = piste.Adam(groups(params, lr=rates, outer_decay=decays))
+    optimizer = piste.Graft(magnitude, piste.SGD(groups(params, lr_scale=[0.5, 3.0]), lr=0.3), weight_decay=0.7)
+    set_gradients(params, DENSE.gradients[0])
+    optimizer.step()
+    by_scale = [{**g, "params": []} for g in optimizer.scaled_groups()]
+    by_rate = [{**g, "params": []} for g in optimizer.scaled_groups(lr=rates[0])]
+    for alone in (by_scale, by_rate):
+        fresh = parameters(DENSE)
+        sgd = piste.SGD([{**g, "params": [p]} for g, p in zip(alone, fresh, strict=True)], lr=rates[0])
+        set_gradients(fresh, DENSE.gradients[0])
+        sgd.step()
+        for a, b in zip(params, fresh, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+    for group in magnitude.param_groups:  # a schedule that has ended at 0 does not hide the proportion
+        group["initial_lr"], group["lr"] = group["lr"], 0.0
+    assert [g["lr_scale"] for g in optimizer.scaled_groups()] == [g["lr_scale"] for g in by_scale]
+
+
+def test_decay_is_the_wrappers_own() -> None:
+    """Nothing is left in the groups, which a second wrapper round the same magnitude shares."""
+    params = parameters(DENSE)
+    magnitude = piste.Adam(params, lr=0.02)
+    piste.Graft(magnitude, piste.SGD(params, lr=0.1), weight_decay=0.9)
+    second = piste.Graft(magnitude, piste.SGD(params, lr=0.1), weight_decay=0.0)
+    set_gradients(params, DENSE.gradients[0])
+    second.step()
+    expected = grafted(ADAM, (formulas.sgd, {"lr": 0.1}), DENSE)[0]
+    assert_same([snapshot(params)], [expected], RTOL, ATOL)
+
+
+def test_grafts_nest() -> None:
+    """A graft inside another: its step is taken back as anybody's; decay belongs to the outermost."""
+
+    def make(params: list[torch.nn.Parameter]) -> piste.Graft:
+        inner = piste.Graft(piste.Adam(params, **ADAM[1]), piste.SGD(params, lr=0.3))
+        return piste.Graft(inner, piste.SGD(params, **SGD[1]), weight_decay=0.3)
+
+    assert_same(run(make, DENSE), grafted(ADAM, SGD, DENSE, decay=0.3), 1e-10, 1e-12)
+
+
+def test_an_error_inside_leaves_weights_and_gradients() -> None:
+    class Broken(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            super().step()
+            for p in self.param_groups[0]["params"]:
+                p.grad.mul_(3.0)
+            raise KeyboardInterrupt
+
+    params = parameters(DENSE)
+    set_gradients(params, DENSE.gradients[0])
+    gradients = [p.grad for p in params]
+    for optimizer in (
+        piste.Graft(Broken(params, lr=0.5), piste.SGD(params, lr=0.1)),
+        piste.Graft(piste.Adam(params), Broken(params, lr=0.5)),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+        for p, g, start, given in zip(params, gradients, DENSE.weights, DENSE.gradients[0], strict=True):
+            np.testing.assert_array_equal(p.detach().numpy(), start)
+            assert p.grad is g
+            np.testing.assert_array_equal(g.numpy(), given)  # type: ignore[union-attr]
+
+
+def test_a_tensor_at_rest_does_not_stop_the_others() -> None:
+    """One norm for all: lingvo zeroes every step when the last tensor's direction is zero; here only that one rests."""
+    zeros = [[np.zeros_like(g) if i == len(row) - 1 else g for i, g in enumerate(row)] for row in DENSE.gradients]
+    problem = Problem(DENSE.weights, zeros)
+    plain = (formulas.sgd, {"lr": 0.5})
+    for together in (False, True):
+
+        def make(params: list[torch.nn.Parameter], together: bool = together) -> piste.Graft:
+            return piste.Graft(piste.Adam(params, lr=0.02), piste.SGD(params, lr=0.5), use_global_norm=together)
+
+        seen = run(make, problem)
+        assert_same(seen, grafted(ADAM, plain, problem, together=together), RTOL, ATOL)
+        np.testing.assert_array_equal(seen[-1][-1], DENSE.weights[-1])
+        assert not np.array_equal(seen[-1][0], DENSE.weights[0])
+
+
 def test_a_direction_of_zero_and_a_zero_gradient_move_nothing() -> None:
     params = parameters(DENSE)
     before = snapshot(params)
@@ -305,6 +393,9 @@ REFUSED: list[tuple[Callable[[list[torch.nn.Parameter]], Any], str]] = [
     (_pair(lr=-1.0), r"Graft got lr=-1\.0"),
     (_pair(eps=-1.0), r"Graft got eps=-1\.0"),
     (_pair(weight_decay=-1.0), r"Graft got weight_decay=-1\.0"),
+    (lambda p: piste.Graft(piste.Adam([{"params": p, "outer_decay": -0.5}]), piste.SGD(p)), r"weight_decay=-0\.5"),
+    (lambda p: piste.Graft(_pair(weight_decay=0.2)(p), piste.SGD(p)), r"magnitude=Graft with a decay of 0\.2"),
+    (lambda p: piste.Graft(piste.SGD(p), _pair(weight_decay=0.2)(p)), r"direction=Graft with a decay of 0\.2"),
 ]
 
 

@@ -25,6 +25,8 @@ class _Moments:
         x = inputs[0].detach()
         axes = [axis for axis in range(x.ndim) if axis != 1]
         count = x.numel() // x.shape[1]
+        if count == 0:
+            return
         variance, mean = torch.var_mean(x.double(), axes, correction=0)
         if self.mean is None or self.squares is None:
             self.count, self.mean, self.squares = count, mean, variance * count
@@ -59,6 +61,7 @@ def recalibrate(
         The number of batches read.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: there was no batch. Nothing has been changed then, as after any other error.
 
     >>> import torch, piste
@@ -71,6 +74,8 @@ def recalibrate(
     Source: Wu & Johnson, "Rethinking Batch in BatchNorm" (2021, arXiv 2105.07576), section 3; variances of batches are
     combined with the formula of Chan, Golub & LeVeque (1983).
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"recalibrate got model={type(model).__name__}; legal: an nn.Module")
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     if not layers:
         return 0

@@ -14,7 +14,7 @@ from piste.checks import check_choice, check_hyperparameters, near
 from piste.execution import ENGINES
 from piste.parts.averaging import moving_average
 from piste.roster import real
-from piste.storage import anchor
+from piste.storage import anchor, compute_dtype
 from piste.wrappers.arithmetic import Arithmetic
 
 __all__ = ["ModelEMA"]
@@ -41,7 +41,8 @@ class ModelEMA:
     State: 4 bytes per parameter; while averages are swapped in, the weights once more.
 
     Args:
-        model: the model. Its weights are looked up at every update, so they may be replaced or unfrozen.
+        model: the model. Its weights are looked up at every update, so they may be replaced, unfrozen, added or taken
+            away.
         decay: :math:`d`, in [0, 1); it averages over about ``1 / (1 - decay)`` updates.
         warmup: begin with a smaller decay, so that the first updates do not weigh for the whole horizon.
         buffers: ``"copy"`` keeps the buffers (BatchNorm's running statistics) as they were at the last update;
@@ -117,10 +118,12 @@ class ModelEMA:
         if self._swapped:
             raise RuntimeError("update() inside average(): the model's weights are the averages now")
         averaged, copied = self._sorted()
+        self._averages = {name: self._averages.get(name, {"step": 0}) for name in averaged}
+        self._copies = {name: copy for name, copy in self._copies.items() if name in copied}
         for name, tensor in averaged.items():
-            own = self._averages.setdefault(name, {"step": 0})
-            if "average" in own and own["average"].device != tensor.device:
-                own["average"] = own["average"].to(tensor.device)
+            own = self._averages[name]
+            if "average" in own:  # the model may have moved, or changed its precision
+                own["average"] = own["average"].to(tensor.device, compute_dtype(real(tensor.detach()).dtype))
         live = {name: tensor for name, tensor in averaged.items() if tensor.numel()}
         states = [self._averages[name] for name in live]
         weights = [tensor.detach() if tensor.grad_fn is not None else tensor for tensor in live.values()]
@@ -155,7 +158,7 @@ class ModelEMA:
             self._swapped = False
             with torch.no_grad():
                 for tensor, before in saved:
-                    tensor.copy_(before)
+                    _write(tensor, before)
 
     def copy_to(self, model: nn.Module) -> None:
         """Write the averages, and the buffers that belong to them, into another model with the same names.
@@ -178,10 +181,10 @@ class ModelEMA:
     def _put(self, averaged: Mapping[str, Tensor], copied: Mapping[str, Tensor]) -> None:
         for name, own in self._averages.items():
             if name in averaged and "average" in own:
-                real(averaged[name]).copy_(own["average"])
+                _write(real(averaged[name]), own["average"])
         for name, value in self._copies.items():
             if name in copied:
-                copied[name].copy_(value)
+                _write(copied[name], value)
 
     def _values(self) -> dict[str, Tensor]:
         return {name: own["average"] for name, own in self._averages.items() if "average" in own} | self._copies
@@ -205,6 +208,8 @@ class ModelEMA:
         averages: dict[str, dict[str, Any]] = {}
         for name, value in state_dict["averages"].items():
             weight = _named(averaged, name, "average")
+            if name not in state_dict["steps"]:
+                raise ValueError(f"state_dict has no number of steps of the average {name!r}")
             averages[name] = {
                 "step": int(state_dict["steps"][name]),
                 "average": check_tensor(value, "average", repr(name), anchor, real(weight.detach())),
@@ -228,6 +233,14 @@ class ModelEMA:
     def __repr__(self) -> str:
         kind = type(self.model).__name__
         return f"ModelEMA({kind}, decay={self.decay}, warmup={self.warmup}, buffers={self.buffers!r})"
+
+
+def _write(tensor: Tensor, value: Tensor) -> None:
+    """Copy, also into a buffer that repeats its elements (``expand``), which torch refuses to write to."""
+    for axis in range(tensor.ndim):
+        if tensor.stride(axis) == 0 and tensor.shape[axis] > 1:
+            tensor, value = tensor.narrow(axis, 0, 1), value.narrow(axis, 0, 1)
+    tensor.copy_(value)
 
 
 def _named(tensors: Mapping[str, Tensor], name: str, what: str) -> Tensor:

@@ -58,7 +58,7 @@ class Graft(Wrapper):
         eps: added to the norm of the direction.
         weight_decay: decoupled decay :math:`\lambda`, the only one there is: decay inside either optimizer would be
             part of its step, and turned and scaled with it. A group of the magnitude may have its own, as
-            ``"outer_decay"``.
+            ``"outer_decay"``; the others follow this argument, which is not written into the groups.
         use_global_norm: one ratio for all tensors together.
 
     Raises:
@@ -102,7 +102,7 @@ class Graft(Wrapper):
         self.direction = direction
         self.lr, self.eps, self.weight_decay, self.use_global_norm = lr, eps, weight_decay, use_global_norm
         self._took: dict[Tensor, tuple[dict[str, Any], dict[str, Any]]] = {}
-        self._settle()
+        self._check_decays()
 
     @property
     def magnitude(self) -> torch.optim.Optimizer:
@@ -144,6 +144,11 @@ class Graft(Wrapper):
                         f"{index}; legal: 0, as decay inside would be turned and scaled with the step. "
                         "Graft(weight_decay=...) decays outside"
                     )
+                if isinstance(child, Graft) and child._decay(group) != 0:
+                    raise ValueError(
+                        f"Graft got {role}=Graft with a decay of {child._decay(group)!r} in group {index}; "
+                        "legal: 0, and the decay of the outer one"
+                    )
                 for p in group["params"]:
                     if p.is_complex():
                         raise ValueError("Graft got complex weights, whose norms have no form here; legal: real ones")
@@ -153,11 +158,14 @@ class Graft(Wrapper):
                             "its step to; legal: float32 or float64 weights, or an optimizer of piste"
                         )
 
-    def _settle(self) -> None:
-        """Give every group its decay."""
+    def _decay(self, group: Mapping[str, Any]) -> float:
+        """A group's own decay, or that of this wrapper; groups are shared, so nothing is written into them."""
+        return float(group.get("outer_decay", self.weight_decay))
+
+    def _check_decays(self) -> None:
         for group in self.param_groups:
-            group.setdefault("outer_decay", self.weight_decay)
-            check_hyperparameters("Graft", {"weight_decay": group["outer_decay"]}, ("weight_decay",))
+            own = group.get("outer_decay", self.weight_decay)
+            check_hyperparameters("Graft", {"weight_decay": own}, ("weight_decay",))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add weights to both optimizers.
@@ -174,7 +182,7 @@ class Graft(Wrapper):
             self.direction.add_param_group({"params": given, **theirs})
             try:
                 self._check_pair(self.magnitude, self.direction)
-                self._settle()
+                self._check_decays()
             except Exception:
                 del self.direction.param_groups[-1]
                 raise
@@ -234,14 +242,20 @@ class Graft(Wrapper):
         gradients = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in weights]
         for p in weights:
             self._own(p)["change"].copy_(p)
-        taken = self.inner_step(None, child)[1]
+        try:
+            taken = self.inner_step(None, child)[1]
+        except BaseException:
+            for p in weights:
+                p.copy_(self._own(p)["change"])
+            raise
+        finally:
+            for p, gradient, copy in gradients:
+                p.grad = gradient
+                if gradient is not None and copy is not None:
+                    gradient.copy_(copy)
         states = [self._taken_by(p, size) for p in weights]
         if weights:
             self.compute(kit.recede, weights, states, [0] * len(weights), [{}])
-        for p, gradient, copy in gradients:
-            p.grad = gradient
-            if gradient is not None and copy is not None:
-                gradient.copy_(copy)
         return taken
 
     def _own(self, p: Tensor) -> dict[str, Any]:
@@ -267,16 +281,21 @@ class Graft(Wrapper):
     def _numbers_of_groups(self) -> list[dict[str, float]]:
         found = []
         for group, theirs in zip(self.param_groups, self.direction.param_groups, strict=True):
-            rate, other = _rate(group), _rate(theirs)
+            rate, other = _rate(group), _rate(theirs) * self._own_scale(theirs)
             found.append(
                 {
                     "lr": self.lr,
                     "eps": self.eps,
-                    "decay": rate * float(group["outer_decay"]),
+                    "decay": rate * self._decay(group),
                     "unit": self.lr * other / rate if rate else 0.0,
                 }
             )
         return found
+
+    def _own_scale(self, group: Mapping[str, Any]) -> float:
+        """The factor that piste.SGD as the direction has on its steps; others do not read a group's "lr_scale"."""
+        known = isinstance(self.direction, Optimizer) and "lr_scale" in self.direction.defaults
+        return float(group["lr_scale"]) if known else 1.0
 
     # step sizes ------------------------------------------------------------------------------------------------------
 
@@ -284,9 +303,10 @@ class Graft(Wrapper):
         """For every tensor that has moved, the mean ratio of the two step sizes, each divided by its learning rate.
 
         A step of the direction alone, with the *magnitude's* learning rate times this number, is as long as the
-        grafted one. So the direction can go on with it alone, under the same schedule. The mean is over all steps
-        since the start or :meth:`reset_layer_scales`; steps in which either learning rate or the direction was 0 do not
-        count. Reading it waits for the device.
+        grafted one. So the direction can go on with it alone, under the same schedule. An ``lr_scale`` that the
+        direction's groups had counts as part of its learning rate, so this number takes its place. The mean is over all
+        steps since the start or :meth:`reset_layer_scales`; steps in which either learning rate or the direction was 0
+        do not count. Reading it waits for the device.
         """
         measured = [(p, own) for p, own in self.own.items() if "scale" in own]
         return {p: own["scale"].item() for p, own in measured if own["counted"].item() > 0}
@@ -300,14 +320,19 @@ class Graft(Wrapper):
     def scaled_groups(self, lr: float | None = None) -> list[dict[str, Any]]:
         """Groups, one per tensor, with which the direction goes on alone, without the magnitude's state.
 
+        The learning rate that they are used with stands for that of the magnitude's first group. Where other groups
+        had another one, their scales are larger or smaller by as much (by ``"initial_lr"``, under a schedule), so one
+        ``lr`` for all keeps the proportions.
+
         Args:
             lr: None gives each group an ``"lr_scale"``, which ``piste.SGD`` multiplies into whatever ``lr`` a schedule
                 sets. A number gives each group ``"lr"``, that number times its scale, for optimizers that know no
                 ``lr_scale``; schedules have to start from each group's own ``lr`` then, as most of torch's do.
 
         Returns:
-            Groups with "params", "param_names" if there are any, the learning rate as above, and this wrapper's decay
-            as "weight_decay" (decoupled). A tensor that never moved gets the median of the others.
+            Groups with "params", "param_names" if there are any, the learning rate as above, and as "weight_decay"
+            (decoupled; torch's SGD takes it as L2) what shrinks weights as fast as this wrapper's decay. A tensor that
+            never moved gets the median of the others.
 
         Raises:
             RuntimeError: nothing has moved yet.
@@ -330,15 +355,20 @@ class Graft(Wrapper):
             raise RuntimeError("no step sizes have been measured yet; take steps first")
         usual = median(scales.values())
         groups = []
+        first = _peak(self.param_groups[0])
         for group in self.param_groups:
-            names = group.get("param_names")
+            names, decay = group.get("param_names"), self._decay(group)
+            share = _peak(group) / first if first else 1.0
             for position, p in enumerate(group["params"]):
-                scale = scales.get(p, usual)
-                new: dict[str, Any] = {"params": [p], "weight_decay": group["outer_decay"]}
-                new |= {"lr_scale": scale} if lr is None else {"lr": lr * scale}
+                scale = scales.get(p, usual) * share
+                new: dict[str, Any] = {"params": [p]}
+                if lr is None:
+                    new |= {"lr_scale": scale, "weight_decay": decay * share}
+                else:  # decay is per unit of lr, which has the scale in it here
+                    new |= {"lr": lr * scale, "weight_decay": decay * share / scale if scale else 0.0}
                 if names:
                     new["param_names"] = [names[position]]
-                if group["outer_decay"]:
+                if decay:
                     new["decoupled_weight_decay"] = True
                 groups.append(new)
         return groups
@@ -378,7 +408,7 @@ class Graft(Wrapper):
         except Exception:
             self.direction.load_state_dict(before)
             raise
-        self._settle()
+        self._check_decays()
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {p: {k: own[k] for k in ("step", *_SAVED)} for p, own in self.own.items()}
@@ -396,6 +426,12 @@ def _rate(group: Mapping[str, Any]) -> float:
     """A group's learning rate; 1 where the optimizer finds its own (Adafactor)."""
     lr = group.get("lr")
     return 1.0 if lr is None else float(lr)
+
+
+def _peak(group: Mapping[str, Any]) -> float:
+    """A group's learning rate before any schedule."""
+    initial = group.get("initial_lr")
+    return _rate(group) if initial is None else float(initial)
 
 
 def _parted(entries: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
