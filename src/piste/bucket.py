@@ -10,10 +10,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from piste.codecs import Codec
 from piste.plan import Plan
+from piste.storage import companion
 from piste.symbol import HOST, HostFunction, Row, Sym, compile_host
 
-__all__ = ["Bucket", "Engine", "Seats", "host_inputs"]
+__all__ = ["Bucket", "Engine", "Seats", "beside", "host_inputs"]
 
 
 class Seats(NamedTuple):
@@ -27,6 +29,9 @@ class Seats(NamedTuple):
         groups: for each weight, the index of its parameter group.
         shapes: the global shape of each weight.
         addresses: where each weight lies.
+        codecs: by home, how its numbers are stored where they are not stored as they are; what else a codec needs is
+            the home :func:`piste.bucket.beside`.
+        phases: for each weight, where the thresholds of rounding begin.
         kept: what an engine derives from these tensors, under a key of its own. It lasts while they are the same
             objects and no weight has moved.
     """
@@ -38,6 +43,8 @@ class Seats(NamedTuple):
     groups: list[int]
     shapes: list[tuple[int, ...]]
     addresses: list[int]
+    codecs: dict[str, Codec]
+    phases: list[int]
     kept: dict[Any, Any]
 
 
@@ -114,6 +121,11 @@ class Bucket:
         """One host number of one weight."""
         values = self.columns[column]
         return values[weight] if isinstance(values, list) else values
+
+
+def beside(home: str) -> str:
+    """The home of the second tensor of a codec: scales of a state, or what a weight's own format leaves out."""
+    return f"state.{companion(home.removeprefix('state.'))}"
 
 
 class Engine(Protocol):

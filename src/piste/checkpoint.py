@@ -1,19 +1,21 @@
 """Loading an optimizer's state: everything is checked before anything is changed, and nothing is cast.
 
 torch's own loader casts every tensor to the dtype of its weight, which ruins float32 moments of bfloat16 weights and
-any encoded state. Here tensors keep the dtype they were saved with and only move to the weight's device.
+any encoded state. Here tensors keep the dtype they were saved with and only move to the weight's device, codes and scales included, unless
+another format is asked for: then they are decoded and stored anew, rounded to the nearest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from piste.checks import near
-from piste.storage import State, shape_of
+from piste.codecs import Codec, decode, encode, fresh
+from piste.storage import State, codec_for, companion, shape_of, weight_codec
 
 __all__ = ["after_loading", "before_loading", "check_tensor", "matched", "weights_by_id"]
 
@@ -38,7 +40,12 @@ def after_loading(optimizer: torch.optim.Optimizer) -> None:
 
 
 def matched(
-    groups: Sequence[dict[str, Any]], saved: Mapping[str, Any], states_of: StatesOf, real: Callable[[Tensor], Tensor]
+    groups: Sequence[dict[str, Any]],
+    saved: Mapping[str, Any],
+    states_of: StatesOf,
+    real: Callable[[Tensor], Tensor],
+    forms: Sequence[str | None],
+    names: Mapping[str, str],
 ) -> tuple[dict[Tensor, dict[str, Any]], list[dict[str, Any]]]:
     """New state and groups for an optimizer with these groups, from a saved dictionary.
 
@@ -47,21 +54,27 @@ def matched(
         saved: what ``state_dict()`` gave.
         states_of: the states that the rule of a group may keep.
         real: the view of a weight that states are shaped after.
+        forms: by group, the format that states are to have; None for that in which they were saved.
+        names: what others call states, with what they are called here.
 
     Raises:
         ValueError: the dictionary is not one of an optimizer of this kind over these weights.
     """
     saved_groups = saved["param_groups"]
     weights = weights_by_id(groups, saved_groups)
-    home = {id(p): group for group, new in zip(saved_groups, groups, strict=True) for p in new["params"]}
+    merged = [_group(group, new, form) for group, new, form in zip(groups, saved_groups, forms, strict=True)]
+    home = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
 
     state: dict[Tensor, dict[str, Any]] = {}
     for key, entries in saved["state"].items():
         if key not in weights:
             raise ValueError(f"state_dict has state for parameter {key!r}, which is in none of its groups")
         weight, name = weights[key]
-        state[weight] = _entries(entries, name, real(weight), states_of(home[id(weight)]))
-    return state, [_group(group, new) for group, new in zip(groups, saved_groups, strict=True)]
+        index = home[id(weight)]
+        here = {names.get(k, k): v for k, v in entries.items()}
+        reader = _Reader(name, real(weight), states_of(merged[index]), saved_groups[index].get("state", "fp32"))
+        state[weight] = reader.entries(here, merged[index]["state"], merged[index]["weights"])
+    return state, merged
 
 
 def weights_by_id(
@@ -92,23 +105,86 @@ def weights_by_id(
     return found
 
 
-def _entries(entries: Mapping[str, Any], name: str, weight: Tensor, states: Mapping[str, State]) -> dict[str, Any]:
-    """One weight's state, checked and copied."""
-    found: dict[str, Any] = {}
-    for key, value in entries.items():
-        if key == "step":
-            count = value.item() if isinstance(value, Tensor) else value
-            if isinstance(count, bool) or count != int(count) or count < 0:
-                raise ValueError(f"state 'step' of parameter {name} is {value!r}; legal: a whole number >= 0")
-            found[key] = int(count)
-        elif key not in states:
-            legal = ", ".join(["step", *states])
-            raise ValueError(
-                f"parameter {name} has a state {key!r} that this optimizer does not keep; it keeps: {legal}"
-            )
+class _Reader(NamedTuple):
+    """Reads the saved entries of one weight."""
+
+    name: str
+    weight: Tensor
+    states: Mapping[str, State]
+    saved_form: str
+
+    def entries(self, saved: Mapping[str, Any], form: str, weights: str) -> dict[str, Any]:
+        """The weight's state in these formats, checked and copied."""
+        beside = {companion(key) for key in self.states if self.codec(key, self.saved_form) is not None}
+        own = weight_codec(self.weight, weights)
+        legal = {"step", *self.states, *beside, *([companion("p")] if own is not None and own.rest else [])}
+        found: dict[str, Any] = {}
+        for key, value in saved.items():
+            if key not in legal:
+                kept = ", ".join(["step", *self.states])
+                raise ValueError(
+                    f"parameter {self.name} has a state {key!r} that this optimizer does not keep; it keeps: {kept}"
+                )
+            if key == "step":
+                found[key] = _count(value, self.name)
+            elif key == companion("p") and own is not None:
+                found[key] = _copied(value, key, self.name, self.weight, *_expected(own, self.weight)[1])
+            elif key in self.states:
+                found |= self.state(key, saved, form)
+        return found
+
+    def codec(self, key: str, form: str) -> Codec | None:
+        return codec_for(self.states[key], self.weight, form)
+
+    def state(self, key: str, saved: Mapping[str, Any], form: str) -> dict[str, Tensor]:
+        """One state with what goes with it, in this format."""
+        before, after = self.codec(key, self.saved_form), self.codec(key, form)
+        if before is None:
+            numbers = check_tensor(saved[key], key, self.name, self.states[key], self.weight)
+            kept = {key: numbers}
         else:
-            found[key] = check_tensor(value, key, name, states[key], weight)
-    return found
+            kept = self.codes(key, saved, before)
+            numbers = kept[key]
+        if before == after:
+            return kept
+        if before is not None:
+            numbers = decode(before, kept[key], kept.get(companion(key)), tuple(self.weight.shape))
+        if after is None:
+            return {key: numbers}
+        codes, rest = fresh(after, self.weight)
+        encode(after, numbers, codes, rest, step=None)
+        return {key: codes} if rest is None else {key: codes, companion(key): rest}
+
+    def codes(self, key: str, saved: Mapping[str, Any], codec: Codec) -> dict[str, Tensor]:
+        """Codes and scales as they are."""
+        beside, (main, second) = companion(key), _expected(codec, self.weight)
+        found = {key: _copied(saved[key], key, self.name, self.weight, *main)}
+        if second is not None:
+            if beside not in saved:
+                raise ValueError(f"state {key!r} of parameter {self.name} is in codes, and {beside!r} is missing")
+            found[beside] = _copied(saved[beside], beside, self.name, self.weight, *second)
+        return found
+
+
+def _count(value: Any, name: str) -> int:
+    count = value.item() if isinstance(value, Tensor) else value
+    if isinstance(count, bool) or count != int(count) or count < 0:
+        raise ValueError(f"state 'step' of parameter {name} is {value!r}; legal: a whole number >= 0")
+    return int(count)
+
+
+def _expected(codec: Codec, weight: Tensor) -> tuple[Any, Any]:
+    """Shape and dtype of the tensors of a codec."""
+    codes, rest = fresh(codec, torch.empty_like(weight, device="meta"))
+    return (tuple(codes.shape), codes.dtype), None if rest is None else (tuple(rest.shape), rest.dtype)
+
+
+def _copied(value: Any, key: str, name: str, weight: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A saved tensor, if it has this shape and dtype, copied to the weight's device."""
+    if not isinstance(value, Tensor) or tuple(value.shape) != shape or value.dtype != dtype:
+        had = f"{value.dtype} of {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"state {key!r} of parameter {name} is {had}; expected {dtype} of {shape}")
+    return value.detach().to(device=weight.device, copy=True).contiguous()
 
 
 def check_tensor(value: Any, key: str, name: str, state: State, weight: Tensor) -> Tensor:
@@ -120,8 +196,9 @@ def check_tensor(value: Any, key: str, name: str, state: State, weight: Tensor) 
     return value.detach().to(device=weight.device, copy=True)
 
 
-def _group(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+def _group(group: Mapping[str, Any], saved: Mapping[str, Any], form: str | None) -> dict[str, Any]:
     """The saved settings over the weights that are here; settings that the saved group lacks stay as they are."""
     names = {"param_names": group["param_names"]} if "param_names" in group else {}
     copied = {k: v.clone() if isinstance(v, Tensor) else v for k, v in saved.items()}
-    return {**group, **copied, "params": group["params"], **names}
+    asked = {} if form is None else {"state": form}
+    return {**group, **copied, "params": group["params"], **names, **asked}

@@ -85,6 +85,14 @@ def _factor(value: Any) -> bool:
     return value in ("matrix", "last")
 
 
+def _state_format(value: Any) -> bool:
+    return value in ("fp32", "bf16", "8bit", "4bit")
+
+
+def _weight_format(value: Any) -> bool:
+    return value in ("plain", "stochastic", "kahan", "remainder")
+
+
 def _rate(value: Any) -> bool:
     return value is None or bool(_within(0)(value))
 
@@ -113,6 +121,9 @@ _LEGAL: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "beta": (_within(0, 1), "a number in [0, 1]"),
     "SM3.momentum": (_within(0, 1, open_high=True), "a number in [0, 1)"),
     "trust_denominator": (_denominator, "'update' or 'weights'"),
+    "state": (_state_format, "'fp32', 'bf16', '8bit' or '4bit'"),
+    "weights": (_weight_format, "'plain', 'stochastic', 'kahan' or 'remainder'"),
+    "seed": (_done, "a whole number >= 0"),
     "lr_scale": (_within(0), "a finite number >= 0"),
     "ModelEMA.decay": (_within(0, 1, open_high=True), "a number in [0, 1)"),
     "beta0": (_within(0), "a finite number >= 0"),

@@ -18,7 +18,7 @@ from piste.checks import check_choice, check_hyperparameters, refuse_unknown
 from piste.execution import Member, Roster
 from piste.roster import real
 from piste.slots import Part, Pipeline, program
-from piste.storage import STATE_FORMATS, WEIGHT_FORMATS, State
+from piste.storage import STATE_FORMATS, Formats, State, check_formats, full_precision
 from piste.symbol import Row
 from piste.variants import Variants
 
@@ -38,12 +38,16 @@ class EngineOptions(TypedDict, total=False):
       it (Liang et al. 2024, arXiv 2411.16085). Decay is not masked, except where the rule itself has it in its
       direction (StableAdamW). Rules without a direction apart from the weight refuse it.
     * ``maximize`` (bool): climb instead of descend.
+    * ``state``: how moments are stored: ``"fp32"``, ``"bf16"``, ``"8bit"`` or ``"4bit"``. Weights of fewer than 4,096
+      numbers keep float32, and so do states that are no moments (copies of weights, gradients, accumulators).
+    * ``weights``: what bfloat16 weights stand for: ``"plain"``, themselves; ``"stochastic"``, rounded so that small
+      steps add up; ``"kahan"``, with what rounding took away in 2 more bytes; ``"remainder"``, exact float32 in 2 more
+      bytes. :meth:`Optimizer.full_precision` gives the number they stand for. Other weights stay as they are.
+    * ``seed`` (int): where the thresholds of rounding begin; the same on all processes.
 
     Settings of the whole optimizer:
 
     * ``engine``: ``"auto"`` (the fastest that works here), ``"cpp"``, ``"foreach"``, ``"compile"`` or ``"reference"``.
-    * ``state``: how states are stored; ``"fp32"`` (float64 for float64 weights).
-    * ``weights``: how weights are stored; ``"plain"``.
     * ``nonfinite``: what to do about NaN or infinite gradients: ``"ignore"`` as torch does, ``"raise"``
       ``FloatingPointError``, or ``"skip"`` the step. The last two look at all gradients before anything is written.
     * ``amp_unscale`` (bool): take part in ``torch.amp.GradScaler``'s fused protocol: gradients are unscaled as they
@@ -57,9 +61,10 @@ class EngineOptions(TypedDict, total=False):
     clip_norm: float | None
     cautious: bool
     maximize: bool
-    engine: str
     state: str
     weights: str
+    seed: int
+    engine: str
     nonfinite: str
     amp_unscale: bool
     capturable: bool
@@ -85,14 +90,15 @@ _GROUP_OPTIONS: Mapping[str, Any] = {
     "clip_norm": None,
     "cautious": False,
     "maximize": False,
+    "state": "fp32",
+    "weights": "plain",
+    "seed": 0,
     "use_gc": False,
     "gc_conv_only": False,
     "gc_loc": True,
 }
 _ENGINE_OPTIONS: Mapping[str, Any] = {
     "engine": "auto",
-    "state": "fp32",
-    "weights": "plain",
     "nonfinite": "ignore",
     "amp_unscale": False,
     "capturable": False,
@@ -101,8 +107,6 @@ _ENGINE_OPTIONS: Mapping[str, Any] = {
 }
 _LEGAL_OPTIONS: Mapping[str, tuple[Any, ...]] = {
     "engine": ("auto", *execution.ENGINES),
-    "state": STATE_FORMATS,
-    "weights": WEIGHT_FORMATS,
     "nonfinite": ("ignore", "raise", "skip"),
     "amp_unscale": (False, True),
     "capturable": (False,),
@@ -199,6 +203,8 @@ class Optimizer(torch.optim.Optimizer):
     measure_updates: bool = False
     #: what is done with the change of every weight, which then stays; for wrappers, and only while they step
     instead: Part | None = None
+    #: what ``torch.optim`` calls the states of the same algorithm, with what they are called here
+    torch_names: ClassVar[Mapping[str, str]] = {}
     #: how many numbers ``betas`` has
     betas_count: ClassVar[int] = 2
     _programs: ClassVar[dict[Any, tuple[Variants, Mapping[str, State]]]] = {}
@@ -213,7 +219,9 @@ class Optimizer(torch.optim.Optimizer):
         group_options = {k: v for k, v in options.items() if k in _GROUP_OPTIONS}
         defaults = {**_GROUP_OPTIONS, **defaults, **group_options}
         self._check(defaults, defaults)
+        self._chosen: list[int] = []
         super().__init__(_groups(name, params), defaults)
+        self._check_weights()
         self._finish()
 
     def _finish(self) -> None:
@@ -282,7 +290,43 @@ class Optimizer(torch.optim.Optimizer):
             if not (tensor.is_leaf or tensor.retains_grad):
                 raise ValueError(f"parameter {position} is no leaf: can't optimize a non-leaf Tensor")
         self._check(group, self._hyper_defaults)
+        self._check_formats(group)
+        if "state" in group:
+            self._chosen.append(len(self.param_groups))
         super().add_param_group(group)
+
+    def _check_formats(self, group: Mapping[str, Any]) -> None:
+        whole = {**self._hyper_defaults, **group}
+        tensors = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
+        check_formats(type(self).__name__, whole, tensors, self._states_of(whole))
+
+    def _check_weights(self) -> None:
+        """Refuse a format of bfloat16 weights where there are none."""
+        marked = [group for group in self.param_groups if group["weights"] != "plain"]
+        weights = [p for group in marked for p in group["params"]]
+        if weights and all(p.dtype != torch.bfloat16 for p in weights):
+            raise ValueError(
+                f"{type(self).__name__} got weights={marked[0]['weights']!r} for weights of {weights[0].dtype}; legal: "
+                "'plain', or a model in bfloat16 (model.to(torch.bfloat16) before the optimizer is made)"
+            )
+
+    def full_precision(self, p: Tensor) -> Tensor:
+        """What a weight stands for, in full.
+
+        Args:
+            p: a weight of this optimizer.
+
+        Returns:
+            A new tensor of the weight's shape: float32 for bfloat16 weights, with what ``weights="kahan"`` or
+            ``"remainder"`` keep beside them; else a copy.
+
+        Raises:
+            ValueError: ``p`` is no weight of this optimizer.
+        """
+        for group in self.param_groups:
+            if any(p is q for q in group["params"]):
+                return full_precision(p.detach(), self.state.get(p, {}), group["weights"])
+        raise ValueError(f"full_precision got a tensor of shape {tuple(p.shape)} that is in no group of this optimizer")
 
     @property
     def _hyper_defaults(self) -> dict[str, Any]:
@@ -296,23 +340,37 @@ class Optimizer(torch.optim.Optimizer):
             "measure_updates": self.measure_updates,
             "_options": self._options,
             "_engine_name": self._engine_name,
+            "_chosen": self._chosen,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._finish()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], *, state: str | None = None) -> None:
         """Load what :meth:`state_dict` gave; weights are matched by name where both sides have names.
 
-        Tensors keep the dtype in which they were saved. Whatever does not fit raises ``ValueError`` before anything
-        is changed.
+        Args:
+            state_dict: codes, scales and numbers come back bit by bit, in the formats that they were saved in. Groups
+                of ``torch.optim`` say nothing of formats: what they hold comes in the format of the groups here.
+            state: the format that states are to have from now on, whatever they were saved in: decoded, and rounded to
+                the nearest code. Groups that were given a ``"state"`` of their own here (embeddings, by
+                :func:`piste.param_groups`) keep it.
+
+        Raises:
+            ValueError: something does not fit; nothing has been changed then.
         """
         saved = before_loading(self, state_dict)
-        state, groups = matched(self.param_groups, saved, self._states_of, real)
+        if state is not None:
+            check_choice("state", state, STATE_FORMATS)
+            forms = [g["state"] if i in self._chosen else state for i, g in enumerate(self.param_groups)]
+        else:
+            forms = [None] * len(self.param_groups)
+        loaded, groups = matched(self.param_groups, saved, self._states_of, real, forms, self.torch_names)
         for group in groups:
             self._check({k: v for k, v in group.items() if k not in ("params", "param_names")}, self._hyper_defaults)
-        self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
+            self._check_formats(group)
+        self.__setstate__({"state": defaultdict(dict, loaded), "param_groups": groups})
         after_loading(self)
 
     # stepping --------------------------------------------------------------------------------------------------------
@@ -384,10 +442,11 @@ class Optimizer(torch.optim.Optimizer):
         known = self._hyper_defaults
         groups = [_split({**g, **new} if new else g, known) for g, new in zip(self.param_groups, advanced, strict=True)]
         weights = [p for group in self.param_groups for p in group["params"]]
-        setting = scaled, self.measure_updates, self._instead, [statics for statics, _ in groups]
+        formats = [Formats(g["state"], g["weights"], g["seed"]) for g in self.param_groups]
+        setting = scaled, self.measure_updates, self._instead, [statics for statics, _ in groups], formats
         if not self._current(weights, setting):
             members = [
-                Member(p, i, self.state[p], *reversed(self._program(statics + self.flags_of(i, n), p.ndim, scaled)))
+                self._member(p, i, n, statics, formats[i], scaled=scaled)
                 for i, (group, (statics, _)) in enumerate(zip(self.param_groups, groups, strict=True))
                 for n, p in enumerate(group["params"])
             ]
@@ -398,6 +457,19 @@ class Optimizer(torch.optim.Optimizer):
         if self._any_complex or not layouts <= {torch.strided}:
             self._refuse(gradients, [hp for _, hp in groups])
         return gradients, [hp for _, hp in groups]
+
+    def _member(
+        self,
+        p: Tensor,
+        group: int,
+        position: int,
+        statics: tuple[tuple[str, Any], ...],
+        formats: Formats,
+        *,
+        scaled: bool,
+    ) -> Member:
+        variants, states = self._program(statics + self.flags_of(group, position), p.ndim, scaled)
+        return Member(p, group, self.state[p], states, variants, formats)
 
     @property
     def _instead(self) -> Any:

@@ -15,13 +15,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
 from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import torch
 from torch import Tensor
 
-from piste.bucket import Bucket, Seats
+from piste.bucket import Bucket, Seats, beside
+from piste.codecs import Codec, fresh
 from piste.plan import Plan, build
-from piste.storage import State, allocate, compute_dtype
+from piste.storage import PLAIN, Formats, State, codec_for, companion, compute_dtype, stored, weight_codec
 from piste.symbol import Row
 from piste.variants import Graph, Variants
 
@@ -48,6 +50,7 @@ class Member(NamedTuple):
         state: its states by name, with ``"step"``; missing ones are allocated when a rule first needs them.
         states: what the states are.
         variants: its rule.
+        formats: how the weight and its states are stored.
     """
 
     p: Tensor
@@ -55,6 +58,7 @@ class Member(NamedTuple):
     state: dict[str, Any]
     states: Mapping[str, State]
     variants: Variants
+    formats: Formats = PLAIN
 
 
 class Sorted(NamedTuple):
@@ -89,6 +93,7 @@ class Roster:
         self.groups = [m.group for m in members]
         self.shapes = [tuple(real(m.p).shape) for m in members]
         self.empty = {i for i, m in enumerate(members) if not m.p.numel()}
+        self.plain = all(m.formats == PLAIN for m in members)
         kinds: dict[Any, int] = {}
         # weights of one kind take the same way through the guards of the same rule
         self.kinds = [
@@ -166,7 +171,25 @@ class Roster:
             for i in members:
                 if name not in self.states[i]:
                     m = self.members[i]
-                    m.state[name] = allocate(m.states[name], real(m.p))
+                    m.state.update(stored(name, m.states[name], real(m.p), m.formats))
+        for i in () if self.plain else members:
+            m = self.members[i]
+            codec = weight_codec(m.p, m.formats.weights)
+            if codec is not None and codec.rest is not None and companion("p") not in m.state:
+                m.state[companion("p")] = fresh(codec, m.p)[1]
+
+    def _phase(self, i: int) -> int:
+        """Where the thresholds of a weight begin: 16 bits that its place and its group's seed decide."""
+        return crc32(f"{self.members[i].formats.seed} {i}".encode()) & 0xFFFF
+
+    def _codecs(self, graph: Graph, i: int) -> dict[str, Codec]:
+        """How the homes of a weight are stored, where not as they are."""
+        if self.plain:
+            return {}
+        m = self.members[i]
+        found = {f"state.{n}": codec_for(m.states[n], real(m.p), m.formats.state) for n in graph.ordered_states}
+        found["p"] = weight_codec(m.p, m.formats.weights)
+        return {home: codec for home, codec in found.items() if codec is not None}
 
     def _by_format(self, graph: Graph, members: list[int], gradients: Sequence[Tensor | None]) -> Iterable[list[int]]:
         """Members of one device and choice of dtypes together."""
@@ -176,6 +199,8 @@ class Roster:
         kept = [list(map(itemgetter(name), states)) for name in graph.ordered_states]
         columns = [list(map(_dtype, tensors)) for tensors in (weights, given, *kept)]
         columns.append(_devices(weights))
+        if not self.plain:
+            columns.append([tuple(self._codecs(graph, i).items()) for i in members])
         if all(column.count(column[0]) == len(column) for column in columns):
             return [members]
         alike: dict[Any, list[int]] = {}
@@ -188,9 +213,14 @@ class Roster:
         homes = {"p": weights} if not weights[0].is_complex() else {"p": [torch.view_as_real(p) for p in weights]}
         for name in plan.graph.ordered_states:
             homes[f"state.{name}"] = list(map(itemgetter(name), states))
+        codecs = self._codecs(plan.graph, members[0])
+        for home, codec in codecs.items():
+            if codec.rest is not None:
+                homes[beside(home)] = list(map(itemgetter(companion(home.removeprefix("state."))), states))
         seats = Seats(
             plan, weights[0].device, compute_dtype(homes["p"][0].dtype), homes,
-            _pick(self.groups, members), _pick(self.shapes, members), _addresses(weights), {},
+            _pick(self.groups, members), _pick(self.shapes, members), _addresses(weights),
+            codecs, [self._phase(i) for i in members] if codecs else [], {},
         )  # fmt: skip
         return _Part(members, seats, states, gradients[members[0]].dtype)  # type: ignore[union-attr]
 

@@ -1,30 +1,45 @@
 """What an optimizer remembers about a weight, and how it is stored.
 
-A rule declares each state with its *role*; the role decides how the state may be stored, the rule never does. Today
-every state is stored in full precision: float32, or float64 for float64 weights. States of half-precision weights are
-float32 too, so nothing is lost to the weight's own format.
+A rule declares each state with its *role*; the role decides how the state may be stored, the rule never does. Under
+``state="bf16"``, ``"8bit"`` or ``"4bit"`` the moments of a weight of 4,096 numbers or more are stored as codes
+(:mod:`piste.codecs`). Everything else is in full precision: float32, or float64 for float64 weights; copies of weights,
+stored gradients and accumulators because small changes to them add up over a whole run, and small tensors because they
+cost nothing. States of half-precision weights are float32 too, so nothing is lost to the weight's own format.
+
+Under ``weights="stochastic"``, ``"kahan"`` or ``"remainder"`` a bfloat16 weight stands for a number of more bits.
+
+A state under codes is two tensors in ``optimizer.state[weight]``: ``m`` and ``m.scale``. What belongs to a weight beside
+itself is its ``p.rest``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from piste.codecs import Codec, FixedRamp, Half, Kahan, Powers, Ramp, Remainder, decode, encode, fresh
 from piste.symbol import FULL, MATRIX, TENSOR, Kind, reduced
 
 __all__ = [
+    "LEAST",
+    "PLAIN",
     "STATE_FORMATS",
     "WEIGHT_FORMATS",
+    "Formats",
     "State",
     "accumulator",
     "accumulator_along",
     "allocate",
     "anchor",
+    "check_formats",
+    "codec_for",
+    "companion",
     "compute_dtype",
+    "full_precision",
     "kept_over",
     "moment",
     "number",
@@ -32,13 +47,50 @@ __all__ = [
     "second_moment",
     "shape_of",
     "squared_norm",
+    "stored",
+    "weight_codec",
 ]
 
 Role = Literal["moment", "second_moment", "gradient", "weight", "accumulator"]
 
 #: legal values of the optimizers' options ``state=`` and ``weights=``
-STATE_FORMATS = ("fp32",)
-WEIGHT_FORMATS = ("plain",)
+STATE_FORMATS = ("fp32", "bf16", "8bit", "4bit")
+WEIGHT_FORMATS = ("plain", "stochastic", "kahan", "remainder")
+#: moments of smaller weights are stored in full
+LEAST = 4096
+
+_WORD = torch.float32
+_CODECS: dict[tuple[str, str], Codec] = {
+    ("bf16", "moment"): Half("half", torch.bfloat16, seen=True),
+    ("bf16", "second_moment"): Half("half", torch.bfloat16, seen=True),
+    ("8bit", "moment"): Powers("powers8", torch.int8, 256, rest=_WORD),
+    ("8bit", "second_moment"): Ramp("ramp8", torch.uint8, 256, rest=_WORD),
+    ("4bit", "moment"): FixedRamp("fixed4", torch.uint8, 128, packed=True, rest=_WORD),
+    ("4bit", "second_moment"): Ramp("ramp4", torch.uint8, 128, packed=True, rest=_WORD, levels=15, shift=17),
+}
+_WEIGHT_CODECS: dict[str, Codec] = {
+    "stochastic": Half("stochastic", torch.bfloat16),
+    "kahan": Kahan("kahan", torch.bfloat16, rest=torch.bfloat16),
+    "remainder": Remainder("remainder", torch.bfloat16, rest=torch.int16),
+}
+
+
+@dataclass(frozen=True)
+class Formats:
+    """How a group stores what belongs to its weights.
+
+    Attributes:
+        state: one of ``STATE_FORMATS``.
+        weights: one of ``WEIGHT_FORMATS``.
+        seed: where thresholds of rounding begin.
+    """
+
+    state: str = "fp32"
+    weights: str = "plain"
+    seed: int = 0
+
+
+PLAIN = Formats()
 
 
 @dataclass(frozen=True)
@@ -114,3 +166,53 @@ def allocate(state: State, weight: Tensor) -> Tensor:
     if shape is None:
         raise ValueError("a matrix state has a shape of its own: its start must be a function of the weight")
     return torch.full(shape, fill, dtype=dtype, device=weight.device)
+
+
+def codec_for(state: State, weight: Tensor, form: str) -> Codec | None:
+    """The codec of a state of this weight under a format; None where it is stored in full."""
+    if form == "fp32" or weight.numel() < LEAST or state.kind_of(weight.ndim) != FULL:
+        return None
+    return _CODECS.get((form, state.role))
+
+
+def weight_codec(weight: Tensor, form: str) -> Codec | None:
+    """The codec of a weight itself; float32 weights beside bfloat16 ones need none."""
+    return _WEIGHT_CODECS.get(form) if weight.dtype == torch.bfloat16 else None
+
+
+def companion(name: str) -> str:
+    """Under which name the second tensor of a codec is kept: scales of a state, or the rest of the weight ``"p"``."""
+    return "p.rest" if name == "p" else f"{name}.scale"
+
+
+def stored(name: str, state: State, weight: Tensor, formats: Formats) -> dict[str, Tensor]:
+    """A fresh state as it is kept: one tensor, or codes and scales."""
+    codec = codec_for(state, weight, formats.state)
+    if codec is None:
+        return {name: allocate(state, weight)}
+    codes, rest = fresh(codec, weight)
+    if state.start != "zeros" and not codes.is_meta:
+        encode(codec, allocate(state, weight), codes, rest, step=None)
+    return {name: codes} if rest is None else {name: codes, companion(name): rest}
+
+
+def full_precision(weight: Tensor, state: Mapping[str, Any], form: str) -> Tensor:
+    """What a weight with this state stands for; a new tensor."""
+    codec = weight_codec(weight, form)
+    if codec is None or (codec.rest is not None and companion("p") not in state):
+        return weight.to(compute_dtype(weight.dtype), copy=True) if not weight.is_complex() else weight.clone()
+    return decode(codec, weight, state.get(companion("p")), tuple(weight.shape))
+
+
+def check_formats(owner: str, group: Mapping[str, Any], params: Sequence[Tensor], states: Mapping[str, State]) -> None:
+    """Refuse formats that make no sense for the weights or the rule of a group."""
+    state, weights = group["state"], group["weights"]
+    dtypes = list(dict.fromkeys(p.dtype for p in params))
+    if state != "fp32" and torch.float64 in dtypes:
+        raise ValueError(f"{owner} got state={state!r} for weights of torch.float64; legal: 'fp32'")
+    roles = {s.role for s in states.values() if any(s.kind_of(n) == FULL for n in (1, 2))}
+    if state != "fp32" and not roles & {"moment", "second_moment"}:
+        raise ValueError(f"{owner} got state={state!r}; legal: 'fp32', for it keeps no moments that could be stored so")
+    other = [dtype for dtype in dtypes if dtype not in (torch.bfloat16, torch.float32)]
+    if weights != "plain" and other:
+        raise ValueError(f"{owner} got weights={weights!r} for weights of {other[0]}; legal: 'plain'")

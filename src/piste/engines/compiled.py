@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from piste.bucket import Bucket
+from piste.engines.edges import at_edges
 from piste.engines.reference import inputs, load, settle
 from piste.ops import EVALUATE
 from piste.plan import Plan
@@ -44,6 +45,7 @@ class Compiled:
     def begin(self, bucket: Bucket) -> None:
         bucket.set_columns(inputs(bucket.plan)[1])
 
+    @at_edges
     def run(self, bucket: Bucket, stage: int) -> None:
         plan, part, count = bucket.plan, bucket.plan.stages[stage], len(bucket)
         walk = plan.lowered.get((self.name, stage)) or plan.lowered.setdefault((self.name, stage), _walk(plan, stage))

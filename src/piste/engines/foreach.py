@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from piste.bucket import Bucket
+from piste.bucket import Bucket, beside
+from piste.engines.edges import at_edges
 from piste.engines.foreach_source import HELPERS, Columns, Tensors, Writer
 from piste.plan import Plan, Stage
 from piste.symbol import ALL, MATRIX, Sym, compile_host
@@ -65,7 +66,9 @@ def _divisible(stage: Stage) -> bool:
 
 
 def _lower(bucket: Bucket) -> _Lowered:
-    cast = frozenset(home for home, tensors in bucket.homes.items() if tensors[0].dtype != bucket.dtype)
+    encoded = {*bucket.seats.codecs, *map(beside, bucket.seats.codecs)}
+    stored = {home: tensors for home, tensors in bucket.homes.items() if home not in encoded}
+    cast = frozenset(home for home, tensors in stored.items() if tensors[0].dtype != bucket.dtype)
     return _lowered(bucket.plan, cast)
 
 
@@ -113,6 +116,7 @@ class Foreach:
     def begin(self, bucket: Bucket) -> None:
         bucket.set_columns(_lower(bucket).host)
 
+    @at_edges
     def run(self, bucket: Bucket, stage: int) -> None:
         lowered, part = _lower(bucket).stages[stage], bucket.plan.stages[stage]
         if not part.results:

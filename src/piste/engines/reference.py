@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from piste.bucket import Bucket, host_inputs
+from piste.engines.edges import at_edges
 from piste.ops import EVALUATE, REDUCTIONS
 from piste.plan import Plan, Stage
 from piste.symbol import ALL, HOST, HostFunction, Sym
@@ -73,5 +74,6 @@ class Reference:
     def begin(self, bucket: Bucket) -> None:
         bucket.set_columns(inputs(bucket.plan)[1])
 
+    @at_edges
     def run(self, bucket: Bucket, stage: int) -> None:
         walk(bucket, bucket.plan.stages[stage])

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from piste.ops import Value, clamp, debias, exp, lerp, log, maximum, mean, minimum, rho, sqrt, square
 from piste.slots import Hyper, States, direction
-from piste.storage import State, moment, product, second_moment
+from piste.storage import State, accumulator, moment, product, second_moment
 
 __all__ = [
     "adabelief",
@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 
-@direction(m=moment, v=second_moment, vmax=second_moment)
+@direction(m=moment, v=second_moment, vmax=accumulator)
 def adam(g: Value, st: States, hp: Hyper, t: Value) -> Value:
     """Kingma & Ba 2015, algorithm 1; with ``amsgrad`` the maximum is taken before the bias correction, as in torch."""
     m = lerp(st.m, g, 1 - hp.beta1)
@@ -50,7 +50,7 @@ def radam(g: Value, st: States, hp: Hyper, t: Value) -> Value:
     return (m if hp.degenerated_to_sgd else 0.0), {"m": m, "v": v}
 
 
-@direction(m=moment, s=second_moment, smax=second_moment)
+@direction(m=moment, s=second_moment, smax=accumulator)
 def adabelief(g: Value, st: States, hp: Hyper, t: Value) -> Value:
     """Small steps where the gradient surprises its own average (Zhuang et al. 2020, algorithm 2).
 

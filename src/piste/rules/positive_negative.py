@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from piste.ops import Value, debias, lerp, maximum, softplus, sqrt, square
 from piste.slots import Hyper, States, direction
-from piste.storage import moment, second_moment
+from piste.storage import accumulator, moment, second_moment
 
 __all__ = ["adapnm", "pnm", "ranger21"]
 
@@ -30,7 +30,7 @@ def pnm(g: Value, st: States, hp: Hyper, t: Value) -> Value:
     return _momentum(g, st, hp.momentum, hp.beta0, t)
 
 
-@direction(odd=moment, even=moment, v=second_moment, vmax=second_moment)
+@direction(odd=moment, even=moment, v=second_moment, vmax=accumulator)
 def adapnm(g: Value, st: States, hp: Hyper, t: Value) -> Value:
     """Xie et al. 2021, algorithm 2: Adam's denominator; amsgrad is taken before the bias correction."""
     m, new = _momentum(g, st, hp.beta1, hp.beta0, t)
@@ -40,7 +40,7 @@ def adapnm(g: Value, st: States, hp: Hyper, t: Value) -> Value:
     return debias(m, hp.beta1, t) / (sqrt(debias(v, hp.beta2, t)) + hp.eps), new
 
 
-@direction(odd=moment, even=moment, vmax=second_moment)
+@direction(odd=moment, even=moment, vmax=accumulator)
 def ranger21(g: Value, st: States, new: States, hp: Hyper, t: Value) -> Value:
     """Wright & Demeure 2021: AdaPNM over a softened denominator; the second moment is the part's before it.
 

@@ -1,0 +1,379 @@
+"""How numbers are stored in few bits. Each codec is written once, as formulas over *lanes*, for every engine.
+
+A lane is one number of many that are worked on alike: 32-bit integers and floats, and the operations of
+:class:`Lanes`. Here torch works them out on whole tensors; a generating engine gives symbols instead and gets code.
+
+Four ideas:
+
+* *Blocks.* Codes stand for numbers relative to one word, a float32, per block of a weight's elements in row-major order.
+* *A ramp between two floats* (:class:`Ramp`). The bit pattern of a positive float grows like its logarithm. A second
+  moment is the number of even steps from the block's largest pattern down to its smallest: nothing is ever stored as
+  zero, and the resolution follows the spread of the block.
+* *Fourth powers* (:class:`Powers`). A signed moment is ``(code / 127)^4`` of the block's largest magnitude: fine steps at
+  the top, and 28 octaves below it.
+* *Rounding that keeps time.* A number is rounded up when its fraction exceeds a threshold that moves on by the golden
+  ratio with every step. Changes far smaller than a code's step add up instead of being lost, with less noise than random
+  thresholds make, and a step rounds in the same way wherever and in however many pieces it is taken.
+
+docs/precision.md has the measurements behind the maps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+__all__ = ["GOLDEN", "STRIDE", "Codec", "Lanes", "decode", "encode", "fresh"]
+
+#: an integer, float or truth per lane
+Lane: TypeAlias = Any
+
+#: thresholds are 16 bits: that of element i in step t is ``i * STRIDE + t * GOLDEN + phase``, without what overflows
+GOLDEN, STRIDE = 40503, 28183
+
+_SIGN, _MAGNITUDE = 0x8000, 0x7FFFFFFF
+_INFINITY, _NAN, _LARGEST = 0x7F800000, 0x7FC00000, 0x7F7FFFFF
+_ONE = 65536  # thresholds count in parts of this
+
+
+class Lanes(Protocol):
+    """What codecs compute with, besides Python's operators."""
+
+    def bits(self, x: Lane) -> Lane:
+        """The pattern of a float as an integer."""
+
+    def real(self, i: Lane) -> Lane:
+        """The float of a pattern."""
+
+    def number(self, i: Lane) -> Lane:
+        """An integer as a float, rounded to the nearest."""
+
+    def whole(self, x: Lane) -> Lane:
+        """A float as an integer, rounded towards zero."""
+
+    def sqrt(self, x: Lane) -> Lane: ...
+    def minimum(self, a: Lane, b: Lane) -> Lane: ...
+    def maximum(self, a: Lane, b: Lane) -> Lane: ...
+    def where(self, test: Lane, yes: Lane, no: Lane) -> Lane: ...
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A way to store float32 numbers.
+
+    Attributes:
+        name: what it is called in generated code.
+        codes: dtype of the tensor that holds the codes.
+        block: elements that share a word; 0 for none.
+        packed: whether a byte holds two codes: the first half of a block in the low bits, the second in the high ones.
+        rest: dtype of the second tensor: a word per block, or a number per element; None for none.
+    """
+
+    name: str
+    codes: torch.dtype
+    block: int = 0
+    packed: bool = False
+    rest: torch.dtype | None = None
+
+    #: how the lanes of :meth:`measure` are brought together over a block
+    measures: ClassVar[tuple[str, ...]] = ()
+
+    def measure(self, o: Lanes, x: Lane) -> tuple[Lane, ...]:
+        """What has to be known of a block."""
+        return ()
+
+    def word(self, o: Lanes, *known: Lane) -> Lane:
+        """The word of a block, as a pattern."""
+        raise NotImplementedError
+
+    def encode(self, o: Lanes, x: Lane, word: Lane, threshold: Lane) -> tuple[Lane, ...]:
+        """The code of a number, and what goes into ``rest`` if that has a number per element."""
+        raise NotImplementedError
+
+    def decode(self, o: Lanes, code: Lane, rest: Lane) -> Lane:
+        """The number; ``rest`` is the word of its block, or its own."""
+        raise NotImplementedError
+
+
+def _finite_or_nan(o: Lanes, x: Lane) -> Lane:
+    """The pattern of a number that should not be negative: 0 if it is, and one pattern for NaN."""
+    return o.where(x == x, o.maximum(o.bits(x), 0), _NAN)
+
+
+@dataclass(frozen=True)
+class Ramp(Codec):
+    """Non-negative numbers as even steps from the largest pattern of the block down.
+
+    The word is the largest number, rounded to 16 bits of fraction, with the step in its last 8 bits, in units of
+    ``2^shift`` patterns: up to 60 octaves. A block of zeros stays one; other zeros become the smallest of the others.
+    A block with a NaN or an infinity is NaN.
+    """
+
+    levels: int = 255
+    shift: int = 13
+    measures: ClassVar[tuple[str, ...]] = ("max", "min")
+
+    def measure(self, o: Lanes, x: Lane) -> tuple[Lane, ...]:
+        b = _finite_or_nan(o, x)
+        return b, o.where(b > 0, b, _INFINITY)
+
+    def word(self, o: Lanes, *known: Lane) -> Lane:
+        high, low = known
+        top = o.maximum(o.minimum((high + 128) & ~255, _LARGEST & ~255), 256)
+        unit = self.levels << self.shift
+        step = o.minimum((top - o.minimum(low, top) + unit // 2) // unit, 255)
+        return o.where(high >= _INFINITY, _NAN, o.where(high > 0, top | step, 0))
+
+    def encode(self, o: Lanes, x: Lane, word: Lane, threshold: Lane) -> tuple[Lane, ...]:
+        top, step = word & ~255, (word & 255) << self.shift
+        down = o.number(o.maximum(top - _finite_or_nan(o, x), 0))
+        parts = o.whole(o.minimum(down * (65536.0 / o.number(o.maximum(step, 1))), float(self.levels * _ONE)))
+        return ((parts + threshold) >> 16,)
+
+    def decode(self, o: Lanes, code: Lane, rest: Lane) -> Lane:
+        top, step = rest & ~255, (rest & 255) << self.shift
+        return o.real(o.maximum(top - code * step, o.minimum(top, 1)))
+
+
+@dataclass(frozen=True)
+class Powers(Codec):
+    """Signed numbers as fourth powers, relative to the block's largest magnitude, which is the word."""
+
+    measures: ClassVar[tuple[str, ...]] = ("max",)
+
+    def measure(self, o: Lanes, x: Lane) -> tuple[Lane, ...]:
+        return (o.bits(x) & _MAGNITUDE,)
+
+    def word(self, o: Lanes, *known: Lane) -> Lane:
+        return known[0]
+
+    def encode(self, o: Lanes, x: Lane, word: Lane, threshold: Lane) -> tuple[Lane, ...]:
+        share = o.real(o.bits(x) & _MAGNITUDE) / o.real(word)
+        parts = o.sqrt(o.sqrt(share)) * float(127 * _ONE)
+        # a block with an infinity or NaN gets codes that do not hide it; one of zeros gets zeros
+        known = o.where(word >= _INFINITY, float(127 * _ONE), o.where(word > 0, parts, 0.0))
+        code = (o.whole(known) + threshold) >> 16
+        return (o.where(x < 0, -code, code),)
+
+    def decode(self, o: Lanes, code: Lane, rest: Lane) -> Lane:
+        root = o.number(code) * (1 / 127)
+        square = root * root
+        size = square * square * o.real(rest)
+        return o.where(code < 0, -size, size)
+
+
+@dataclass(frozen=True)
+class FixedRamp(Codec):
+    """Signed numbers as a sign and seven sizes, 3/4 of an octave apart below the block's largest, and zero."""
+
+    measures: ClassVar[tuple[str, ...]] = ("max",)
+    step: ClassVar[int] = 3 << 21
+
+    def measure(self, o: Lanes, x: Lane) -> tuple[Lane, ...]:
+        return (o.bits(x) & _MAGNITUDE,)
+
+    def word(self, o: Lanes, *known: Lane) -> Lane:
+        return known[0]
+
+    def encode(self, o: Lanes, x: Lane, word: Lane, threshold: Lane) -> tuple[Lane, ...]:
+        magnitude = o.bits(x) & _MAGNITUDE
+        parts = o.whole(o.minimum(o.number(word - magnitude) * (_ONE / self.step), float(7 * _ONE)))
+        size = o.where(magnitude > 0, 7 - ((parts + threshold) >> 16), 0)
+        return (o.where(x < 0, size | 8, size),)
+
+    def decode(self, o: Lanes, code: Lane, rest: Lane) -> Lane:
+        size = code & 7
+        found = o.real(o.where(size == 0, 0, o.maximum(rest - (7 - size) * self.step, 0)))
+        known = o.where(rest >= _INFINITY, o.real(rest), found)
+        return o.where(code >= 8, -known, known)
+
+
+def _half(o: Lanes, x: Lane, added: Lane) -> Lane:
+    """The upper half of a pattern after something was added to its magnitude; NaN stays, nothing becomes infinite."""
+    b = o.bits(x)
+    size = b & _MAGNITUDE
+    rounded = o.where(size >= _INFINITY, o.minimum(size, _NAN), o.minimum(size + added, _LARGEST))
+    return (rounded >> 16) | ((b >> 16) & _SIGN)
+
+
+def _nearest(o: Lanes, x: Lane) -> Lane:
+    """The nearest bfloat16, ties to even, as 16 bits."""
+    return _half(o, x, 0x7FFF + ((o.bits(x) >> 16) & 1))
+
+
+@dataclass(frozen=True)
+class Half(Codec):
+    """bfloat16, rounded by thresholds; ``seen`` numbers are never rounded to zero."""
+
+    seen: bool = False
+
+    def encode(self, o: Lanes, x: Lane, word: Lane, threshold: Lane) -> tuple[Lane, ...]:
+        code = _half(o, x, threshold)
+        if self.seen:
+            code = o.where((code & 0x7FFF) == 0, o.where(x == 0, code, code | 1), code)
+        return (code,)
+
+    def decode(self, o: Lanes, code: Lane, rest: Lane) -> Lane:
+        return o.real(code << 16)
+
+
+@dataclass(frozen=True)
+class Kahan(Codec):
+    """bfloat16, and beside it what rounding took away, as another bfloat16."""
+
+    def encode(self, o: Lanes, x: Lane, word: Lane, threshold: Lane) -> tuple[Lane, ...]:
+        code = _nearest(o, x)
+        return code, _nearest(o, x - o.real(code << 16))
+
+    def decode(self, o: Lanes, code: Lane, rest: Lane) -> Lane:
+        return o.real(code << 16) + o.real(rest << 16)
+
+
+@dataclass(frozen=True)
+class Remainder(Codec):
+    """bfloat16, rounded half away from zero, and beside it the rest of the pattern: nothing is lost."""
+
+    def encode(self, o: Lanes, x: Lane, word: Lane, threshold: Lane) -> tuple[Lane, ...]:
+        b = o.bits(x)
+        size = b & _MAGNITUDE
+        size = o.where(size > _INFINITY, _NAN, size)
+        upper = (size + 0x8000) >> 16
+        return upper | ((b >> 16) & _SIGN), size - (upper << 16)
+
+    def decode(self, o: Lanes, code: Lane, rest: Lane) -> Lane:
+        size = ((code & 0x7FFF) << 16) + rest
+        return o.where(code < 0, -o.real(size), o.real(size))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On tensors
+
+
+class _Torch:
+    """Lanes that are tensors."""
+
+    def bits(self, x: Tensor) -> Tensor:
+        return x.contiguous().view(torch.int32)
+
+    def real(self, i: Tensor) -> Tensor:
+        return i.to(torch.int32).contiguous().view(torch.float32)
+
+    def number(self, i: Tensor) -> Tensor:
+        return i.to(torch.float32)
+
+    def whole(self, x: Tensor) -> Tensor:
+        return x.to(torch.int32)
+
+    def sqrt(self, x: Tensor) -> Tensor:
+        return x.sqrt()
+
+    def minimum(self, a: Any, b: Any) -> Tensor:
+        return torch.clamp(a, max=b) if not isinstance(b, Tensor) else torch.minimum(a, b)
+
+    def maximum(self, a: Any, b: Any) -> Tensor:
+        return torch.clamp(a, min=b) if not isinstance(b, Tensor) else torch.maximum(a, b)
+
+    def where(self, test: Tensor, yes: Any, no: Any) -> Tensor:
+        return torch.where(test, yes, no)
+
+
+_LANES = _Torch()
+_OVER: dict[str, Callable[[Tensor], Tensor]] = {
+    "max": lambda x: x.amax(1, keepdim=True),
+    "min": lambda x: x.amin(1, keepdim=True),
+}
+
+
+def fresh(codec: Codec, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Codes and rest of a tensor of zeros, contiguous; every codec stores zero as zeros."""
+    n = like.numel()
+    codes = torch.zeros(_bytes(codec, n) if codec.packed else like.shape, dtype=codec.codes, device=like.device)
+    if codec.rest is None:
+        return codes, None
+    shape = (-(-n // codec.block),) if codec.block else like.shape
+    return codes, torch.zeros(shape, dtype=codec.rest, device=like.device)
+
+
+def _bytes(codec: Codec, n: int) -> int:
+    """Bytes that n packed codes take: a block that is cut off has halves of its own."""
+    return n // codec.block * (codec.block // 2) + (n % codec.block + 1) // 2
+
+
+def decode(codec: Codec, codes: Tensor, rest: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    """The numbers, as float32 of this shape."""
+    out = torch.empty(shape, dtype=torch.float32, device=codes.device)
+    stored, second = _integers(codes), None if rest is None else _integers(rest)
+    for part, row, inside in _parts(codec, out.view(-1)):
+        code = stored[inside].view(row, -1).to(torch.int32)
+        if codec.packed:
+            code = torch.cat((code & 15, code >> 4), 1)[:, : part.numel() // row]
+        along = None if second is None else _along(codec, second, inside, row)
+        part.copy_(codec.decode(_LANES, code, along).reshape(-1))
+    return out
+
+
+def encode(codec: Codec, x: Tensor, codes: Tensor, rest: Tensor | None, *, step: int | None, phase: int = 0) -> None:
+    """Store numbers.
+
+    Args:
+        codec: how.
+        x: the numbers, of any floating dtype.
+        codes: where their codes go, as :func:`fresh` made them.
+        rest: where the rest goes.
+        step: the weight's own step number, which moves the thresholds; None rounds to the nearest.
+        phase: where the thresholds of this weight begin, 16 bits.
+    """
+    if not codes.is_contiguous():  # a weight that lies otherwise: codes go by rows
+        packed = codes.contiguous()
+        encode(codec, x, packed, rest, step=step, phase=phase)
+        codes.copy_(packed)
+        return
+    flat = x.reshape(-1).to(torch.float32)
+    thresholds = torch.full((flat.numel(),), 0x8000, dtype=torch.int32, device=x.device)
+    if step is not None:
+        torch.arange(flat.numel(), out=thresholds)
+        thresholds = (thresholds * STRIDE + ((step * GOLDEN + phase) & 0xFFFF)) & 0xFFFF
+    stored, second = _integers(codes), None if rest is None else _integers(rest)
+    for part, row, inside in _parts(codec, flat):
+        start = part.storage_offset() - flat.storage_offset()
+        numbers, threshold = part.view(row, -1), thresholds[start : start + part.numel()].view(row, -1)
+        word = None
+        if codec.block and second is not None:
+            measured = zip(codec.measures, codec.measure(_LANES, numbers), strict=True)
+            word = codec.word(_LANES, *(_OVER[how](lane) for how, lane in measured))
+            _along(codec, second, inside, row).copy_(word)
+        code, *own = codec.encode(_LANES, numbers, word, threshold)
+        if codec.packed:
+            half = (code.shape[1] + 1) // 2
+            code = torch.nn.functional.pad(code, (0, 2 * half - code.shape[1]))
+            code = code[:, :half] | (code[:, half:] << 4)
+        stored[inside].copy_(code.reshape(-1))
+        if own and second is not None:
+            second.copy_(own[0].reshape(-1))
+
+
+def _integers(tensor: Tensor) -> Tensor:
+    """What a tensor of codes, words or rests holds, as whole numbers in a row."""
+    whole = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
+    return tensor.detach().reshape(-1).view(whole.get(tensor.dtype, tensor.dtype))
+
+
+def _parts(codec: Codec, flat: Tensor) -> list[tuple[Tensor, int, slice]]:
+    """The full blocks of a tensor and the one that is cut off: numbers, blocks, and where their codes are."""
+    if not codec.block:
+        return [(flat, 1, slice(0, flat.numel()))]
+    full = flat.numel() // codec.block
+    cut, per = full * codec.block, 2 if codec.packed else 1
+    found = [(flat[:cut], full, slice(0, cut // per))] if full else []
+    return found + ([(flat[cut:], 1, slice(cut // per, None))] if cut < flat.numel() else [])
+
+
+def _along(codec: Codec, second: Tensor, inside: slice, row: int) -> Tensor:
+    """The words of blocks, one a row; or the numbers of their own that elements have."""
+    if not codec.block:
+        return second.view(1, -1).to(torch.int32)
+    return (second[:row] if inside.start == 0 else second[-1:]).view(-1, 1)
