@@ -16,7 +16,7 @@ import ctypes
 import logging
 import os
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from math import nan, prod
 from typing import Any, NamedTuple
@@ -24,9 +24,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from piste.bucket import Bucket
+from piste.bucket import Bucket, beside
+from piste.codecs import Codec
 from piste.engines import cpp_build, reference
-from piste.engines.cpp_source import TYPES, hyper_names, write
+from piste.engines.cpp_source import TYPES, beside_columns, coded, hyper_names, write
 from piste.engines.foreach import Foreach
 from piste.engines.kernel import Column, Pass, is_native, passes
 from piste.plan import Plan, Stage
@@ -54,11 +55,13 @@ class _Step(NamedTuple):
 class _Lowered:
     """A plan as kernels, for one choice of number formats."""
 
-    def __init__(self, plan: Plan, real: torch.dtype, homes: dict[str, torch.dtype]) -> None:
+    def __init__(
+        self, plan: Plan, real: torch.dtype, homes: dict[str, torch.dtype], codecs: Mapping[str, Codec]
+    ) -> None:
         stages = [passes(stage) for stage in plan.stages]
         named = {f"stage{i}_pass{j}": one for i, all_ in enumerate(stages) for j, one in enumerate(all_)}
         native = {name: one for name, one in named.items() if is_native(one)}
-        self.source = write(plan, native, real, homes)
+        self.source = write(plan, native, real, homes, codecs)
         self.hyper = hyper_names(plan)
         self.kinds = _kinds(plan)
         self.by_axes = plan.graph.by_shape or any(one.axes for one in native.values())
@@ -81,10 +84,12 @@ def _kernel(library: ctypes.CDLL | None, name: str) -> Kernel:
     return kernel
 
 
-def _lower(plan: Plan, real: torch.dtype, homes: dict[str, torch.dtype]) -> _Lowered:
-    key = ("cpp", real, tuple(sorted(homes.items())))
+def _lower(
+    plan: Plan, real: torch.dtype, homes: dict[str, torch.dtype], codecs: Mapping[str, Codec]
+) -> _Lowered:
+    key = ("cpp", real, tuple(sorted(homes.items())), tuple(sorted((h, c.name) for h, c in codecs.items())))
     if key not in plan.lowered:
-        plan.lowered[key] = _Lowered(plan, real, homes)
+        plan.lowered[key] = _Lowered(plan, real, homes, codecs)
     lowered: _Lowered = plan.lowered[key]
     return lowered
 
@@ -102,7 +107,7 @@ def source(plan: Plan) -> str:
     """The generated text of a plan for float32, for reading."""
     homes = dict.fromkeys(["g", "p", *(f"state.{name}" for name in plan.graph.ordered_states)], torch.float32)
     named = {f"stage{i}_pass{j}": one for i, stage in enumerate(plan.stages) for j, one in enumerate(passes(stage))}
-    return write(plan, {name: one for name, one in named.items() if is_native(one)}, torch.float32, homes)
+    return write(plan, {name: one for name, one in named.items() if is_native(one)}, torch.float32, homes, {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,7 +171,10 @@ class _Table:
     """What stays of a bucket from step to step, as long as its tensors are the same."""
 
     def __init__(self, bucket: Bucket, lowered: _Lowered) -> None:
-        homes = bucket.homes
+        # codes are the library's own, and lie in the order of rows: then weights have to, as well
+        self.by_rows = bool(bucket.seats.codecs)
+        self.states = {*bucket.seats.codecs, *map(beside, bucket.seats.codecs)} - {"p"}
+        homes = {home: tensors for home, tensors in bucket.homes.items() if home not in self.states}
         self.lowered = lowered
         self.kinds = lowered.kinds
         self.full = [home for home, kind in self.kinds.items() if kind == FULL and home in homes and home != "g"]
@@ -186,7 +194,7 @@ class _Table:
 
     def _fits(self, home: str, p: Tensor, tensor: Tensor) -> bool:
         if home == "p":
-            return _is_dense(p)
+            return self._lies_well(p)
         return _alike(p, tensor) if self.kinds.get(home, FULL) == FULL else tensor.is_contiguous()
 
     def _geometry(self, weights: Sequence[Tensor]) -> list[int]:
@@ -199,10 +207,12 @@ class _Table:
                 columns.extend(column)
         return columns
 
-    @staticmethod
-    def _order(p: Tensor) -> Tensor:
+    def _order(self, p: Tensor) -> Tensor:
         """The weight, or what stands in for it."""
-        return p if _is_dense(p) else torch.empty(p.shape, device="meta")
+        return p if self._lies_well(p) else torch.empty(p.shape, device="meta")
+
+    def _lies_well(self, p: Tensor) -> bool:
+        return p.is_contiguous() if self.by_rows else _is_dense(p)
 
     def space(self, kind: Kind, weights: Sequence[Tensor]) -> list[int]:
         """How many elements each weight has in an index space."""
@@ -226,10 +236,12 @@ class _Table:
                 self._stand_in(bucket.homes, i)
 
     def _stand_in(self, homes: dict[str, list[Tensor]], i: int) -> None:
-        if not _is_dense(homes["p"][i]):
+        if not self._lies_well(homes["p"][i]):
             homes["p"][i] = homes["p"][i].contiguous()
         p = homes["p"][i]
         for home, tensors in homes.items():
+            if home in self.states:
+                continue
             kind = self.kinds.get(home, FULL)
             if kind == FULL and not _alike(p, tensors[i]):
                 tensors[i] = _ordered(tensors[i], p)
@@ -266,12 +278,14 @@ class Cpp:
             bucket.set_columns(reference.inputs(bucket.plan)[1])
 
     def _table(self, bucket: Bucket) -> _Table | None:
-        homes = {home: tensors[0].dtype for home, tensors in bucket.homes.items()}
+        codecs = bucket.seats.codecs
+        encoded = {*codecs, *map(beside, codecs)}
+        homes = {home: tensors[0].dtype for home, tensors in bucket.homes.items() if home not in encoded}
         elsewhere = bucket.device.type != "cpu" or 0 in bucket.seats.addresses  # a DTensor has no address
         if self.broken or elsewhere or not TYPES.keys() >= set(homes.values()):
             return None
         try:
-            lowered = _lower(bucket.plan, bucket.dtype, homes)
+            lowered = _lower(bucket.plan, bucket.dtype, homes, codecs)
         except cpp_build.BuildError as error:
             self.broken = str(error)
             _LOG.warning("the foreach engine takes over from the cpp engine: %s", error)
@@ -295,7 +309,7 @@ class Cpp:
 
 def _launch(bucket: Bucket, table: _Table, work: Pass, kernel: Kernel) -> None:
     columns = [*table.space(work.space, bucket.homes["p"]), *bucket.seats.groups, *bucket.steps]
-    for column in work.columns:
+    for column in (*work.columns, *beside_columns(coded(work, bucket.seats.codecs))):
         columns += _column(bucket, column)
     columns += table.geometry
     # a group that is not in this bucket may have a flag where this plan has a number
@@ -312,6 +326,10 @@ def _packed(letter: str, numbers: Sequence[float]) -> bytes:
 def _column(bucket: Bucket, column: Column) -> list[int]:
     """The addresses of one argument; buffers for results are made here."""
     source, key = column
+    if source == "phase":
+        return bucket.seats.phases
+    if source == "rest":
+        return _addresses(bucket.homes[beside(str(key))])
     if isinstance(key, str):
         tensors = bucket.homes[key]
         return bucket.seats.addresses if tensors is bucket.seats.homes["p"] else _addresses(tensors)

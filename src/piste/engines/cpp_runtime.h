@@ -8,6 +8,7 @@ namespace piste {
 const int64_t CHUNK = 16384;   // elements of a task
 const int64_t SHARE = 32768;   // elements for which a thread is worth waking
 const int64_t GROUP = 262144;  // elements that a thread takes at a time, or less where that leaves threads idle
+const int64_t BLOCK = 256;     // codes that share a word, or a multiple of them
 const int64_t SLOTS = 32;      // tasks of a weight whose axes matter
 const int MAX_RANK = 8;
 
@@ -70,11 +71,13 @@ static INLINE int64_t chunks(int64_t size) { return (size + CHUNK - 1) / CHUNK; 
 // are followed: for each, where the current element lies in a tensor that has these axes only.
 template <int K> struct Grid {
   int rank = 0, split = 0;
-  int64_t size[MAX_RANK + 1], step[MAX_RANK + 1][K], extent[K], slots;
+  int64_t size[MAX_RANK + 1], step[MAX_RANK + 1][K], extent[K], slots, numel = 1;
+  bool tiled;  // slots begin at whole blocks of codes, wherever that is in a row
 
   // Shapes and strides stand in a table, one column an axis. Without strides the order of axes is that of memory, and
   // what is walked has the axes `within` only.
-  Grid(const int64_t* table, bool strides, int64_t within, int64_t n, int64_t w, int axes, const int* keep) {
+  Grid(const int64_t* table, bool strides, int64_t within, int64_t n, int64_t w, int axes, const int* keep,
+       bool tiled = false) : tiled(tiled) {
     int64_t shape[MAX_RANK], stride[MAX_RANK];
     for (int a = 0; a < axes; ++a) {
       shape[a] = within >> a & 1 ? table[a * n + w] : 1;
@@ -96,7 +99,6 @@ template <int K> struct Grid {
         if (kept) extent[j] *= shape[a];
       }
     }
-    int64_t numel = 1;
     for (int d = 0; d < found; ++d) {
       const int a = order[d];
       const int64_t here = shape[a];
@@ -112,6 +114,7 @@ template <int K> struct Grid {
       for (int j = 0; j < K; ++j) step[0][j] = 0;
     }
     slots = chunks(numel) < SLOTS ? chunks(numel) : SLOTS;
+    if (tiled) return;
     // the outermost axis that is long enough, so that a slot is one stretch of memory; else the longest
     while (split < rank && size[split] < slots) ++split;
     if (split == rank) split = longest();
@@ -126,7 +129,29 @@ template <int K> struct Grid {
   }
 
   // does each slot have elements of its own in a tensor with the axes j?
-  bool own(int j) const { return step[split][j] != 0 || slots == 1; }
+  bool own(int j) const { return slots == 1 || (!tiled && step[split][j] != 0); }
+
+  // where a slot begins in the order of memory
+  int64_t edge(int64_t slot) const { return slot == slots ? numel : numel * slot / slots / BLOCK * BLOCK; }
+
+  // row(at, length, offsets) for every run along the innermost axis, of the elements from low to high
+  template <class Row> void stretch(int64_t low, int64_t high, Row row) const {
+    const int last = rank - 1;
+    int64_t index[MAX_RANK + 1], left = low;
+    for (int d = last; d >= 0; --d) index[d] = left % size[d], left /= size[d];
+    for (int64_t at = low; at < high;) {
+      int64_t offset[K], length = size[last] - index[last];
+      if (length > high - at) length = high - at;
+      for (int j = 0; j < K; ++j) {
+        offset[j] = 0;
+        for (int d = 0; d < rank; ++d) offset[j] += index[d] * step[d][j];
+      }
+      row(at, length, offset);
+      at += length;
+      index[last] = 0;
+      for (int d = last - 1; d >= 0 && ++index[d] == size[d]; --d) index[d] = 0;
+    }
+  }
 
   // row(at, length, offsets) for every run along the innermost axis
   template <class Row> void walk(int64_t slot, Row row) const {

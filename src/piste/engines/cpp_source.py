@@ -5,6 +5,9 @@ tells apart, and an ``extern "C"`` function that leads all weights of a bucket t
 integers, one column after the other with an entry per weight: number of elements, parameter group, step number, the
 addresses in ``Pass.columns``, and where axes or sizes matter the shapes and strides; and the hyper-parameters of every
 group.
+
+Where states are stored as codes (:mod:`piste.engines.cpp_codecs`), a weight is taken tile by tile: what the loop reads is
+decoded into a small buffer that stays in the cache, and what it wrote there is encoded before the next tile.
 """
 
 from __future__ import annotations
@@ -15,11 +18,13 @@ from pathlib import Path
 
 import torch
 
+from piste.codecs import Codec
+from piste.engines.cpp_codecs import TILE, cpp_types, definitions, phase
 from piste.engines.kernel import Column, Pass, host_roots, is_small
 from piste.plan import Plan
 from piste.symbol import ALL, FULL, HOST, Sym, topological
 
-__all__ = ["FIXED_COLUMNS", "TYPES", "hyper_names", "write"]
+__all__ = ["FIXED_COLUMNS", "TYPES", "beside_columns", "coded", "hyper_names", "write"]
 
 #: columns of the table before the addresses: elements, group, step number
 FIXED_COLUMNS = 3
@@ -90,7 +95,13 @@ def hyper_names(plan: Plan) -> list[str]:
     return sorted({s.attr for s in topological(host_roots(plan)) if s.op == "hp"})
 
 
-def write(plan: Plan, passes: Mapping[str, Pass], real: torch.dtype, homes: Mapping[str, torch.dtype]) -> str:
+def write(
+    plan: Plan,
+    passes: Mapping[str, Pass],
+    real: torch.dtype,
+    homes: Mapping[str, torch.dtype],
+    codecs: Mapping[str, Codec],
+) -> str:
     """A whole source file.
 
     Args:
@@ -98,9 +109,10 @@ def write(plan: Plan, passes: Mapping[str, Pass], real: torch.dtype, homes: Mapp
         passes: by the name of their function.
         real: the precision of the arithmetic.
         homes: how the numbers in each home are stored.
+        codecs: by home, where they are stored as codes.
     """
     numbers = host_roots(plan)
-    types = {home: TYPES[dtype] for home, dtype in homes.items()}
+    types = {home: TYPES[dtype] for home, dtype in homes.items()} | dict.fromkeys(codecs, "float")
     return "\n".join(
         [
             _headers(),
@@ -108,11 +120,12 @@ def write(plan: Plan, passes: Mapping[str, Pass], real: torch.dtype, homes: Mapp
             f"typedef {TYPES[real]} R;",
             "#pragma omp declare reduction(peak : R : omp_out = maximum(omp_out, omp_in)) "
             "initializer(omp_priv = -__builtin_inf())",
+            *([f"const int64_t TILE = {TILE};", *definitions(list(dict.fromkeys(codecs.values())))] if codecs else []),
             *_host_function(numbers, hyper_names(plan)),
             *(
                 line
                 for name, one in passes.items()
-                for line in _Writer(name, one, numbers, types, by_shape=plan.graph.by_shape).lines()
+                for line in _Writer(name, one, numbers, types, codecs, by_shape=plan.graph.by_shape).lines()
             ),
             "}  // namespace piste",
             "",
@@ -150,6 +163,18 @@ def _host_text(sym: Sym, names: Mapping[Sym, str], hyper: Sequence[str]) -> str:
     return _HOST[sym.op].format(*(names[a] for a in sym.args))
 
 
+def coded(one: Pass, codecs: Mapping[str, Codec]) -> dict[str, Codec]:
+    """The homes of a pass that are stored as codes."""
+    used = {*one.writes, *one.loads.values()}
+    return {home: codec for home, codec in codecs.items() if home in used}
+
+
+def beside_columns(coded: Mapping[str, Codec]) -> list[Column]:
+    """What a pass over codes takes besides: second tensors, and last where the thresholds of rounding begin."""
+    second = [Column("rest", home) for home, codec in coded.items() if codec.rest is not None]
+    return [*second, Column("phase", "")] if coded else []
+
+
 def _place(symbols: Sequence[Sym], sought: Sym) -> int:
     """Symbols compare by identity only: ``==`` makes a symbol."""
     return next(i for i, sym in enumerate(symbols) if sym is sought)
@@ -159,12 +184,21 @@ class _Writer:
     """One pass."""
 
     def __init__(
-        self, name: str, one: Pass, numbers: Sequence[Sym], types: Mapping[str, str], *, by_shape: bool
+        self,
+        name: str,
+        one: Pass,
+        numbers: Sequence[Sym],
+        types: Mapping[str, str],
+        codecs: Mapping[str, Codec],
+        *,
+        by_shape: bool,
     ) -> None:
         self.name, self.one, self.types, self.by_shape = name, one, types, by_shape
+        self.coded = coded(one, codecs)
         self.numbers = {sym: i for i, sym in enumerate(numbers)}
         self.axes = one.axes
-        self.columns = one.columns
+        self.columns = [*one.columns, *beside_columns(self.coded)]
+        self.widest = FIXED_COLUMNS + len(self.columns)
         self.single = [r for r in one.partials if is_small(r.kind) and r.kind != one.space]
         self.spread = [r for r in one.partials if r.kind.keep and r.kind != one.space]
 
@@ -187,7 +221,7 @@ class _Writer:
         self.before: list[str] = []
         self.inside: list[str] = []
         self.pattern = pattern
-        for i, column in enumerate(self.columns):
+        for i, column in enumerate(self.one.columns):
             self.pointer(i, column)
         for sym, home in self.one.loads.items():
             self.load(sym, home)
@@ -199,7 +233,7 @@ class _Writer:
         return [
             f"static void {self.body_name(pattern)}(",
             "    const int64_t* T, int64_t n, int64_t w, int64_t at, int64_t length, const R* __restrict h,",
-            "    const int64_t* k, const int64_t* s, double* part, double** share) {",
+            f"    const int64_t* k, const int64_t* s, double* part, double** share{self.tiles}) {{",
             *(f"  {line}" for line in self.before),
             *pragma,
             "  for (int64_t i = 0; i < length; ++i) {",
@@ -225,6 +259,9 @@ class _Writer:
         kind = sym.kind
         stored = self.types[key] if isinstance(key, str) else "R"
         if column.source == "partial" and kind != self.one.space:
+            return
+        if key in self.coded:
+            self.before.append(f"float* __restrict c{i} = tile[{list(self.coded).index(str(key))}] + (at - base);")
             return
         offset = " + at" if kind == self.one.space else f" + k[{self.axes.index(kind.keep)}]" if kind.keep else ""
         self.before.append(f"{stored}* __restrict c{i} = ({stored}*)T[{FIXED_COLUMNS + i} * n + w]{offset};")
@@ -311,11 +348,11 @@ class _Writer:
         """A grid for weight w."""
         within = -1 if self.one.space == FULL else sum(1 << a for a in self.one.space.keep)
         strides = "true" if self.one.space == FULL else "false"
-        shapes = f"T + {FIXED_COLUMNS + len(self.columns)} * n"
-        return f"Grid<{len(self.axes)}>({shapes}, {strides}, {within}, n, w, axes, {self.name}_keep)"
+        tiled = ", true" if self.coded else ""
+        return f"Grid<{len(self.axes)}>(T + {self.widest} * n, {strides}, {within}, n, w, axes, {self.name}_keep{tiled})"
 
     def visitor(self, patterns: list[tuple[int, ...]]) -> list[str]:
-        shapes = f"T + {FIXED_COLUMNS + len(self.columns)} * n + w"
+        shapes = f"T + {self.widest} * n + w"
         changed = "weight != w" if self.by_shape else "group != T[n + w] || t != T[2 * n + w]"
         spread, single = len(self.spread), len(self.single)
         lines = []
@@ -338,12 +375,52 @@ class _Writer:
         if self.axes:
             lines += self.walk(patterns)
         else:
+            run = f"{self.body_name(())}(T, n, w, at, length, h, nullptr, nullptr, part, nullptr{self.tile})"
             lines += [
-                "    const int64_t at = (task - tasks->first[w]) * CHUNK, left = T[w] - at;",
-                "    const int64_t length = left < CHUNK ? left : CHUNK;",
-                f"    {self.body_name(())}(T, n, w, at, length, h, nullptr, nullptr, part, nullptr);",
+                "    const int64_t low = (task - tasks->first[w]) * CHUNK;",
+                "    const int64_t high = low + CHUNK < T[w] ? low + CHUNK : T[w];",
+                *self.tiled("const int64_t at = base, length = size;", f"{run};"),
             ]
         return [*lines, "  }", "};"]
+
+    # codes -----------------------------------------------------------------------------------------------------------
+    @property
+    def tiles(self) -> str:
+        return ", float (*tile)[TILE], int64_t base" if self.coded else ""
+
+    @property
+    def tile(self) -> str:
+        return ", tile, base" if self.coded else ""
+
+    def tiled(self, *work: str) -> list[str]:
+        """Work on the elements from ``low`` to ``high``: at once, or between decoding and encoding a tile."""
+        if not self.coded:
+            return ["    const int64_t base = low, size = high - low;", *(f"    {line}" for line in work)]
+        decodes, encodes = [], []
+        for j, (home, codec) in enumerate(self.coded.items()):
+            codes = f"({cpp_types(codec)[0]}*)T[{self.place_of(home)} * n + w] + base{' / 2' if codec.packed else ''}"
+            rest = "nullptr"
+            if codec.rest is not None:
+                offset = f"base / {codec.block}" if codec.block else "base"
+                beside = next(i for i, c in enumerate(self.columns) if c.source == "rest" and c.key == home)
+                rest = f"({cpp_types(codec)[1]}*)T[{FIXED_COLUMNS + beside} * n + w] + {offset}"
+            if home in self.one.loads.values():
+                decodes.append(f"decode_{codec.name}({codes}, {rest}, tile[{j}], size);")
+            if home in self.one.writes:
+                encodes.append(f"encode_{codec.name}({codes}, {rest}, tile[{j}], base, size, phase);")
+        start = f"T[{FIXED_COLUMNS + len(self.columns) - 1} * n + w]"
+        return [
+            f"    float tile[{len(self.coded)}][TILE];",
+            f"    const uint32_t phase = {phase(start, 't')};",
+            "    for (int64_t base = low; base < high; base += TILE) {",
+            "      const int64_t size = high - base < TILE ? high - base : TILE;",
+            *(f"      {line}" for line in (*decodes, *work, *encodes)),
+            "    }",
+        ]
+
+    def place_of(self, home: str) -> int:
+        """The column of a home."""
+        return FIXED_COLUMNS + next(i for i, c in enumerate(self.columns) if c.source == "home" and c.key == home)
 
     def walk(self, patterns: list[tuple[int, ...]]) -> list[str]:
         count = len(self.axes)
@@ -355,12 +432,17 @@ class _Writer:
         for place, reduction in enumerate(self.spread):
             axes = self.axes.index(reduction.kind.keep)
             lines.append(f"    share[{place}] = shares->of(grid, w, {place}, {axes}, slot);")
-        lines.append("    grid.walk(slot, [&](int64_t at, int64_t length, const int64_t* k) {")
-        arguments = "(T, n, w, at, length, h, k, s, part, share)"
+        arguments = f"(T, n, w, at, length, h, k, s, part, share{self.tile})"
+        calls = []
         for pattern in patterns[:-1]:
             test = " && ".join(f"s[{j}] == {step}" for j, step in enumerate(pattern))
-            lines.append(f"      if ({test}) return {self.body_name(pattern)}{arguments};")
-        return [*lines, f"      {self.body_name(patterns[-1])}{arguments};", "    });"]
+            calls.append(f"  if ({test}) return {self.body_name(pattern)}{arguments};")
+        calls.append(f"  {self.body_name(patterns[-1])}{arguments};")
+        row = "[&](int64_t at, int64_t length, const int64_t* k) {"
+        if not self.coded:
+            return [*lines, f"    grid.walk(slot, {row}", *(f"    {line}" for line in calls), "    });"]
+        lines.append("    const int64_t low = grid.edge(slot), high = grid.edge(slot + 1);")
+        return [*lines, *self.tiled(f"grid.stretch(base, base + size, {row}", *calls, "});")]
 
     def entry(self) -> list[str]:
         single, spread = self.single, self.spread

@@ -17,7 +17,7 @@ from piste.symbol import ALL, FULL, HOST, MATRIX, TENSOR, Kind, Sym
 
 __all__ = ["Column", "Pass", "host_roots", "is_native", "is_small", "passes"]
 
-Source = Literal["home", "value", "kept", "partial"]
+Source = Literal["home", "value", "kept", "partial", "rest", "phase"]
 
 
 class Column(NamedTuple):
@@ -25,7 +25,8 @@ class Column(NamedTuple):
 
     Attributes:
         source: ``"home"`` (weight, gradient or state, by name), ``"value"`` (a finished value), ``"kept"`` or
-            ``"partial"`` (a result).
+            ``"partial"`` (a result), ``"rest"`` (what a home's codes have beside them) or ``"phase"`` (no address: where
+            thresholds begin).
         key: the name of the home, or the symbol.
     """
 

@@ -1,0 +1,241 @@
+"""Writes codecs as C++: two functions for each, that decode and encode a stretch of numbers.
+
+The formulas are those of :mod:`piste.codecs`; here their lanes are names of C++ variables, and what is done with them
+becomes a line of code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from piste.codecs import GOLDEN, STRIDE, Codec
+
+__all__ = ["TILE", "cpp_types", "definitions", "phase"]
+
+#: numbers that are decoded at a time, a multiple of every block; a few such buffers stay in the fastest cache
+TILE = 1024
+
+_TYPES = {
+    torch.int8: "int8_t",
+    torch.uint8: "uint8_t",
+    torch.int16: "int16_t",
+    torch.bfloat16: "int16_t",
+    torch.float32: "int32_t",
+}
+
+
+class _Lane:
+    """A C++ variable, or a constant."""
+
+    def __init__(self, text: str, real: bool, lines: list[str]) -> None:
+        self.text, self.real, self.lines = text, real, lines
+
+    def made(self, text: str, kind: str) -> _Lane:
+        name = f"y{len(self.lines)}"
+        self.lines.append(f"const {kind} {name} = {text};")
+        return _Lane(name, kind == "float", self.lines)
+
+    def join(self, op: str, other: Any, *, flip: bool = False, kind: str = "") -> _Lane:
+        a, b = self.text, _text(other, real=self.real)
+        left, right = (b, a) if flip else (a, b)
+        return self.made(f"{left} {op} {right}", kind or ("float" if self.real else "int32_t"))
+
+    def __add__(self, other: Any) -> _Lane:
+        return self.join("+", other)
+
+    def __radd__(self, other: Any) -> _Lane:
+        return self.join("+", other, flip=True)
+
+    def __sub__(self, other: Any) -> _Lane:
+        return self.join("-", other)
+
+    def __rsub__(self, other: Any) -> _Lane:
+        return self.join("-", other, flip=True)
+
+    def __mul__(self, other: Any) -> _Lane:
+        return self.join("*", other)
+
+    def __truediv__(self, other: Any) -> _Lane:
+        return self.join("/", other)
+
+    def __rtruediv__(self, other: Any) -> _Lane:
+        return self.join("/", other, flip=True)
+
+    def __floordiv__(self, other: Any) -> _Lane:
+        return self.join("/", other)  # of numbers that are not negative
+
+    def __and__(self, other: Any) -> _Lane:
+        return self.join("&", other)
+
+    def __or__(self, other: Any) -> _Lane:
+        return self.join("|", other)
+
+    def __lshift__(self, other: Any) -> _Lane:
+        return self.made(f"(int32_t)((uint32_t){self.text} << {_text(other, real=False)})", "int32_t")
+
+    def __rshift__(self, other: Any) -> _Lane:
+        return self.join(">>", other)
+
+    def __neg__(self) -> _Lane:
+        return self.made(f"-{self.text}", "float" if self.real else "int32_t")
+
+    def __lt__(self, other: Any) -> _Lane:
+        return self.join("<", other, kind="bool")
+
+    def __gt__(self, other: Any) -> _Lane:
+        return self.join(">", other, kind="bool")
+
+    def __ge__(self, other: Any) -> _Lane:
+        return self.join(">=", other, kind="bool")
+
+    def __eq__(self, other: object) -> _Lane:  # type: ignore[override]
+        return self.join("==", other, kind="bool")
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _text(value: Any, *, real: bool) -> str:
+    if isinstance(value, _Lane):
+        return value.text
+    return f"{float(value)!r}f" if real else str(int(value))
+
+
+class _Cpp:
+    """Lanes that are C++ variables; see :class:`piste.codecs.Lanes`."""
+
+    def bits(self, x: _Lane) -> _Lane:
+        return x.made(f"bits_as<int32_t>({x.text})", "int32_t")
+
+    def real(self, i: _Lane) -> _Lane:
+        return i.made(f"bits_as<float>({i.text})", "float")
+
+    def number(self, i: _Lane) -> _Lane:
+        return i.made(f"(float){i.text}", "float")
+
+    def whole(self, x: _Lane) -> _Lane:
+        return x.made(f"(int32_t){x.text}", "int32_t")
+
+    def sqrt(self, x: _Lane) -> _Lane:
+        return x.made(f"__builtin_sqrtf({x.text})", "float")
+
+    def minimum(self, a: _Lane, b: Any) -> _Lane:
+        return self.where(b < a if isinstance(b, _Lane) else a > b, b, a)
+
+    def maximum(self, a: _Lane, b: Any) -> _Lane:
+        return self.where(b > a if isinstance(b, _Lane) else a < b, b, a)
+
+    def where(self, test: _Lane, yes: Any, no: Any) -> _Lane:
+        real = any(isinstance(v, float) or (isinstance(v, _Lane) and v.real) for v in (yes, no))
+        text = f"{test.text} ? {_text(yes, real=real)} : {_text(no, real=real)}"
+        return test.made(text, "float" if real else "int32_t")
+
+
+_LANES = _Cpp()
+_START = {"max": "0", "min": "0x7fffffff"}
+_BETTER = {"max": ">", "min": "<"}
+
+
+def cpp_types(codec: Codec) -> tuple[str, str]:
+    """The integers that codes and their second tensor are read as."""
+    return _TYPES[codec.codes], "void" if codec.rest is None else _TYPES[codec.rest]
+
+
+def phase(where: str, step: str) -> str:
+    """Where the thresholds of a weight stand in a step."""
+    return f"(uint32_t){where} + (uint32_t){step} * {GOLDEN}u"
+
+
+def definitions(codecs: Sequence[Codec]) -> list[str]:
+    """``decode_NAME`` and ``encode_NAME`` of each codec.
+
+    Both begin at a block. ``i`` elements on from there, ``first + i`` elements of the weight have gone before.
+    """
+    return [line for codec in codecs for line in (*_decode(codec), *_encode(codec))]
+
+
+def _arguments(codec: Codec, *, written: bool) -> str:
+    codes, rest = cpp_types(codec)
+    constant = "" if written else "const "
+    return f"{constant}{codes}* __restrict c, {constant}{rest}* __restrict s"
+
+
+def _loops(codec: Codec) -> list[tuple[str, str, str, str, str]]:
+    """The loops over a stretch of ``n`` numbers from ``b`` on: count, place in x, in codes, reading, joining."""
+    if codec.packed:
+        return [
+            ("half", "b + i", "b / 2 + i", "c[b / 2 + i] & 15", "= {}"),
+            ("n - half", "b + half + i", "b / 2 + i", "c[b / 2 + i] >> 4", "|= {} << 4"),
+        ]
+    return [("n", "b + i", "b + i", "c[b + i]", "= {}")]
+
+
+def _frame(codec: Codec, inside: list[str]) -> list[str]:
+    """A loop over blocks, or one block that is all of it."""
+    step = codec.block or "length"
+    head = [
+        f"  for (int64_t b = 0; b < length; b += {step}) {{",
+        f"    const int64_t n = length - b < {step} ? length - b : {step};",
+        *(["    const int64_t half = (n + 1) / 2;"] if codec.packed else []),
+    ]
+    return [*head, *(f"    {line}" for line in inside), "  }", "}"]
+
+
+def _simd(count: str, lines: list[str], clause: str = "") -> list[str]:
+    return [
+        f"#pragma omp simd{clause}",
+        f"for (int64_t i = 0; i < {count}; ++i) {{",
+        *(f"  {line}" for line in lines),
+        "}",
+    ]
+
+
+def _decode(codec: Codec) -> list[str]:
+    inside = ["const int32_t word = s[b / %d];" % codec.block] if codec.block else []
+    for count, place, _, read, _ in _loops(codec):
+        lines = [f"const int32_t code = {read};"]
+        rest = _Lane("word", real=False, lines=lines)
+        if not codec.block and codec.rest is not None:
+            lines.append("const int32_t own = s[i];")
+            rest = _Lane("own", real=False, lines=lines)
+        value = codec.decode(_LANES, _Lane("code", real=False, lines=lines), rest)
+        lines.append(f"x[{place}] = {value.text};")
+        inside += _simd(count, lines)
+    arguments = _arguments(codec, written=False)
+    head = f"static void decode_{codec.name}({arguments}, float* __restrict x, int64_t length) {{"
+    return [head, *_frame(codec, inside)]
+
+
+def _encode(codec: Codec) -> list[str]:
+    inside = [*_measured(codec)] if codec.block else []
+    for count, place, target, _, join in _loops(codec):
+        lines = [
+            f"const float v = x[{place}];",
+            f"const int32_t threshold = ((uint32_t)(first + {place}) * {STRIDE}u + phase) & 0xffff;",
+        ]
+        word = _Lane("word", real=False, lines=lines)
+        threshold = _Lane("threshold", real=False, lines=lines)
+        code, *own = codec.encode(_LANES, _Lane("v", real=True, lines=lines), word, threshold)
+        lines.append(f"c[{target}] {join.format(f'({_TYPES[codec.codes]})({code.text}')});")
+        if own:
+            lines.append(f"s[i] = ({cpp_types(codec)[1]}){own[0].text};")
+        inside += _simd(count, lines)
+    arguments = _arguments(codec, written=True)
+    head = f"static void encode_{codec.name}({arguments}, const float* __restrict x, int64_t first, int64_t length, "
+    return [head, "    uint32_t phase) {", *_frame(codec, inside)]
+
+
+def _measured(codec: Codec) -> list[str]:
+    """The word of a block."""
+    lines = ["const float v = x[b + i];"]
+    lanes = codec.measure(_LANES, _Lane("v", real=True, lines=lines))
+    for i, (lane, how) in enumerate(zip(lanes, codec.measures, strict=True)):
+        lines.append(f"m{i} = {lane.text} {_BETTER[how]} m{i} ? {lane.text} : m{i};")
+    starts = [f"int32_t m{i} = {_START[how]};" for i, how in enumerate(codec.measures)]
+    clause = "".join(f" reduction({how} : m{i})" for i, how in enumerate(codec.measures))
+    after: list[str] = []
+    known = [_Lane(f"m{i}", real=False, lines=after) for i in range(len(lanes))]
+    word = codec.word(_LANES, *known)
+    return [*starts, *_simd("n", lines, clause), *after, f"const int32_t word = s[b / {codec.block}] = {word.text};"]
