@@ -1,8 +1,8 @@
 """Loading an optimizer's state: everything is checked before anything is changed, and nothing is cast.
 
 torch's own loader casts every tensor to the dtype of its weight, which ruins float32 moments of bfloat16 weights and
-any encoded state. Here tensors keep the dtype they were saved with and only move to the weight's device, codes and scales included, unless
-another format is asked for: then they are decoded and stored anew, rounded to the nearest.
+any encoded state. Here tensors, codes and scales keep the dtype they were saved with and only move to the weight's
+device; unless another format is asked for: then they are decoded and stored anew, rounded to the nearest.
 """
 
 from __future__ import annotations

@@ -5,15 +5,16 @@ A lane is one number of many that are worked on alike: 32-bit integers and float
 
 Four ideas:
 
-* *Blocks.* Codes stand for numbers relative to one word, a float32, per block of a weight's elements in row-major order.
+* *Blocks.* Codes stand for numbers relative to one word, a float32, per block of a weight's elements in the order of
+  rows.
 * *A ramp between two floats* (:class:`Ramp`). The bit pattern of a positive float grows like its logarithm. A second
   moment is the number of even steps from the block's largest pattern down to its smallest: nothing is ever stored as
   zero, and the resolution follows the spread of the block.
-* *Fourth powers* (:class:`Powers`). A signed moment is ``(code / 127)^4`` of the block's largest magnitude: fine steps at
-  the top, and 28 octaves below it.
+* *Fourth powers* (:class:`Powers`). A signed moment is about ``(code / 127)^4`` of the block's largest magnitude: fine
+  steps at the top, and 28 octaves below it.
 * *Rounding that keeps time.* A number is rounded up when its fraction exceeds a threshold that moves on by the golden
-  ratio with every step. Changes far smaller than a code's step add up instead of being lost, with less noise than random
-  thresholds make, and a step rounds in the same way wherever and in however many pieces it is taken.
+  ratio with every step. Changes far smaller than a code's step add up instead of being lost, with less noise than
+  random thresholds make, and a step rounds in the same way wherever and in however many pieces it is taken.
 
 docs/precision.md has the measurements behind the maps.
 """
@@ -35,6 +36,7 @@ Lane: TypeAlias = Any
 #: thresholds are 16 bits: that of element i in step t is ``i * STRIDE + t * GOLDEN + phase``, without what overflows
 GOLDEN, STRIDE = 40503, 28183
 
+_UNITY = 0x3F800000  # the pattern of 1.0
 _SIGN, _MAGNITUDE = 0x8000, 0x7FFFFFFF
 _INFINITY, _NAN, _LARGEST = 0x7F800000, 0x7FC00000, 0x7F7FFFFF
 _ONE = 65536  # thresholds count in parts of this
@@ -99,16 +101,11 @@ class Codec:
         raise NotImplementedError
 
 
-def _finite_or_nan(o: Lanes, x: Lane) -> Lane:
-    """The pattern of a number that should not be negative: 0 if it is, and one pattern for NaN."""
-    return o.where(x == x, o.maximum(o.bits(x), 0), _NAN)
-
-
 @dataclass(frozen=True)
 class Ramp(Codec):
     """Non-negative numbers as even steps from the largest pattern of the block down.
 
-    The word is the largest number, rounded to 16 bits of fraction, with the step in its last 8 bits, in units of
+    The word is the largest number, rounded up to 15 bits of fraction, with the step in its last 8 bits, in units of
     ``2^shift`` patterns: up to 60 octaves. A block of zeros stays one; other zeros become the smallest of the others.
     A block with a NaN or an infinity is NaN.
     """
@@ -118,19 +115,19 @@ class Ramp(Codec):
     measures: ClassVar[tuple[str, ...]] = ("max", "min")
 
     def measure(self, o: Lanes, x: Lane) -> tuple[Lane, ...]:
-        b = _finite_or_nan(o, x)
+        b = o.bits(x) & _MAGNITUDE
         return b, o.where(b > 0, b, _INFINITY)
 
     def word(self, o: Lanes, *known: Lane) -> Lane:
         high, low = known
-        top = o.maximum(o.minimum((high + 128) & ~255, _LARGEST & ~255), 256)
+        top = o.minimum((high + 255) & ~255, _INFINITY)
         unit = self.levels << self.shift
         step = o.minimum((top - o.minimum(low, top) + unit // 2) // unit, 255)
-        return o.where(high >= _INFINITY, _NAN, o.where(high > 0, top | step, 0))
+        return o.where(top >= _INFINITY, _NAN, o.where(high > 0, top | step, 0))
 
     def encode(self, o: Lanes, x: Lane, word: Lane, threshold: Lane) -> tuple[Lane, ...]:
         top, step = word & ~255, (word & 255) << self.shift
-        down = o.number(o.maximum(top - _finite_or_nan(o, x), 0))
+        down = o.number(top - (o.bits(x) & _MAGNITUDE))
         parts = o.whole(o.minimum(down * (65536.0 / o.number(o.maximum(step, 1))), float(self.levels * _ONE)))
         return ((parts + threshold) >> 16,)
 
@@ -141,7 +138,11 @@ class Ramp(Codec):
 
 @dataclass(frozen=True)
 class Powers(Codec):
-    """Signed numbers as fourth powers, relative to the block's largest magnitude, which is the word."""
+    """Signed numbers as fourth powers, relative to the block's largest magnitude, which is the word.
+
+    A quarter of the difference of two patterns is that of their fourth roots, taken piece by piece as a straight line:
+    exact where a number is the largest, and its own inverse. A block with a NaN or an infinity is NaN.
+    """
 
     measures: ClassVar[tuple[str, ...]] = ("max",)
 
@@ -152,18 +153,15 @@ class Powers(Codec):
         return known[0]
 
     def encode(self, o: Lanes, x: Lane, word: Lane, threshold: Lane) -> tuple[Lane, ...]:
-        share = o.real(o.bits(x) & _MAGNITUDE) / o.real(word)
-        parts = o.sqrt(o.sqrt(share)) * float(127 * _ONE)
-        # a block with an infinity or NaN gets codes that do not hide it; one of zeros gets zeros
-        known = o.where(word >= _INFINITY, float(127 * _ONE), o.where(word > 0, parts, 0.0))
-        code = (o.whole(known) + threshold) >> 16
+        root = o.real((((o.bits(x) & _MAGNITUDE) - word) >> 2) + _UNITY)
+        code = (o.whole(root * float(127 * _ONE)) + threshold) >> 16
         return (o.where(x < 0, -code, code),)
 
     def decode(self, o: Lanes, code: Lane, rest: Lane) -> Lane:
-        root = o.number(code) * (1 / 127)
-        square = root * root
-        size = square * square * o.real(rest)
-        return o.where(code < 0, -size, size)
+        root = o.bits(o.number(code) * (1 / 127))
+        least = o.where(rest >= _INFINITY, _NAN, 0)
+        size = o.maximum(o.where(code == 0, 0, rest + (((root & _MAGNITUDE) - _UNITY) << 2)), least)
+        return o.real(size | (root & ~_MAGNITUDE))
 
 
 @dataclass(frozen=True)
@@ -192,11 +190,13 @@ class FixedRamp(Codec):
         return o.where(code >= 8, -known, known)
 
 
-def _half(o: Lanes, x: Lane, added: Lane) -> Lane:
-    """The upper half of a pattern after something was added to its magnitude; NaN stays, nothing becomes infinite."""
+def _half(o: Lanes, x: Lane, added: Lane, *, seen: bool = False) -> Lane:
+    """The upper half of a pattern after something was added to its magnitude; nothing becomes infinite that was not."""
     b = o.bits(x)
     size = b & _MAGNITUDE
-    rounded = o.where(size >= _INFINITY, o.minimum(size, _NAN), o.minimum(size + added, _LARGEST))
+    rounded = o.where(size >= _INFINITY, size, o.minimum(size + added, _LARGEST))
+    if seen:
+        rounded = o.maximum(rounded, o.minimum(size, 1) << 16)
     return (rounded >> 16) | ((b >> 16) & _SIGN)
 
 
@@ -212,10 +212,7 @@ class Half(Codec):
     seen: bool = False
 
     def encode(self, o: Lanes, x: Lane, word: Lane, threshold: Lane) -> tuple[Lane, ...]:
-        code = _half(o, x, threshold)
-        if self.seen:
-            code = o.where((code & 0x7FFF) == 0, o.where(x == 0, code, code | 1), code)
-        return (code,)
+        return (_half(o, x, threshold, seen=self.seen),)
 
     def decode(self, o: Lanes, code: Lane, rest: Lane) -> Lane:
         return o.real(code << 16)

@@ -8,8 +8,8 @@ cost nothing. States of half-precision weights are float32 too, so nothing is lo
 
 Under ``weights="stochastic"``, ``"kahan"`` or ``"remainder"`` a bfloat16 weight stands for a number of more bits.
 
-A state under codes is two tensors in ``optimizer.state[weight]``: ``m`` and ``m.scale``. What belongs to a weight beside
-itself is its ``p.rest``.
+A state under codes is two tensors in ``optimizer.state[weight]``: ``m`` and ``m.scale``. What belongs to a weight
+beside itself is its ``p.rest``.
 """
 
 from __future__ import annotations

@@ -84,9 +84,7 @@ def _kernel(library: ctypes.CDLL | None, name: str) -> Kernel:
     return kernel
 
 
-def _lower(
-    plan: Plan, real: torch.dtype, homes: dict[str, torch.dtype], codecs: Mapping[str, Codec]
-) -> _Lowered:
+def _lower(plan: Plan, real: torch.dtype, homes: dict[str, torch.dtype], codecs: Mapping[str, Codec]) -> _Lowered:
     key = ("cpp", real, tuple(sorted(homes.items())), tuple(sorted((h, c.name) for h, c in codecs.items())))
     if key not in plan.lowered:
         plan.lowered[key] = _Lowered(plan, real, homes, codecs)

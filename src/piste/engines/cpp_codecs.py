@@ -100,7 +100,7 @@ class _Lane:
 def _text(value: Any, *, real: bool) -> str:
     if isinstance(value, _Lane):
         return value.text
-    return f"{float(value)!r}f" if real else str(int(value))
+    return f"{float(value)!r}f" if real else "INT32_MIN" if value == -(2**31) else str(int(value))
 
 
 class _Cpp:
@@ -153,7 +153,9 @@ def definitions(codecs: Sequence[Codec]) -> list[str]:
 
     Both begin at a block. ``i`` elements on from there, ``first + i`` elements of the weight have gone before.
     """
-    return [line for codec in codecs for line in (*_decode(codec), *_encode(codec))]
+    strides = ", ".join(str(i * STRIDE & 0xFFFF) for i in range(TILE))
+    table = [f"const int64_t TILE = {TILE};", f"static const int32_t STRIDES[TILE] = {{{strides}}};"]
+    return [*table, *(line for codec in codecs for line in (*_decode(codec), *_encode(codec)))]
 
 
 def _arguments(codec: Codec, *, written: bool) -> str:
@@ -163,37 +165,41 @@ def _arguments(codec: Codec, *, written: bool) -> str:
 
 
 def _loops(codec: Codec) -> list[tuple[str, str, str, str, str]]:
-    """The loops over a stretch of ``n`` numbers from ``b`` on: count, place in x, in codes, reading, joining."""
+    """The loops over ``n`` numbers from ``b`` on: count, place from there, place of the code, reading, joining."""
     if codec.packed:
         return [
-            ("half", "b + i", "b / 2 + i", "c[b / 2 + i] & 15", "= {}"),
-            ("n - half", "b + half + i", "b / 2 + i", "c[b / 2 + i] >> 4", "|= {} << 4"),
+            ("half", "i", "b / 2 + i", "c[b / 2 + i] & 15", "= {}"),
+            ("n - half", "half + i", "b / 2 + i", "c[b / 2 + i] >> 4", "|= {} << 4"),
         ]
-    return [("n", "b + i", "b + i", "c[b + i]", "= {}")]
+    return [("n", "i", "b + i", "c[b + i]", "= {}")]
 
 
 def _frame(codec: Codec, inside: list[str]) -> list[str]:
-    """A loop over blocks, or one block that is all of it."""
-    step = codec.block or "length"
-    head = [
-        f"  for (int64_t b = 0; b < length; b += {step}) {{",
-        f"    const int64_t n = length - b < {step} ? length - b : {step};",
-        *(["    const int64_t half = (n + 1) / 2;"] if codec.packed else []),
+    """Work on whole blocks, whose loops have a known length, and on what is left."""
+    block = codec.block or TILE
+    half = ["const int half = (n + 1) / 2;"] if codec.packed else []
+    return [
+        "  const auto work = [&](int64_t b, const int n) INLINE_LAMBDA {",
+        *(f"    {line}" for line in (*half, *inside)),
+        "  };",
+        "  int64_t b = 0;",
+        f"  for (; b + {block} <= length; b += {block}) work(b, {block});",
+        "  if (b < length) work(b, (int)(length - b));",
+        "}",
     ]
-    return [*head, *(f"    {line}" for line in inside), "  }", "}"]
 
 
 def _simd(count: str, lines: list[str], clause: str = "") -> list[str]:
     return [
         f"#pragma omp simd{clause}",
-        f"for (int64_t i = 0; i < {count}; ++i) {{",
+        f"for (int i = 0; i < {count}; ++i) {{",
         *(f"  {line}" for line in lines),
         "}",
     ]
 
 
 def _decode(codec: Codec) -> list[str]:
-    inside = ["const int32_t word = s[b / %d];" % codec.block] if codec.block else []
+    inside = [f"const int32_t word = s[b / {codec.block}];"] if codec.block else []
     for count, place, _, read, _ in _loops(codec):
         lines = [f"const int32_t code = {read};"]
         rest = _Lane("word", real=False, lines=lines)
@@ -201,7 +207,7 @@ def _decode(codec: Codec) -> list[str]:
             lines.append("const int32_t own = s[i];")
             rest = _Lane("own", real=False, lines=lines)
         value = codec.decode(_LANES, _Lane("code", real=False, lines=lines), rest)
-        lines.append(f"x[{place}] = {value.text};")
+        lines.append(f"x[b + {place}] = {value.text};")
         inside += _simd(count, lines)
     arguments = _arguments(codec, written=False)
     head = f"static void decode_{codec.name}({arguments}, float* __restrict x, int64_t length) {{"
@@ -209,11 +215,12 @@ def _decode(codec: Codec) -> list[str]:
 
 
 def _encode(codec: Codec) -> list[str]:
-    inside = [*_measured(codec)] if codec.block else []
+    inside = _measured(codec) if codec.block else []
+    inside.append(f"const int32_t start = ((uint32_t)(first + b) * {STRIDE}u + phase) & 0xffff;")
     for count, place, target, _, join in _loops(codec):
         lines = [
-            f"const float v = x[{place}];",
-            f"const int32_t threshold = ((uint32_t)(first + {place}) * {STRIDE}u + phase) & 0xffff;",
+            f"const float v = x[b + {place}];",
+            f"const int32_t threshold = (STRIDES[{place}] + start) & 0xffff;",
         ]
         word = _Lane("word", real=False, lines=lines)
         threshold = _Lane("threshold", real=False, lines=lines)

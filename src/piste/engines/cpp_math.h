@@ -8,6 +8,7 @@
 #include <string.h>
 
 #define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
 
 namespace piste {
 

@@ -6,8 +6,8 @@ integers, one column after the other with an entry per weight: number of element
 addresses in ``Pass.columns``, and where axes or sizes matter the shapes and strides; and the hyper-parameters of every
 group.
 
-Where states are stored as codes (:mod:`piste.engines.cpp_codecs`), a weight is taken tile by tile: what the loop reads is
-decoded into a small buffer that stays in the cache, and what it wrote there is encoded before the next tile.
+Where states are stored as codes (:mod:`piste.engines.cpp_codecs`), a weight is taken tile by tile: what the loop reads
+is decoded into a small buffer that stays in the cache, and what it wrote there is encoded before the next tile.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from piste.codecs import Codec
-from piste.engines.cpp_codecs import TILE, cpp_types, definitions, phase
+from piste.engines.cpp_codecs import cpp_types, definitions, phase
 from piste.engines.kernel import Column, Pass, host_roots, is_small
 from piste.plan import Plan
 from piste.symbol import ALL, FULL, HOST, Sym, topological
@@ -120,7 +120,7 @@ def write(
             f"typedef {TYPES[real]} R;",
             "#pragma omp declare reduction(peak : R : omp_out = maximum(omp_out, omp_in)) "
             "initializer(omp_priv = -__builtin_inf())",
-            *([f"const int64_t TILE = {TILE};", *definitions(list(dict.fromkeys(codecs.values())))] if codecs else []),
+            *(definitions(list(dict.fromkeys(codecs.values()))) if codecs else []),
             *_host_function(numbers, hyper_names(plan)),
             *(
                 line
@@ -349,7 +349,9 @@ class _Writer:
         within = -1 if self.one.space == FULL else sum(1 << a for a in self.one.space.keep)
         strides = "true" if self.one.space == FULL else "false"
         tiled = ", true" if self.coded else ""
-        return f"Grid<{len(self.axes)}>(T + {self.widest} * n, {strides}, {within}, n, w, axes, {self.name}_keep{tiled})"
+        return (
+            f"Grid<{len(self.axes)}>(T + {self.widest} * n, {strides}, {within}, n, w, axes, {self.name}_keep{tiled})"
+        )
 
     def visitor(self, patterns: list[tuple[int, ...]]) -> list[str]:
         shapes = f"T + {self.widest} * n + w"

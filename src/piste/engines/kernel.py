@@ -25,8 +25,8 @@ class Column(NamedTuple):
 
     Attributes:
         source: ``"home"`` (weight, gradient or state, by name), ``"value"`` (a finished value), ``"kept"`` or
-            ``"partial"`` (a result), ``"rest"`` (what a home's codes have beside them) or ``"phase"`` (no address: where
-            thresholds begin).
+            ``"partial"`` (a result), ``"rest"`` (what a home's codes have beside them) or ``"phase"`` (no address:
+            where thresholds begin).
         key: the name of the home, or the symbol.
     """
 
