@@ -43,6 +43,9 @@ from piste.registry import create as create
 from piste.registry import list_optimizers as list_optimizers
 from piste.registry import optimizer_info as optimizer_info
 from piste.registry import state_bytes as state_bytes
+from piste.stable_embedding import StableEmbedding as StableEmbedding
+from piste.storage import STATE_FORMATS as STATE_FORMATS
+from piste.storage import WEIGHT_FORMATS as WEIGHT_FORMATS
 from piste.wrappers import Graft as Graft
 from piste.wrappers import Lookahead as Lookahead
 from piste.wrappers import ModelEMA as ModelEMA

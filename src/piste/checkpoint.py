@@ -17,7 +17,7 @@ from piste.checks import near
 from piste.codecs import Codec, decode, encode, fresh
 from piste.storage import State, codec_for, companion, shape_of, weight_codec
 
-__all__ = ["after_loading", "before_loading", "check_tensor", "matched", "weights_by_id"]
+__all__ = ["after_loading", "before_loading", "check_tensor", "for_torch", "matched", "weights_by_id"]
 
 StatesOf = Callable[[Mapping[str, Any]], Mapping[str, State]]
 
@@ -194,6 +194,42 @@ def check_tensor(value: Any, key: str, name: str, state: State, weight: Tensor) 
         had = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"state {key!r} of parameter {name} has shape {had}; expected {expected}")
     return value.detach().to(device=weight.device, copy=True)
+
+
+def for_torch(
+    packed: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    theirs: Mapping[str, Any],
+    names: Mapping[str, str],
+    states_of: StatesOf,
+) -> dict[str, Any]:
+    """A state dictionary of ours as one of ``torch.optim``.
+
+    Args:
+        packed: ours.
+        groups: the groups it was made of.
+        theirs: the settings that torch's class has, with its defaults.
+        names: what torch calls states, with what we call them.
+        states_of: the states that the rule of a group may keep.
+    """
+    state: dict[Any, dict[str, Any]] = {}
+    for group, saved in zip(groups, packed["param_groups"], strict=True):
+        states = states_of(group)
+        for weight, number in zip(group["params"], saved["params"], strict=True):
+            entries = packed["state"].get(number)
+            if entries:
+                found = {"step": torch.tensor(float(entries["step"]))}
+                for other, own in names.items():
+                    if own in entries:
+                        codec = codec_for(states[own], weight, group["state"])
+                        numbers = entries[own]
+                        if codec is not None:
+                            numbers = decode(codec, numbers, entries.get(companion(own)), tuple(weight.shape))
+                        found[other] = numbers.clone()
+                state[number] = found
+    kept = ("params", "param_names", "initial_lr", *theirs)
+    settings = [{**theirs, **{k: v for k, v in saved.items() if k in kept}} for saved in packed["param_groups"]]
+    return {"state": state, "param_groups": settings}
 
 
 def _group(group: Mapping[str, Any], saved: Mapping[str, Any], form: str | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from piste import execution
-from piste.checkpoint import after_loading, before_loading, matched
+from piste.checkpoint import after_loading, before_loading, for_torch, matched
 from piste.checks import check_choice, check_hyperparameters, refuse_unknown
 from piste.execution import Member, Roster
 from piste.roster import real
@@ -372,6 +372,29 @@ class Optimizer(torch.optim.Optimizer):
             self._check_formats(group)
         self.__setstate__({"state": defaultdict(dict, loaded), "param_groups": groups})
         after_loading(self)
+
+    def torch_state_dict(self) -> dict[str, Any]:
+        """A state dictionary for the class of ``torch.optim`` that has the name of this one; the way back is
+        :meth:`load_state_dict`.
+
+        Returns:
+            States under torch's names, in float32 whatever they are stored in here (torch casts them to the dtype of
+            their weights), and torch's settings with the values of this optimizer where it has them.
+
+        Raises:
+            ValueError: ``torch.optim`` has no such class, or one that keeps other states.
+
+        Example:
+            >>> import torch, piste
+            >>> model = torch.nn.Linear(3, 1)
+            >>> optimizer = piste.AdamW(model.parameters(), lr=3e-4)
+            >>> torch.optim.AdamW(model.parameters()).load_state_dict(optimizer.torch_state_dict())
+        """
+        name = type(self).__name__
+        if not self.torch_names:
+            raise ValueError(f"{name} has no counterpart in torch.optim that keeps the same states")
+        theirs: dict[str, Any] = getattr(torch.optim, name)([torch.zeros(1)]).defaults
+        return for_torch(self.state_dict(), self.param_groups, theirs, self.torch_names, self._states_of)
 
     # stepping --------------------------------------------------------------------------------------------------------
 

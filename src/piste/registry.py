@@ -156,24 +156,25 @@ def list_optimizers(pattern: str = "*") -> list[str]:
     return sorted(name for name in presets if fnmatchcase(_key(name), _key(pattern)))
 
 
-def state_bytes(name: str, shape: tuple[int, ...] = (64, 64)) -> float:
+def state_bytes(name: str, shape: tuple[int, ...] = (64, 64), state: str = "fp32") -> float:
     """Bytes of state per weight that a preset keeps, measured: by taking steps on a float32 weight.
 
     Args:
         name: of a preset, as :func:`create` takes it.
         shape: of the weight. Rules that keep rows and columns keep less the larger it is.
+        state: how moments are stored: "fp32", "bf16", "8bit" or "4bit".
 
     Raises:
-        ValueError: there is no such preset.
+        ValueError: there is no such preset, or its rule keeps no moments that could be stored so.
 
     Not the memory of training: weights, gradients and what a step needs for a moment come on top.
 
     >>> import piste
-    >>> piste.state_bytes("adamw"), piste.state_bytes("ranger")
-    (8.0, 12.0)
+    >>> piste.state_bytes("adamw"), piste.state_bytes("ranger"), piste.state_bytes("adamw", state="8bit")
+    (8.0, 12.0, 2.03125)
     """
     weight = nn.Parameter(torch.ones(shape))
-    optimizer = create(name, [weight], weight_decay=0.0, engine="reference")
+    optimizer = create(name, [weight], weight_decay=0.0, engine="reference", state=state)
     for _ in range(_STEPS_TO_ALL_STATES):
         weight.grad = torch.ones(shape)
         optimizer.step()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from piste.optimizer import Optimizer, Options, Params
 from piste.parts.standard import standard
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["Adam", "AdamW"]
+
+_TORCH_NAMES = {"exp_avg": "m", "exp_avg_sq": "v", "max_exp_avg_sq": "vmax"}
 
 
 class Adam(Optimizer):
@@ -50,6 +52,8 @@ class Adam(Optimizer):
 
     Source: Kingma & Ba, "Adam" (ICLR 2015, arXiv 1412.6980); parity with ``torch.optim.Adam``.
     """
+
+    torch_names: ClassVar[Mapping[str, str]] = _TORCH_NAMES
 
     def __init__(
         self,
@@ -107,6 +111,8 @@ class AdamW(Optimizer):
     Source: Loshchilov & Hutter, "Decoupled weight decay regularization" (ICLR 2019, arXiv 1711.05101); parity with
     ``torch.optim.AdamW``.
     """
+
+    torch_names: ClassVar[Mapping[str, str]] = _TORCH_NAMES
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from piste.optimizer import Optimizer, Options, Params
 from piste.parts import decay
@@ -55,6 +55,8 @@ class RAdam(Optimizer):
     Source: Liu et al., "On the variance of the adaptive learning rate and beyond" (ICLR 2020, arXiv 1908.03265); the
     threshold 5 is the released code's, the paper has 4. Parity with ``torch.optim.RAdam``.
     """
+
+    torch_names: ClassVar[Mapping[str, str]] = {"exp_avg": "m", "exp_avg_sq": "v"}
 
     def __init__(
         self,

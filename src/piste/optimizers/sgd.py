@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from piste.optimizer import Optimizer, Options, Params
 from piste.parts.apply import scaled_lr
@@ -57,6 +57,8 @@ class SGD(Optimizer):
     Source: Sutskever, Martens, Dahl, Hinton, "On the importance of initialization and momentum" (2013);
     parity with ``torch.optim.SGD``.
     """
+
+    torch_names: ClassVar[Mapping[str, str]] = {"momentum_buffer": "buf"}
 
     def __init__(
         self,

@@ -16,7 +16,7 @@ from piste import Preset
 
 __all__ = ["show_list", "show_preset"]
 
-_HEADINGS = ("name", "class", "state", "passes", "schedule", "lr prior")
+_HEADINGS = ("name", "class", *piste.STATE_FORMATS, "passes", "schedule", "lr prior")
 #: reStructuredText that a terminal has no use for: roles and double backquotes round a name, the directive for formulas
 _ROLES = re.compile(r":[a-z]+:`~?([^`]+)`")
 _LITERALS = re.compile(r"``([^`]+)``")
@@ -36,14 +36,26 @@ def show_list(console: Console, names: list[str]) -> None:
             console.print(Padding(Text(preset.description), (0, 0, 0, 4)))
             console.print(Padding(Text(f"Source: {preset.source}", style="dim"), (0, 0, 0, 4)))
     console.print(
-        Text("state: bytes per float32 weight, measured on a matrix; passes: gradient evaluations a step", style="dim")
+        Text(
+            "fp32 to 4bit: bytes of state per float32 weight under state=, measured on a matrix; -: nothing that could be "
+            "stored so; passes: gradient evaluations a step",
+            style="dim",
+        )
     )
 
 
 def _row(name: str) -> tuple[str, ...]:
     preset = piste.presets[name]
-    state = f"{piste.state_bytes(name):.3g} B"
-    return name, preset.optimizer.__name__, state, str(preset.gradient_evaluations), preset.schedule, _range(preset)
+    sizes = [_bytes(name, state) for state in piste.STATE_FORMATS]
+    passes = str(preset.gradient_evaluations)
+    return name, preset.optimizer.__name__, *sizes, passes, preset.schedule, _range(preset)
+
+
+def _bytes(name: str, state: str) -> str:
+    try:
+        return f"{piste.state_bytes(name, state=state):.3g}"
+    except ValueError:
+        return "-"
 
 
 def _range(preset: Preset) -> str:
@@ -71,7 +83,8 @@ def show_preset(console: Console, name: str) -> None:
 def _facts(name: str, preset: Preset) -> dict[str, str]:
     norms = "every parameter" if preset.wd.bn_wd else "not of norms and biases"
     facts = {
-        "state": f"{piste.state_bytes(name):.3g} bytes per float32 weight, measured on a matrix",
+        "state": ", ".join(f"{state} {_bytes(name, state)}" for state in piste.STATE_FORMATS)
+        + " bytes per float32 weight, measured on a matrix",
         "gradient evaluations": f"{preset.gradient_evaluations} a step",
         "weight decay": f"{'decoupled' if preset.wd.true_wd else 'L2'}, {norms}",
         "schedule": preset.schedule,
