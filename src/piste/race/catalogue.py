@@ -37,8 +37,8 @@ def show_list(console: Console, names: list[str]) -> None:
             console.print(Padding(Text(f"Source: {preset.source}", style="dim"), (0, 0, 0, 4)))
     console.print(
         Text(
-            "fp32 to 4bit: bytes of state per float32 weight under state=, measured on a matrix; -: nothing that could be "
-            "stored so; passes: gradient evaluations a step",
+            "fp32 to 4bit: bytes of state per float32 weight under state=, measured on a matrix; -: no such state; "
+            "passes: gradient evaluations a step",
             style="dim",
         )
     )
