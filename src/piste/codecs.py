@@ -5,8 +5,7 @@ A lane is one number of many that are worked on alike: 32-bit integers and float
 
 Four ideas:
 
-* *Blocks.* Codes stand for numbers relative to one word, a float32, per block of a weight's elements in the order of
-  rows.
+* *Blocks.* Codes stand for numbers relative to a few words for each block of a weight's elements, in the order of rows.
 * *A ramp between two floats* (:class:`Ramp`). The bit pattern of a positive float grows like its logarithm. A second
   moment is the number of even steps from the block's largest pattern down to its smallest: nothing is ever stored as
   zero, and the resolution follows the spread of the block.
@@ -21,7 +20,7 @@ docs/precision.md has the measurements behind the maps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeAlias
 
@@ -72,7 +71,8 @@ class Codec:
         codes: dtype of the tensor that holds the codes.
         block: elements that share a word; 0 for none.
         packed: whether a byte holds two codes: the first half of a block in the low bits, the second in the high ones.
-        rest: dtype of the second tensor: a word per block, or a number per element; None for none.
+        rest: dtype of the second tensor: words of blocks, or a number per element; None for none.
+        count: words that a block has.
     """
 
     name: str
@@ -80,6 +80,7 @@ class Codec:
     block: int = 0
     packed: bool = False
     rest: torch.dtype | None = None
+    count: int = 1
 
     #: how the lanes of :meth:`measure` are brought together over a block
     measures: ClassVar[tuple[str, ...]] = ()
@@ -88,52 +89,76 @@ class Codec:
         """What has to be known of a block."""
         return ()
 
-    def word(self, o: Lanes, *known: Lane) -> Lane:
-        """The word of a block, as a pattern."""
+    def words(self, o: Lanes, *known: Lane) -> tuple[Lane, ...]:
+        """The words of a block, as integers."""
         raise NotImplementedError
 
-    def encode(self, o: Lanes, x: Lane, word: Lane, threshold: Lane) -> tuple[Lane, ...]:
+    def encode(self, o: Lanes, x: Lane, words: Sequence[Lane], threshold: Lane) -> tuple[Lane, ...]:
         """The code of a number, and what goes into ``rest`` if that has a number per element."""
         raise NotImplementedError
 
-    def decode(self, o: Lanes, code: Lane, rest: Lane) -> Lane:
-        """The number; ``rest`` is the word of its block, or its own."""
+    def decode(self, o: Lanes, code: Lane, rest: Sequence[Lane]) -> Lane:
+        """The number; ``rest`` has the words of its block, or its own, or nothing."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Ramp(Codec):
-    """Non-negative numbers as even steps from the largest pattern of the block down.
+    """Non-negative numbers as even steps from the largest pattern of the block down to its smallest.
 
-    The word is the largest number, rounded up to 15 bits of fraction, with the step in its last 8 bits, in units of
-    ``2^shift`` patterns: up to 60 octaves. A block of zeros stays one; other zeros become the smallest of the others.
-    A block with a NaN or an infinity is NaN.
+    Its words are the largest pattern and the step. A block of zeros stays one; other zeros become the smallest of the
+    others. A block with a NaN or an infinity is NaN.
     """
 
     levels: int = 255
-    shift: int = 13
     measures: ClassVar[tuple[str, ...]] = ("max", "min")
 
     def measure(self, o: Lanes, x: Lane) -> tuple[Lane, ...]:
         b = o.bits(x) & _MAGNITUDE
         return b, o.where(b > 0, b, _INFINITY)
 
-    def word(self, o: Lanes, *known: Lane) -> Lane:
-        high, low = known
-        top = o.minimum((high + 255) & ~255, _INFINITY)
-        unit = self.levels << self.shift
-        step = o.minimum((top - o.minimum(low, top) + unit // 2) // unit, 255)
-        return o.where(top >= _INFINITY, _NAN, o.where(high > 0, top | step, 0))
+    def words(self, o: Lanes, *known: Lane) -> tuple[Lane, ...]:
+        top, low = known
+        lost = top >= _INFINITY
+        step = (top - o.minimum(low, top) + self.levels - 1) // self.levels
+        return o.where(lost, _NAN, top), o.where(lost, 0, step)
 
-    def encode(self, o: Lanes, x: Lane, word: Lane, threshold: Lane) -> tuple[Lane, ...]:
-        top, step = word & ~255, (word & 255) << self.shift
+    def ramp(self, rest: Sequence[Lane]) -> tuple[Lane, Lane]:
+        """The largest pattern and the step."""
+        top, step = rest
+        return top, step
+
+    def encode(self, o: Lanes, x: Lane, words: Sequence[Lane], threshold: Lane) -> tuple[Lane, ...]:
+        top, step = self.ramp(words)
         down = o.number(top - (o.bits(x) & _MAGNITUDE))
         parts = o.whole(o.minimum(down * (65536.0 / o.number(o.maximum(step, 1))), float(self.levels * _ONE)))
         return ((parts + threshold) >> 16,)
 
-    def decode(self, o: Lanes, code: Lane, rest: Lane) -> Lane:
-        top, step = rest & ~255, (rest & 255) << self.shift
+    def decode(self, o: Lanes, code: Lane, rest: Sequence[Lane]) -> Lane:
+        top, step = self.ramp(rest)
         return o.real(o.maximum(top - code * step, o.minimum(top, 1)))
+
+
+@dataclass(frozen=True)
+class ShortRamp(Ramp):
+    """The same with three words of 16 bits: the halves of the largest pattern, and the step in units of ``2^shift``.
+
+    So a ramp reaches down 60 octaves. Units are small against what a slow average moves in a step: a ramp has to be
+    able to follow its smallest number down without leaping ahead of it.
+    """
+
+    shift: int = 9
+
+    def words(self, o: Lanes, *known: Lane) -> tuple[Lane, ...]:
+        top, low = known
+        lost = top >= _INFINITY
+        unit = self.levels << self.shift
+        step = o.minimum((top - o.minimum(low, top) + unit - 1) // unit, 0xFFFF)
+        return o.where(lost, _NAN, top) >> 16, o.where(lost, 0, top) & 0xFFFF, o.where(lost, 0, step)
+
+    def ramp(self, rest: Sequence[Lane]) -> tuple[Lane, Lane]:
+        upper, lower, step = rest
+        return (upper << 16) | (lower & 0xFFFF), (step & 0xFFFF) << self.shift
 
 
 @dataclass(frozen=True)
@@ -149,24 +174,28 @@ class Powers(Codec):
     def measure(self, o: Lanes, x: Lane) -> tuple[Lane, ...]:
         return (o.bits(x) & _MAGNITUDE,)
 
-    def word(self, o: Lanes, *known: Lane) -> Lane:
-        return known[0]
+    def words(self, o: Lanes, *known: Lane) -> tuple[Lane, ...]:
+        return known
 
-    def encode(self, o: Lanes, x: Lane, word: Lane, threshold: Lane) -> tuple[Lane, ...]:
-        root = o.real((((o.bits(x) & _MAGNITUDE) - word) >> 2) + _UNITY)
+    def encode(self, o: Lanes, x: Lane, words: Sequence[Lane], threshold: Lane) -> tuple[Lane, ...]:
+        root = o.real((((o.bits(x) & _MAGNITUDE) - words[0]) >> 2) + _UNITY)
         code = (o.whole(root * float(127 * _ONE)) + threshold) >> 16
         return (o.where(x < 0, -code, code),)
 
-    def decode(self, o: Lanes, code: Lane, rest: Lane) -> Lane:
+    def decode(self, o: Lanes, code: Lane, rest: Sequence[Lane]) -> Lane:
         root = o.bits(o.number(code) * (1 / 127))
-        least = o.where(rest >= _INFINITY, _NAN, 0)
-        size = o.maximum(o.where(code == 0, 0, rest + (((root & _MAGNITUDE) - _UNITY) << 2)), least)
+        (word,) = rest
+        least = o.where(word >= _INFINITY, _NAN, 0)
+        size = o.maximum(o.where(code == 0, 0, word + (((root & _MAGNITUDE) - _UNITY) << 2)), least)
         return o.real(size | (root & ~_MAGNITUDE))
 
 
 @dataclass(frozen=True)
 class FixedRamp(Codec):
-    """Signed numbers as a sign and seven sizes, 3/4 of an octave apart below the block's largest, and zero."""
+    """Signed numbers as a sign and seven sizes, 3/4 of an octave apart below the block's largest, and zero.
+
+    The word is the upper half of the largest pattern, rounded up.
+    """
 
     measures: ClassVar[tuple[str, ...]] = ("max",)
     step: ClassVar[int] = 3 << 21
@@ -174,19 +203,20 @@ class FixedRamp(Codec):
     def measure(self, o: Lanes, x: Lane) -> tuple[Lane, ...]:
         return (o.bits(x) & _MAGNITUDE,)
 
-    def word(self, o: Lanes, *known: Lane) -> Lane:
-        return known[0]
+    def words(self, o: Lanes, *known: Lane) -> tuple[Lane, ...]:
+        top = known[0]
+        return (o.where(top >= _INFINITY, _NAN, o.minimum(top + 0xFFFF, _INFINITY - 1)) >> 16,)
 
-    def encode(self, o: Lanes, x: Lane, word: Lane, threshold: Lane) -> tuple[Lane, ...]:
+    def encode(self, o: Lanes, x: Lane, words: Sequence[Lane], threshold: Lane) -> tuple[Lane, ...]:
         magnitude = o.bits(x) & _MAGNITUDE
-        parts = o.whole(o.minimum(o.number(word - magnitude) * (_ONE / self.step), float(7 * _ONE)))
+        parts = o.whole(o.minimum(o.number((words[0] << 16) - magnitude) * (_ONE / self.step), float(7 * _ONE)))
         size = o.where(magnitude > 0, 7 - ((parts + threshold) >> 16), 0)
         return (o.where(x < 0, size | 8, size),)
 
-    def decode(self, o: Lanes, code: Lane, rest: Lane) -> Lane:
-        size = code & 7
-        found = o.real(o.where(size == 0, 0, o.maximum(rest - (7 - size) * self.step, 0)))
-        known = o.where(rest >= _INFINITY, o.real(rest), found)
+    def decode(self, o: Lanes, code: Lane, rest: Sequence[Lane]) -> Lane:
+        word, size = rest[0] << 16, code & 7
+        found = o.real(o.where(size == 0, 0, o.maximum(word - (7 - size) * self.step, 0)))
+        known = o.where(word >= _INFINITY, o.real(word), found)
         return o.where(code >= 8, -known, known)
 
 
@@ -211,10 +241,10 @@ class Half(Codec):
 
     seen: bool = False
 
-    def encode(self, o: Lanes, x: Lane, word: Lane, threshold: Lane) -> tuple[Lane, ...]:
+    def encode(self, o: Lanes, x: Lane, words: Sequence[Lane], threshold: Lane) -> tuple[Lane, ...]:
         return (_half(o, x, threshold, seen=self.seen),)
 
-    def decode(self, o: Lanes, code: Lane, rest: Lane) -> Lane:
+    def decode(self, o: Lanes, code: Lane, rest: Sequence[Lane]) -> Lane:
         return o.real(code << 16)
 
 
@@ -222,27 +252,27 @@ class Half(Codec):
 class Kahan(Codec):
     """bfloat16, and beside it what rounding took away, as another bfloat16."""
 
-    def encode(self, o: Lanes, x: Lane, word: Lane, threshold: Lane) -> tuple[Lane, ...]:
+    def encode(self, o: Lanes, x: Lane, words: Sequence[Lane], threshold: Lane) -> tuple[Lane, ...]:
         code = _nearest(o, x)
         return code, _nearest(o, x - o.real(code << 16))
 
-    def decode(self, o: Lanes, code: Lane, rest: Lane) -> Lane:
-        return o.real(code << 16) + o.real(rest << 16)
+    def decode(self, o: Lanes, code: Lane, rest: Sequence[Lane]) -> Lane:
+        return o.real(code << 16) + o.real(rest[0] << 16)
 
 
 @dataclass(frozen=True)
 class Remainder(Codec):
     """bfloat16, rounded half away from zero, and beside it the rest of the pattern: nothing is lost."""
 
-    def encode(self, o: Lanes, x: Lane, word: Lane, threshold: Lane) -> tuple[Lane, ...]:
+    def encode(self, o: Lanes, x: Lane, words: Sequence[Lane], threshold: Lane) -> tuple[Lane, ...]:
         b = o.bits(x)
         size = b & _MAGNITUDE
         size = o.where(size > _INFINITY, _NAN, size)
         upper = (size + 0x8000) >> 16
         return upper | ((b >> 16) & _SIGN), size - (upper << 16)
 
-    def decode(self, o: Lanes, code: Lane, rest: Lane) -> Lane:
-        size = ((code & 0x7FFF) << 16) + rest
+    def decode(self, o: Lanes, code: Lane, rest: Sequence[Lane]) -> Lane:
+        size = ((code & 0x7FFF) << 16) + rest[0]
         return o.where(code < 0, -o.real(size), o.real(size))
 
 
@@ -291,7 +321,8 @@ def fresh(codec: Codec, like: Tensor) -> tuple[Tensor, Tensor | None]:
     codes = torch.zeros(_bytes(codec, n) if codec.packed else like.shape, dtype=codec.codes, device=like.device)
     if codec.rest is None:
         return codes, None
-    shape = (-(-n // codec.block),) if codec.block else like.shape
+    blocks = -(-n // codec.block) if codec.block else 0
+    shape = ((blocks, codec.count) if codec.count > 1 else (blocks,)) if codec.block else tuple(like.shape)
     return codes, torch.zeros(shape, dtype=codec.rest, device=like.device)
 
 
@@ -308,7 +339,7 @@ def decode(codec: Codec, codes: Tensor, rest: Tensor | None, shape: tuple[int, .
         code = stored[inside].view(row, -1).to(torch.int32)
         if codec.packed:
             code = torch.cat((code & 15, code >> 4), 1)[:, : part.numel() // row]
-        along = None if second is None else _along(codec, second, inside, row)
+        along = () if second is None else tuple(x.to(torch.int32) for x in _along(codec, second, inside, row))
         part.copy_(codec.decode(_LANES, code, along).reshape(-1))
     return out
 
@@ -338,12 +369,14 @@ def encode(codec: Codec, x: Tensor, codes: Tensor, rest: Tensor | None, *, step:
     for part, row, inside in _parts(codec, flat):
         start = part.storage_offset() - flat.storage_offset()
         numbers, threshold = part.view(row, -1), thresholds[start : start + part.numel()].view(row, -1)
-        word = None
+        words: tuple[Tensor, ...] = ()
         if codec.block and second is not None:
             measured = zip(codec.measures, codec.measure(_LANES, numbers), strict=True)
-            word = codec.word(_LANES, *(_OVER[how](lane) for how, lane in measured))
-            _along(codec, second, inside, row).copy_(word)
-        code, *own = codec.encode(_LANES, numbers, word, threshold)
+            places = _along(codec, second, inside, row)
+            for place, word in zip(places, codec.words(_LANES, *(_OVER[how](x) for how, x in measured)), strict=True):
+                place.copy_(word)
+            words = tuple(place.to(torch.int32) for place in places)
+        code, *own = codec.encode(_LANES, numbers, words, threshold)
         if codec.packed:
             half = (code.shape[1] + 1) // 2
             code = torch.nn.functional.pad(code, (0, 2 * half - code.shape[1]))
@@ -369,8 +402,9 @@ def _parts(codec: Codec, flat: Tensor) -> list[tuple[Tensor, int, slice]]:
     return found + ([(flat[cut:], 1, slice(cut // per, None))] if cut < flat.numel() else [])
 
 
-def _along(codec: Codec, second: Tensor, inside: slice, row: int) -> Tensor:
-    """The words of blocks, one a row; or the numbers of their own that elements have."""
+def _along(codec: Codec, second: Tensor, inside: slice, row: int) -> tuple[Tensor, ...]:
+    """The words of blocks, one row a block; or the numbers of their own that elements have."""
     if not codec.block:
-        return second.view(1, -1).to(torch.int32)
-    return (second[:row] if inside.start == 0 else second[-1:]).view(-1, 1)
+        return (second.view(1, -1),)
+    words = second.view(-1, codec.count)
+    return (words[:row] if inside.start == 0 else words[-1:]).split(1, 1)

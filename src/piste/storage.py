@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from piste.codecs import Codec, FixedRamp, Half, Kahan, Powers, Ramp, Remainder, decode, encode, fresh
+from piste.codecs import Codec, FixedRamp, Half, Kahan, Powers, Ramp, Remainder, ShortRamp, decode, encode, fresh
 from piste.symbol import FULL, MATRIX, TENSOR, Kind, reduced
 
 __all__ = [
@@ -59,14 +59,13 @@ WEIGHT_FORMATS = ("plain", "stochastic", "kahan", "remainder")
 #: moments of smaller weights are stored in full
 LEAST = 4096
 
-_WORD = torch.float32
 _CODECS: dict[tuple[str, str], Codec] = {
     ("bf16", "moment"): Half("half", torch.bfloat16, seen=True),
     ("bf16", "second_moment"): Half("half", torch.bfloat16, seen=True),
-    ("8bit", "moment"): Powers("powers8", torch.int8, 256, rest=_WORD),
-    ("8bit", "second_moment"): Ramp("ramp8", torch.uint8, 256, rest=_WORD),
-    ("4bit", "moment"): FixedRamp("fixed4", torch.uint8, 128, packed=True, rest=_WORD),
-    ("4bit", "second_moment"): Ramp("ramp4", torch.uint8, 128, packed=True, rest=_WORD, levels=15, shift=17),
+    ("8bit", "moment"): Powers("powers8", torch.int8, 256, rest=torch.float32),
+    ("8bit", "second_moment"): Ramp("ramp8", torch.uint8, 256, rest=torch.int32, count=2),
+    ("4bit", "moment"): FixedRamp("fixed4", torch.uint8, 128, packed=True, rest=torch.bfloat16),
+    ("4bit", "second_moment"): ShortRamp("ramp4", torch.uint8, 128, packed=True, rest=torch.int16, count=3, levels=15),
 }
 _WEIGHT_CODECS: dict[str, Codec] = {
     "stochastic": Half("stochastic", torch.bfloat16),

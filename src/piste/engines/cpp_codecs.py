@@ -22,6 +22,7 @@ _TYPES = {
     torch.int8: "int8_t",
     torch.uint8: "uint8_t",
     torch.int16: "int16_t",
+    torch.int32: "int32_t",
     torch.bfloat16: "int16_t",
     torch.float32: "int32_t",
 }
@@ -198,14 +199,19 @@ def _simd(count: str, lines: list[str], clause: str = "") -> list[str]:
     ]
 
 
+def _words(codec: Codec) -> list[str]:
+    """Where the words of a block are."""
+    return [f"s[b / {codec.block} * {codec.count} + {k}]" for k in range(codec.count)] if codec.block else []
+
+
 def _decode(codec: Codec) -> list[str]:
-    inside = [f"const int32_t word = s[b / {codec.block}];"] if codec.block else []
+    inside = [f"const int32_t word{k} = {word};" for k, word in enumerate(_words(codec))]
     for count, place, _, read, _ in _loops(codec):
         lines = [f"const int32_t code = {read};"]
-        rest = _Lane("word", real=False, lines=lines)
+        rest = [_Lane(f"word{k}", real=False, lines=lines) for k in range(len(_words(codec)))]
         if not codec.block and codec.rest is not None:
             lines.append("const int32_t own = s[i];")
-            rest = _Lane("own", real=False, lines=lines)
+            rest = [_Lane("own", real=False, lines=lines)]
         value = codec.decode(_LANES, _Lane("code", real=False, lines=lines), rest)
         lines.append(f"x[b + {place}] = {value.text};")
         inside += _simd(count, lines)
@@ -222,9 +228,9 @@ def _encode(codec: Codec) -> list[str]:
             f"const float v = x[b + {place}];",
             f"const int32_t threshold = (STRIDES[{place}] + start) & 0xffff;",
         ]
-        word = _Lane("word", real=False, lines=lines)
+        words = [_Lane(f"word{k}", real=False, lines=lines) for k in range(len(_words(codec)))]
         threshold = _Lane("threshold", real=False, lines=lines)
-        code, *own = codec.encode(_LANES, _Lane("v", real=True, lines=lines), word, threshold)
+        code, *own = codec.encode(_LANES, _Lane("v", real=True, lines=lines), words, threshold)
         lines.append(f"c[{target}] {join.format(f'({_TYPES[codec.codes]})({code.text}')});")
         if own:
             lines.append(f"s[i] = ({cpp_types(codec)[1]}){own[0].text};")
@@ -244,5 +250,6 @@ def _measured(codec: Codec) -> list[str]:
     clause = "".join(f" reduction({how} : m{i})" for i, how in enumerate(codec.measures))
     after: list[str] = []
     known = [_Lane(f"m{i}", real=False, lines=after) for i in range(len(lanes))]
-    word = codec.word(_LANES, *known)
-    return [*starts, *_simd("n", lines, clause), *after, f"const int32_t word = s[b / {codec.block}] = {word.text};"]
+    words = codec.words(_LANES, *known)
+    kept = [f"const int32_t word{k} = {place} = {words[k].text};" for k, place in enumerate(_words(codec))]
+    return [*starts, *_simd("n", lines, clause), *after, *kept]

@@ -403,7 +403,7 @@ class _Writer:
             codes = f"({cpp_types(codec)[0]}*)T[{self.place_of(home)} * n + w] + base{' / 2' if codec.packed else ''}"
             rest = "nullptr"
             if codec.rest is not None:
-                offset = f"base / {codec.block}" if codec.block else "base"
+                offset = f"base / {codec.block} * {codec.count}" if codec.block else "base"
                 beside = next(i for i, c in enumerate(self.columns) if c.source == "rest" and c.key == home)
                 rest = f"({cpp_types(codec)[1]}*)T[{FIXED_COLUMNS + beside} * n + w] + {offset}"
             if home in self.one.loads.values():

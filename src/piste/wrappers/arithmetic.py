@@ -6,20 +6,42 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from piste import execution
+from piste.codecs import fresh
 from piste.execution import Member, Roster
 from piste.slots import Part, Pipeline, program, update
+from piste.storage import PLAIN, Formats, companion, weight_codec
 from piste.variants import Variants
 
-__all__ = ["Arithmetic", "stay"]
+__all__ = ["Arithmetic", "formats_of", "stay"]
 
 
 @update
 def stay(p: Any) -> Any:
     """The weight as it is."""
     return p
+
+
+def formats_of(
+    optimizer: torch.optim.Optimizer, weights: Sequence[Tensor], states: Sequence[dict[str, Any]]
+) -> list[Formats]:
+    """How an optimizer stores these weights; what it keeps beside each of them is shown in ``states``."""
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    found = []
+    for p, state in zip(weights, states, strict=True):
+        group = groups.get(p, {})
+        formats = Formats(weights=group.get("weights", "plain"), seed=group.get("seed", 0))
+        codec = weight_codec(p, formats.weights)
+        if codec is not None and codec.rest is not None:
+            kept = optimizer.state[p]
+            if companion("p") not in kept:
+                kept[companion("p")] = fresh(codec, p)[1]
+            state[companion("p")] = kept[companion("p")]
+        found.append(formats if codec is not None else PLAIN)
+    return found
 
 
 class Arithmetic:
@@ -34,6 +56,7 @@ class Arithmetic:
         self._variants: dict[int, Variants] = {}
         self._roster = Roster([])
         self._groups: list[int] = []
+        self._formats: list[Formats] = []
 
     def run(
         self,
@@ -42,6 +65,7 @@ class Arithmetic:
         groups: Sequence[int],
         hp: Sequence[Mapping[str, float]],
         engine: str,
+        formats: Sequence[Formats] | None = None,
     ) -> None:
         """Run the part once.
 
@@ -51,13 +75,15 @@ class Arithmetic:
             groups: for each weight, which of ``hp`` holds its numbers.
             hp: numbers.
             engine: as :func:`piste.execution.engine_for` takes it.
+            formats: for each weight, how it is stored, from :func:`formats_of`.
         """
-        if not self._current(weights, states, groups):
-            self._groups = list(groups)
+        formats = [PLAIN] * len(weights) if formats is None else list(formats)
+        if not self._current(weights, states, groups) or formats != self._formats:
+            self._groups, self._formats = list(groups), formats
             self._roster = Roster(
                 [
-                    Member(p, group, state, self.pipeline.states, self._program(p.ndim))
-                    for p, state, group in zip(weights, states, groups, strict=True)
+                    Member(p, group, state, self.pipeline.states, self._program(p.ndim), form)
+                    for p, state, group, form in zip(weights, states, groups, formats, strict=True)
                 ]
             )
         # the parts see no gradient; the weight stands in its place

@@ -12,7 +12,7 @@ from piste.checkpoint import after_loading, before_loading, check_tensor, weight
 from piste.roster import real
 from piste.slots import Part
 from piste.storage import State
-from piste.wrappers.arithmetic import Arithmetic
+from piste.wrappers.arithmetic import Arithmetic, formats_of
 
 __all__ = ["Wrapper"]
 
@@ -88,7 +88,8 @@ class Wrapper(torch.optim.Optimizer):
     ) -> None:
         """Run a part of the wrapper's own on weights; see :meth:`piste.wrappers.arithmetic.Arithmetic.run`."""
         arithmetic = self._arithmetic.setdefault(part.function, Arithmetic(part))
-        arithmetic.run(weights, states, groups, hp, self.engine_name)
+        formats = formats_of(self.optimizer, weights, states)
+        arithmetic.run(weights, states, groups, hp, self.engine_name, formats)
 
     @property
     def engine_name(self) -> str:

@@ -15,7 +15,7 @@ from piste.execution import ENGINES
 from piste.parts.averaging import moving_average
 from piste.roster import real
 from piste.storage import anchor, compute_dtype
-from piste.wrappers.arithmetic import Arithmetic
+from piste.wrappers.arithmetic import Arithmetic, formats_of
 
 __all__ = ["ModelEMA"]
 
@@ -109,8 +109,12 @@ class ModelEMA:
         return averaged, copied
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Take the model's present weights into the average.
+
+        Args:
+            optimizer: the one that trains them. Needed only where it stores bfloat16 weights with
+                ``weights="kahan"`` or ``"remainder"``: then the average is of what these stand for.
 
         Raises:
             RuntimeError: the averages are swapped in.
@@ -127,7 +131,8 @@ class ModelEMA:
         live = {name: tensor for name, tensor in averaged.items() if tensor.numel()}
         states = [self._averages[name] for name in live]
         weights = [tensor.detach() if tensor.grad_fn is not None else tensor for tensor in live.values()]
-        self._arithmetic.run(weights, states, [0] * len(weights), [{"decay": self.decay_now()}], self.engine)
+        formats = None if optimizer is None else formats_of(optimizer, weights, states)
+        self._arithmetic.run(weights, states, [0] * len(weights), [{"decay": self.decay_now()}], self.engine, formats)
         for name, tensor in copied.items():
             copy = self._copies.get(name)
             if copy is None or copy.shape != tensor.shape or copy.device != tensor.device or copy.dtype != tensor.dtype:

@@ -66,7 +66,8 @@ class Lookahead(Wrapper):
         weights = [p for group in self.param_groups for p in group["params"] if p.requires_grad and p.numel()]
         for p in weights:
             if p not in self.own:
-                self.own[p] = {"step": 0, "slow": allocate(lookahead.states["slow"], real(p))}
+                kept = getattr(self.optimizer, "full_precision", torch.Tensor.detach)
+                self.own[p] = {"step": 0, "slow": allocate(lookahead.states["slow"], real(kept(p)))}
         loss, taken = self.inner_step(closure)
         if taken and weights:
             self._synchronise([p for p in weights if p in self.own])
