@@ -31,9 +31,11 @@ class Promise:
     compiled: bool = False  # also under `compile`, in the slow tests
     not_for_wrappers: str = ""  # why Lookahead has no such cell
     not_for: Mapping[str, str] = field(default_factory=dict)  # optimizers without one, and why
+    gc: bool = True  # also with gradient centralization the other way round
 
     def applies(self, subject: Subject) -> bool:
-        return not (subject.wrapped and self.not_for_wrappers) and subject.name not in self.not_for
+        excused = subject.name in self.not_for or (subject.wrapped and bool(self.not_for_wrappers))
+        return not excused and (self.gc or not subject.variant)
 
 
 PROMISES: list[Promise] = []
@@ -46,11 +48,12 @@ def promise(
     compiled: bool = False,
     not_for_wrappers: str = "",
     not_for: Mapping[str, str] | None = None,
+    gc: bool = True,
 ) -> Callable[[Check], Check]:
     """Adds a check to the matrix."""
 
     def add(check: Check) -> Check:
-        PROMISES.append(Promise(check.__name__, title, check, engines, compiled, not_for_wrappers, not_for or {}))
+        PROMISES.append(Promise(check.__name__, title, check, engines, compiled, not_for_wrappers, not_for or {}, gc))
         return check
 
     return add
@@ -58,8 +61,8 @@ def promise(
 
 def promises() -> list[Promise]:
     """All promises, in the order in which the table shows them."""
-    from conformance import lifetime, plans, refusals, scaling, tensors, values
+    from conformance import formats, lifetime, plans, refusals, scaling, tensors, values
 
-    order = [values, tensors, scaling, lifetime, plans, refusals]
+    order = [values, tensors, formats, scaling, lifetime, plans, refusals]
     rank = {module.__name__: i for i, module in enumerate(order)}
     return sorted(PROMISES, key=lambda p: rank[p.check.__module__])
