@@ -407,4 +407,5 @@ def _along(codec: Codec, second: Tensor, inside: slice, row: int) -> tuple[Tenso
     if not codec.block:
         return (second.view(1, -1),)
     words = second.view(-1, codec.count)
-    return (words[:row] if inside.start == 0 else words[-1:]).split(1, 1)
+    mine = words[:row] if inside.start == 0 else words[-1:]
+    return tuple(mine[:, k : k + 1] for k in range(codec.count))
