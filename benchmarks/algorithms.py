@@ -83,7 +83,7 @@ def _torch(name: str, *, fused: bool = False, **settings: Any) -> dict[str, Make
 
 
 def _package(module: str, name: str, **settings: Any) -> Make | None:
-    if importlib.util.find_spec(module) is None:
+    if importlib.util.find_spec(module.partition(".")[0]) is None:
         return None
     return lambda params: getattr(importlib.import_module(module), name)(params, **settings)
 
@@ -133,6 +133,20 @@ def _ours(name: str, **settings: Any) -> Make:
     return lambda params: getattr(piste, name)(params, engine="cpp", **settings)
 
 
+def _in_codes(name: str, states: int, eight: str, four: str = "") -> list[Algorithm]:
+    """An optimizer with state in 8 and 4 bits, against its own with float32 state and those that store so too."""
+    float32: dict[str, Make | None] = {"piste fp32": _ours(name, **LR)}
+    made = []
+    for form, bits, theirs in (("8bit", 8, eight), ("4bit", 4, four)):
+        peers = {"bitsandbytes": _package("bitsandbytes.optim", theirs, **LR)} if bits == 8 else {}
+        if name == "AdamW":
+            peers["torchao"] = _package("torchao.optim", theirs, **LR)
+        made.append(
+            Algorithm(f"{name}, {form}", _ours(name, state=form, **LR), 12 + states * bits / 4, float32 | peers)
+        )
+    return made
+
+
 ALGORITHMS = (
     Algorithm(
         "AdamW",
@@ -148,6 +162,8 @@ ALGORITHMS = (
         _torch("SGD", fused=True, **MOMENTUM) | _optimi("SGD", **MOMENTUM),
         0.95,
     ),
+    *_in_codes("AdamW", states=2, eight="AdamW8bit", four="AdamW4bit"),
+    *_in_codes("Lion", states=1, eight="Lion8bit"),
     Algorithm("AdamW, clip_norm", _ours("AdamW", clip_norm=1.0, **LR), _bytes(2, again=4)),
     Algorithm(
         "RAdam",

@@ -1,8 +1,8 @@
 """``python -m scripts.precision maps | training``: the measurements behind docs/precision.md, as tables.
 
 ``maps`` stores the two moments of Adam by many maps, on synthetic gradients whose sizes differ within every block.
-``training`` trains the race's transformer and a wider copy of its ViT with state and weights in every format, from equal
-weights and batches, and draws ``docs/precision/weights.png``.
+``training`` trains the race's transformer and a wider copy of its ViT with state and weights in every format, from
+equal weights and batches, and draws ``docs/precision/weights.png``.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ class Adafactor(Optimizer):
 
     **When to use**: models whose Adam state does not fit; T5. **When not**: small models, where AdamW is steadier.
 
-    State: about 0 bytes per parameter of matrices and convolutions (``out + in * kernel`` numbers), 4 of vectors;
-    4 more with ``beta1``.
+    State: about 0 bytes per parameter of matrices and convolutions (``out + in * kernel`` numbers), 4 of vectors; 4
+    more with ``beta1``. Under ``state="bf16"``, ``"8bit"``, ``"4bit"`` with ``beta1``: 2.03, 1.05, 0.547.
 
     With an ``lr``, ``scale_parameter`` makes it relative to each weight's size; T5's fine-tuning has ``lr=1e-3`` and
     ``scale_parameter=False``.

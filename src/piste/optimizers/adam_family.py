@@ -28,7 +28,7 @@ class LaProp(Optimizer):
     **When to use**: as AdamW, above all with a small second beta or noisy gradients, where Adam diverges. **When not**:
     where AdamW is well tuned already; gains are small then.
 
-    State: 8 bytes per parameter.
+    State: 8 bytes per parameter. Under ``state="bf16"``, ``"8bit"``, ``"4bit"``: 4, 2.05, 1.06.
 
     Args:
         params: tensors, groups, or ``(name, tensor)`` pairs.
@@ -81,7 +81,7 @@ class ADOPT(Optimizer):
 
     **When to use**: as AdamW, where noise is large and beta2 had to be tuned. **When not**: runs of a few steps.
 
-    State: 8 bytes per parameter.
+    State: 8 bytes per parameter. Under ``state="bf16"``, ``"8bit"``, ``"4bit"``: 4, 2.05, 1.06.
 
     Args:
         params: tensors, groups, or ``(name, tensor)`` pairs.
@@ -136,7 +136,7 @@ class NAdamW(Optimizer):
 
     **When to use**: where AdamW is used; the baseline of the AlgoPerf benchmark. **When not**: as AdamW.
 
-    State: 8 bytes per parameter and a number per tensor.
+    State: 8 bytes per parameter and a number per tensor. Under ``state="bf16"``, ``"8bit"``, ``"4bit"``: 4, 2.05, 1.06.
 
     Args:
         params: tensors, groups, or ``(name, tensor)`` pairs.
@@ -190,7 +190,7 @@ class StableAdamW(Optimizer):
     **When to use**: large language and vision-language models, in the place of gradient clipping. **When not**: with
     ``clip_norm`` besides, which it makes needless; or where tensors are split, flattened or fused.
 
-    State: 8 bytes per parameter.
+    State: 8 bytes per parameter. Under ``state="bf16"``, ``"8bit"``, ``"4bit"``: 4, 2.05, 1.06.
 
     Args:
         params: tensors, groups, or ``(name, tensor)`` pairs.
@@ -243,7 +243,7 @@ class AdEMAMix(Optimizer):
     **When to use**: long runs of language models, with ``warmup_steps`` about their length. **When not**: short runs,
     in which the slow average never fills; or where 12 bytes of state per parameter do not fit.
 
-    State: 12 bytes per parameter.
+    State: 12 bytes per parameter. Under ``state="bf16"``, ``"8bit"``, ``"4bit"``: 6, 3.06, 1.58.
 
     Args:
         params: tensors, groups, or ``(name, tensor)`` pairs.

@@ -35,7 +35,7 @@ class Adan(Optimizer):
     bytes of state per parameter do not fit, or gradients are rescaled between steps (it compares successive ones;
     unscale before the step).
 
-    State: 16 bytes per parameter.
+    State: 16 bytes per parameter. Under ``state="bf16"``, ``"8bit"``, ``"4bit"``: 10, 7.06, 5.58.
 
     Args:
         params: tensors, groups, or ``(name, tensor)`` pairs.

@@ -36,7 +36,8 @@ class Amos(Optimizer):
     **When to use**: transformers trained from scratch, with a constant rate after warm-up and no other decay.
     **When not**: fine-tuning, or a model whose scales are unknown: too small a scale stunts a layer.
 
-    State: near 0 bytes per parameter, 4 more with momentum.
+    State: near 0 bytes per parameter, 4 more with momentum. Under ``state="bf16"``, ``"8bit"``, ``"4bit"`` with
+    momentum: 2.03, 1.05, 0.547.
 
     Args:
         params: tensors, groups, or ``(name, tensor)`` pairs; :meth:`groups` makes groups with their scales.

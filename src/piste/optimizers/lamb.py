@@ -31,7 +31,7 @@ class Lamb(Optimizer):
     warm-up. ``clip_norm=1.0`` is part of NVIDIA's and timm's recipes and off here, as in the paper. **When not**: small
     batches, or tensors that are split, flattened or fused, whose norms mean something else.
 
-    State: 8 bytes per parameter.
+    State: 8 bytes per parameter. Under ``state="bf16"``, ``"8bit"``, ``"4bit"``: 4, 2.05, 1.06.
 
     Args:
         params: tensors, groups, or ``(name, tensor)`` pairs.

@@ -29,7 +29,7 @@ class MADGRAD(Optimizer):
     in the sums for ever. **When not**: where something else moves the weights (an average swapped in, pruning,
     loading): the initial weight pulls them back. Very deep transformers like :class:`MirrorMADGRAD` better.
 
-    State: 12 bytes per parameter, 8 with ``momentum=0``.
+    State: 12 bytes per parameter, 8 with ``momentum=0``. It has no moments that could be stored in fewer bits.
 
     Args:
         params: tensors, groups, or ``(name, tensor)`` pairs.
@@ -86,7 +86,7 @@ class MirrorMADGRAD(MADGRAD):
     **When to use**: large transformers, for which its authors made it. **When not**: as :class:`MADGRAD`, but for the
     pull of the initial weight.
 
-    State: 8 bytes per parameter.
+    State: 8 bytes per parameter. It has no moments that could be stored in fewer bits.
 
     Args:
         params: tensors, groups, or ``(name, tensor)`` pairs.

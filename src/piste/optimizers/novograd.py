@@ -27,7 +27,8 @@ class NovoGrad(Optimizer):
     SGD's. **When not**: embeddings whose rows see gradients of very different size, which share one norm here. A
     tensor that is split over devices or fused with another has another norm: the algorithm changes with it.
 
-    State: 4 bytes per parameter and a number per tensor, two with ``amsgrad``.
+    State: 4 bytes per parameter and a number per tensor, two with ``amsgrad``. Under ``state="bf16"``, ``"8bit"``,
+    ``"4bit"``: 2, 1.02, 0.516.
 
     Args:
         params: tensors, groups, or ``(name, tensor)`` pairs.

@@ -43,7 +43,7 @@ class Ralamb(Optimizer):
     **When to use**: as Lamb, without a warm-up of its own. **When not**: with many scalars or biases near 0, whose
     steps are as small as they are.
 
-    State: 8 bytes per parameter.
+    State: 8 bytes per parameter. Under ``state="bf16"``, ``"8bit"``, ``"4bit"``: 4, 2.05, 1.06.
 
     Args:
         params: tensors, groups, or ``(name, tensor)`` pairs.
@@ -104,7 +104,7 @@ class RangerLars(Optimizer):
     **When to use**: as Ranger, with a flat learning rate and a cosine end; no gradient is centralized here unless
     ``use_gc=True``. **When not**: as Ralamb, or where a third state tensor does not fit.
 
-    State: 12 bytes per parameter.
+    State: 12 bytes per parameter. Under ``state="bf16"``, ``"8bit"``, ``"4bit"``: 8, 6.05, 5.06.
 
     Args:
         params: tensors, groups, or ``(name, tensor)`` pairs.
@@ -171,7 +171,7 @@ class LookaheadAdam(Optimizer):
     **When to use**: where Adam's last weights scatter from run to run. **When not**: where a third state tensor does
     not fit. At the end of training the weights are good ones only after a multiple of k steps.
 
-    State: 12 bytes per parameter, 16 with ``amsgrad``.
+    State: 12 bytes per parameter, 16 with ``amsgrad``. Under ``state="bf16"``, ``"8bit"``, ``"4bit"``: 8, 6.05, 5.06.
 
     Args:
         params: tensors, groups, or ``(name, tensor)`` pairs.

@@ -26,7 +26,7 @@ class PNM(Optimizer):
     **When to use**: in the place of SGD with momentum on vision, where its noise is meant to find flatter minima; at
     the learning rate of SGD without dampening times ten. **When not**: small batches, which are noisy enough.
 
-    State: 8 bytes per parameter.
+    State: 8 bytes per parameter. Under ``state="bf16"``, ``"8bit"``, ``"4bit"``: 4, 2.03, 1.03.
 
     Args:
         params: tensors, groups, or ``(name, tensor)`` pairs.
@@ -80,7 +80,7 @@ class AdaPNM(Optimizer):
     **When to use**: in the place of AdamW where it overfits. **When not**: where 16 bytes of state per parameter do not
     fit, or gradients are very noisy already.
 
-    State: 12 bytes per parameter, 16 with ``amsgrad``.
+    State: 12 bytes per parameter, 16 with ``amsgrad``. Under ``state="bf16"``, ``"8bit"``, ``"4bit"``: 10, 7.06, 5.58.
 
     Args:
         params: tensors, groups, or ``(name, tensor)`` pairs.

@@ -37,7 +37,8 @@ class Prodigy(Optimizer):
     from 1. **When not**: where a tuned AdamW is at hand; with weights that must not share one estimate. It reads one
     number from the device in every step.
 
-    State: 16 bytes per parameter, and the estimate in the group (``param_groups[0]["d"]``).
+    State: 16 bytes per parameter, and the estimate in the group (``param_groups[0]["d"]``). Under ``state="bf16"``,
+    ``"8bit"``, ``"4bit"``: 12, 10, 9.06.
 
     Args:
         params: tensors, groups, or ``(name, tensor)`` pairs.

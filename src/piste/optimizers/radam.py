@@ -31,7 +31,7 @@ class RAdam(Optimizer):
     **When to use**: in place of Adam with a warm-up. **When not**: with very large first gradients, unless
     ``degenerated_to_sgd=False``, which leaves those five steps out (decoupled decay included).
 
-    State: 8 bytes per parameter.
+    State: 8 bytes per parameter. Under ``state="bf16"``, ``"8bit"``, ``"4bit"``: 4, 2.05, 1.06.
 
     Args:
         params: tensors, groups, or ``(name, tensor)`` pairs.

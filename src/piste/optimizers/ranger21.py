@@ -45,7 +45,7 @@ class Ranger21(Optimizer):
     fine-tuning (norm loss pulls every unit to norm 1).
 
     State: 20 bytes per parameter; 4 less without each of ``pnm``, ``amsgrad`` and ``lookahead``; 20 with
-    ``use_madgrad``.
+    ``use_madgrad``. Under ``state="bf16"``, ``"8bit"``, ``"4bit"``: 14, 11.1, 9.58.
 
     Args:
         params: tensors, groups, or ``(name, tensor)`` pairs.

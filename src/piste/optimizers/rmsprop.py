@@ -32,7 +32,8 @@ class RMSprop(Optimizer):
     **When to use**: vision recipes that ask for it; reinforcement learning. **When not**: without warm-up at small
     ``1 - alpha``: there is no bias correction, so the first step is ``lr / sqrt(1 - alpha)`` long.
 
-    State: 4 bytes per parameter, 4 more with momentum, 4 more with ``centered``.
+    State: 4 bytes per parameter, 4 more with momentum, 4 more with ``centered``. Under ``state="bf16"``, ``"8bit"``,
+    ``"4bit"``: 2, 1.03, 0.547.
 
     Args:
         params: tensors, groups, or ``(name, tensor)`` pairs.

@@ -104,7 +104,7 @@ class ScheduleFreeSGD(ScheduleFree):
     not**: under a decaying schedule, which would average twice. Models with BatchNorm need its running statistics made
     anew after ``eval()``: run some batches through the model in training mode, or see ``piste.recalibrate``.
 
-    State: 4 bytes per parameter.
+    State: 4 bytes per parameter. It has no moments that could be stored in fewer bits.
 
     Args:
         params: tensors, groups, or ``(name, tensor)`` pairs.
@@ -171,7 +171,7 @@ class ScheduleFreeAdamW(ScheduleFree):
     **When to use**: when it is not known how long training will go on; it won the self-tuning track of the AlgoPerf
     competition of 2024. **When not**: under a decaying schedule. Models with BatchNorm: see :class:`ScheduleFreeSGD`.
 
-    State: 8 bytes per parameter.
+    State: 8 bytes per parameter. Under ``state="bf16"``, ``"8bit"``, ``"4bit"``: 6, 5.03, 4.55.
 
     Args:
         params: tensors, groups, or ``(name, tensor)`` pairs.
@@ -236,7 +236,7 @@ class ScheduleFreeRAdam(ScheduleFree):
 
     **When to use**: ScheduleFreeAdamW without a warm-up to choose. **When not**: under a decaying schedule.
 
-    State: 8 bytes per parameter.
+    State: 8 bytes per parameter. Under ``state="bf16"``, ``"8bit"``, ``"4bit"``: 6, 5.03, 4.55.
 
     Args:
         params: tensors, groups, or ``(name, tensor)`` pairs.

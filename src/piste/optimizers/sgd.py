@@ -29,7 +29,8 @@ class SGD(Optimizer):
     **When to use**: convolutional networks, where with momentum 0.9 it often generalises best. **When not**:
     transformers and large vocabularies, where adaptive methods are far ahead at any tuning.
 
-    State: one float32 tensor per weight with momentum (4 bytes per parameter), none without.
+    State: one float32 tensor per weight with momentum (4 bytes per parameter), none without. Under ``state="bf16"``,
+    ``"8bit"``, ``"4bit"`` with momentum: 2, 1.02, 0.516.
 
     Args:
         params: tensors, groups, or ``(name, tensor)`` pairs.
