@@ -43,6 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "groups": {"checks"},
     "presets": {"checks", "optimizer", "optimizers", "schedules", "groups"},
     "registry": {"checks", "presets", "optimizers", "wrappers", "schedules", "groups", "optimizer"},
+    "memory": {"bucket", "optimizer", "plan", "registry", "storage", "symbol"},
 }
 LIBRARY_ENTRANCE = "__init__"
 RACE = {"race", "cli"}

@@ -4,6 +4,8 @@ from piste import schedules as schedules
 from piste.batchnorm import recalibrate as recalibrate
 from piste.groups import describe_groups as describe_groups
 from piste.groups import param_groups as param_groups
+from piste.memory import MemoryEstimate as MemoryEstimate
+from piste.memory import estimate_memory as estimate_memory
 from piste.optimizer import Optimizer as Optimizer
 from piste.optimizers import ADOPT as ADOPT
 from piste.optimizers import MADGRAD as MADGRAD

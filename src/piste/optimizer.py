@@ -16,7 +16,7 @@ from piste import execution
 from piste.checkpoint import after_loading, before_loading, for_torch, matched
 from piste.checks import check_choice, check_hyperparameters, refuse_unknown
 from piste.execution import Member, Roster
-from piste.roster import real
+from piste.roster import Sorted, real
 from piste.slots import Part, Pipeline, program
 from piste.storage import STATE_FORMATS, Formats, State, check_formats, full_precision
 from piste.symbol import Row
@@ -421,8 +421,7 @@ class Optimizer(torch.optim.Optimizer):
         totals: dict[str, Tensor] = {}
         if not skipped:
             advanced = [self.advance(group) for group in self.param_groups]
-            gradients, hp = self._gather(advanced, scaled=inverse_scale is not None)
-            step = self._roster.sort(gradients, hp)
+            step = self._roster_step(advanced, scaled=inverse_scale is not None)
             totals = execution.run(step.buckets, execution.engine_for(self._engine_name), inverse_scale=inverse_scale)
             step.finish()
             if step.counts:  # where no weight had a gradient, no step was taken
@@ -457,6 +456,11 @@ class Optimizer(torch.optim.Optimizer):
     def _name(self, group: int, position: int) -> str:
         names = self.param_groups[group].get("param_names")
         return repr(names[position]) if names else f"parameter {position} of group {group}"
+
+    def _roster_step(self, advanced: Sequence[Mapping[str, Any]], *, scaled: bool = False) -> Sorted:
+        """The step to come, ready to run; states that it needs have been made."""
+        gradients, hp = self._gather(advanced, scaled=scaled)
+        return self._roster.sort(gradients, hp)
 
     def _gather(
         self, advanced: Sequence[Mapping[str, Any]], *, scaled: bool

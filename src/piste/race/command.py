@@ -1,4 +1,4 @@
-"""The commands: ``piste race``, ``piste list``, ``piste show``, ``piste report``."""
+"""The commands: ``piste race``, ``piste memory``, ``piste list``, ``piste show``, ``piste report``."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from rich.console import Console
 
 import piste
-from piste.race import report
+from piste.race import footprint, report
 from piste.race.catalogue import show_list, show_preset
-from piste.race.contenders import ContenderError
+from piste.race.contenders import ContenderError, make_contenders
 from piste.race.executor import ExecutorError
 from piste.race.record import StudyResult
 from piste.race.standings import recommended
@@ -173,6 +174,74 @@ def _write_starter(path: Path) -> None:
     except OSError as error:
         raise click.UsageError(f"--new {path}: {error.strerror}") from None
     click.echo(f"wrote {path}; it runs as it is: piste race {shlex.quote(str(path))}")
+
+
+class _Size(click.ParamType[float]):
+    """A number of bytes with its unit; a ``/s`` behind it where a second belongs to it."""
+
+    def __init__(self, per_second: str = "") -> None:
+        self.per_second, self.name = per_second, "bytes per second" if per_second else "bytes"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> float:
+        try:
+            return footprint.bytes_of(str(value), self.per_second)
+        except ValueError as error:
+            self.fail(str(error), parameter, context)
+
+
+def _formats(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
+    names = _names(context, parameter, value)
+    for name in names:
+        if name not in piste.STATE_FORMATS:
+            raise click.BadParameter(f"{name!r} is not legal; legal: {', '.join(piste.STATE_FORMATS)}")
+    return names
+
+
+@command.command(name="memory", short_help="Show what optimizers cost on a model.")
+@click.argument("task", required=False, metavar="[TASK.py[:name]]")
+@click.option("--model", "factory", metavar="MODULE:FACTORY", help="A function that returns the model.")
+@click.option(
+    "--optimizers", default="sgd_momentum,adamw,lion,adan,ranger", show_default=True, callback=_names, help="Names."
+)
+@click.option(
+    "--state",
+    default=",".join(piste.STATE_FORMATS),
+    show_default=True,
+    callback=_formats,
+    help="Formats of moments.",
+)
+@click.option("--weights", type=click.Choice(piste.WEIGHT_FORMATS), default="plain", show_default=True)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of the weights. [default: the model's own]")
+@click.option("--bandwidth", type=_Size("/s"), metavar="GB/s", help="Such as 4.8TB/s. [default: measured here]")
+@click.option("--fit", type=_Size(), metavar="GiB", help="Mark what fits into so much, such as 24GiB.")
+@_debug
+def _memory(
+    task: str | None,
+    factory: str | None,
+    optimizers: tuple[str, ...],
+    state: tuple[str, ...],
+    weights: str,
+    dtype: str | None,
+    bandwidth: float | None,
+    fit: float | None,
+    debug: bool,
+) -> None:
+    """Show state, peak and traffic of optimizers on the model of TASK (a built-in one, or a file), or of --model.
+
+    Nothing of the model's size is allocated: a model that does not fit here can be asked about.
+    """
+    console = Console()
+    with _explained(debug):
+        name, model = footprint.load_model(task, factory)
+        if dtype is not None:
+            model = model.to(getattr(torch, dtype))
+        names = [name for contender in make_contenders(optimizers, ()) for name in [contender.optimizer]]
+        with console.status("measuring the memory's bandwidth"):
+            speed = bandwidth or footprint.measured_bandwidth()
+        found = footprint.rows(model, names, state, weights, console)
+        footprint.show(console, name, found, speed, bandwidth is not None, fit)
+        if all(row.cost is None for row in found):
+            sys.exit(1)
 
 
 @command.command(name="list", short_help="List the names that piste.create takes.")

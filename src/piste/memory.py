@@ -1,0 +1,156 @@
+"""What an optimizer costs on a model, worked out without the model's memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from piste.bucket import Bucket, beside
+from piste.optimizer import Optimizer
+from piste.plan import Stage
+from piste.registry import create
+from piste.storage import shape_of
+from piste.symbol import ALL, MATRIX, Sym
+
+__all__ = ["MemoryEstimate", "estimate_memory"]
+
+#: steps until every state exists, and as many as most periods (Lookahead's 5 and 6 among them) go into
+_FIRST, _PERIOD = 8, 60
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that training a model takes.
+
+    Args:
+        optimizer: name of the preset.
+        precision: how moments are stored.
+        parameters: numbers that are trained.
+        weights: of all parameters and buffers.
+        gradients: of the parameters that are trained.
+        state: of the optimizer, for good.
+        extra: buffers of the optimizer for the length of a step.
+        moved: read and written by a step, on average.
+    """
+
+    optimizer: str
+    precision: str
+    parameters: int
+    weights: int
+    gradients: int
+    state: int
+    extra: int
+    moved: float
+
+    @property
+    def peak(self) -> int:
+        """At the height of a step; activations are gone by then."""
+        return self.weights + self.gradients + self.state + self.extra
+
+
+def estimate_memory(
+    model: nn.Module, optimizer: str, *, state: str = "fp32", weights: str = "plain", **overrides: Any
+) -> MemoryEstimate:
+    """What an optimizer costs on a model. Nothing is run and nothing of the model's size is allocated.
+
+    Args:
+        model: may be on the meta device (``with torch.device("meta"): model = Net()``), and is not changed.
+        optimizer: a preset, as :func:`piste.create` takes it.
+        state: how moments are stored.
+        weights: what bfloat16 weights stand for.
+        **overrides: as for :func:`piste.create`.
+
+    Raises:
+        ValueError: as :func:`piste.create`; or the preset's class is none of piste.
+
+    State is what ``optimizer.state`` will hold, to the byte. Traffic and buffers are those of the engines that work
+    stage by stage in one pass (cpp); ``foreach`` moves more and decodes codes of a whole bucket at a time. Activations
+    are the model's business: they are not in it, and at the time of a step they are gone.
+
+    >>> import torch, piste
+    >>> with torch.device("meta"):
+    ...     model = torch.nn.Linear(100_000, 100_000, bias=False)
+    >>> cost = piste.estimate_memory(model, "adamw", state="8bit")
+    >>> cost.state / cost.parameters, cost.moved / cost.parameters
+    (2.046875, 16.09375)
+    """
+    twin = _without_memory(model)
+    made = create(optimizer, twin, state=state, weights=weights, **overrides)
+    if not isinstance(made, Optimizer):
+        raise ValueError(
+            f"optimizer={optimizer!r} is of {type(made).__module__}; legal: presets of piste's own classes"
+        )
+    trained = [p for group in made.param_groups for p in group["params"]]
+    for p in trained:
+        p.grad = torch.empty_like(p)
+    moved = extra = 0
+    for number in range(_FIRST + _PERIOD):
+        numbers = [made.advance(group) for group in made.param_groups]
+        step = made._roster_step(numbers)
+        step.finish()
+        for group, new in zip(made.param_groups, numbers, strict=True):
+            group.update(new)
+        if number >= _FIRST:
+            moved += sum(map(_moved, step.buckets))
+            extra = max(extra, sum(map(_extra, step.buckets)))
+    kept = [x for entries in made.state.values() for x in entries.values() if isinstance(x, Tensor)]
+    return MemoryEstimate(
+        optimizer=optimizer,
+        precision=state,
+        parameters=sum(p.numel() for p in trained),
+        weights=_bytes((*twin.parameters(), *twin.buffers())),
+        gradients=_bytes(trained),
+        state=_bytes(kept),
+        extra=extra,
+        moved=moved / _PERIOD,
+    )
+
+
+def _without_memory(model: nn.Module) -> nn.Module:
+    """A copy of the model whose tensors have shapes and nothing else."""
+    empty: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        meta = torch.empty_like(tensor, device="meta", requires_grad=False)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        empty[id(tensor)] = nn.Parameter(meta, requires_grad=tensor.requires_grad) if is_parameter else meta
+    return copy.deepcopy(model, empty)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _homes(stage: Stage) -> Iterator[str]:
+    """What a stage reads, and what it writes."""
+    yield from dict.fromkeys(home for home in stage.loads.values() if home != "value")
+    yield from stage.writes
+
+
+def _moved(bucket: Bucket) -> int:
+    """Bytes that the stages of a bucket read and write."""
+    total = 0
+    for stage in bucket.plan.stages:
+        for home in _homes(stage):
+            total += _bytes(bucket.homes[home]) + _bytes(bucket.homes.get(beside(home), ()))
+        values = [sym for sym, home in stage.loads.items() if home == "value"]
+        total += sum(_size(bucket, sym) for sym in (*values, *stage.kept, *stage.partials))
+    return total
+
+
+def _extra(bucket: Bucket) -> int:
+    """Bytes of what a plan keeps between its stages."""
+    return sum(_size(bucket, sym) for stage in bucket.plan.stages for sym in (*stage.kept, *stage.partials))
+
+
+def _size(bucket: Bucket, sym: Sym) -> int:
+    """Bytes of a value of all weights in the precision of the arithmetic."""
+    if sym.kind == MATRIX:
+        return 0
+    count = 1 if sym.kind == ALL else sum(prod(shape_of(sym.kind, p) or ()) for p in bucket.homes["p"])
+    return count * bucket.dtype.itemsize

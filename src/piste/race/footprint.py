@@ -1,0 +1,183 @@
+"""``piste memory``: what optimizers cost on a model, as a table."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+import piste
+from piste.race.task import TaskError, load_task
+from piste.race.words import single_line
+
+__all__ = ["Row", "bytes_of", "load_model", "measured_bandwidth", "rows", "show"]
+
+_UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
+_PASS_ELEMENTS, _PASSES = 1 << 25, 7  # 128 MiB a stream: more than caches hold
+
+
+@dataclass(frozen=True)
+class Row:
+    """One optimizer in one precision: its cost, or why there is none."""
+
+    optimizer: str
+    precision: str
+    cost: piste.MemoryEstimate | None
+    refused: str = ""
+
+
+def bytes_of(text: str, per_second: str = "") -> float:
+    """``24GiB`` or, with ``per_second="/s"``, ``4.8TB/s``, in bytes.
+
+    Raises:
+        ValueError: the text is something else.
+    """
+    found = re.fullmatch(rf"\s*(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)b{per_second}\s*", text, flags=re.IGNORECASE)
+    if found is None or not float(found[1]) or (found[3] and not found[2]):
+        example = "24GiB or 80GB" if not per_second else "900GB/s or 4.8TB/s"
+        raise ValueError(f"{text!r} is not legal; legal: a number above 0 with its unit, such as {example}")
+    base = 1024.0 if found[3] else 1000.0
+    return float(found[1]) * float(base ** _UNITS[found[2].lower()])
+
+
+def load_model(task: str | None, factory: str | None) -> tuple[str, nn.Module]:
+    """The model of a task or of ``module:function``, on the meta device where it can be made there, with its name.
+
+    Raises:
+        TaskError: neither or both were given, there is none of that name, or it does not make a module.
+    """
+    if (task is None) == (factory is None):
+        raise TaskError("name one model: a task (a built-in one, or TASK.py), or --model module:factory")
+    if task is not None:
+        loaded = load_task(task).task
+        return loaded.name, _made(loaded.model, loaded.name)
+    module, _, name = str(factory).partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        make = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise TaskError(f"--model {factory!r}: {single_line(str(error))}; legal: module:factory") from error
+    finally:
+        sys.path.pop(0)
+    return str(factory), _made(make, str(factory))
+
+
+def _made(make: Callable[[], nn.Module], name: str) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            model = make()
+    except Exception:  # models that read their own weights while they are made
+        try:
+            model = make()
+        except Exception as error:
+            raise TaskError(f"{name} raises {type(error).__name__}: {single_line(str(error))}") from error
+    if not isinstance(model, nn.Module):
+        raise TaskError(f"{name} makes a {type(model).__name__}; legal: a function that returns an nn.Module")
+    return model
+
+
+def rows(
+    model: nn.Module, optimizers: Sequence[str], states: Sequence[str], weights: str, console: Console
+) -> list[Row]:
+    """A row for each optimizer and precision."""
+    pairs = [(name, state) for name in optimizers for state in states]
+    shown = track(pairs, "counting bytes", console=console, transient=True) if len(pairs) > 20 else pairs
+    found = []
+    for name, state in shown:
+        try:
+            found.append(Row(name, state, piste.estimate_memory(model, name, state=state, weights=weights)))
+        except ValueError as error:
+            why = str(error).partition("; legal:")[2].partition(", for ")[2]
+            found.append(Row(name, state, None, why or str(error)))
+    return found
+
+
+def measured_bandwidth() -> float:
+    """Bytes per second that this machine's memory moves, all threads together: two streams read, one written."""
+    a, b = torch.ones(_PASS_ELEMENTS), torch.ones(_PASS_ELEMENTS)
+    taken = []
+    for _ in range(_PASSES):
+        start = time.perf_counter()
+        a.add_(b)
+        taken.append(time.perf_counter() - start)
+    return 12 * _PASS_ELEMENTS / statistics.median(taken[1:])
+
+
+def show(console: Console, name: str, found: Sequence[Row], bandwidth: float, given: bool, fit: float | None) -> None:
+    """The table, with what all rows share above it."""
+    known = next((row.cost for row in found if row.cost is not None), None)
+    if known is not None:
+        console.print(
+            Text.assemble(
+                (name, "bold"),
+                f": {known.parameters:,} numbers are trained; weights {size(known.weights)}, "
+                f"gradients {size(known.gradients)}",
+            )
+        )
+    table = Table(box=None, pad_edge=False)
+    for heading in ("optimizer", "state", "bytes", "per number", "peak", "moved", "time"):
+        table.add_column(heading, justify="left" if heading in ("optimizer", "state") else "right", no_wrap=True)
+    if fit is not None:
+        table.add_column("fits")
+    before = ""
+    for row in found:
+        label = row.optimizer if row.optimizer != before else ""
+        before = row.optimizer
+        table.add_row(label, row.precision, *_cells(row, bandwidth, fit))
+    console.print(table)
+    refused: dict[tuple[str, str], list[str]] = {}
+    for row in found:
+        if row.refused:
+            refused.setdefault((row.optimizer, row.refused), []).append(row.precision)
+    for (optimizer, why), precisions in refused.items():
+        console.print(Text(f"{optimizer} has no {', '.join(precisions)}: {why}", style="dim"))
+    speed = f"{bandwidth / 1e9:,.4g} GB/s, {'as given' if given else 'measured here'}"
+    limit = "" if fit is None else f"; fits: peak within {size(fit)}"
+    console.print(
+        Text(
+            "bytes: optimizer state; peak: weights, gradients, state and buffers of a step, without activations; "
+            f"moved: read and written by a step; time: that at {speed}{limit}",
+            style="dim",
+        )
+    )
+
+
+def _cells(row: Row, bandwidth: float, fit: float | None) -> list[str | Text]:
+    if row.cost is None:
+        return ["-"]
+    cost = row.cost
+    cells: list[str | Text] = [size(cost.state), f"{cost.state / max(1, cost.parameters):.3g}", size(cost.peak)]
+    cells += [size(cost.moved), duration(cost.moved / bandwidth)]
+    if fit is not None:
+        fits = cost.peak <= fit
+        cells.append(Text("yes", style="green") if fits else Text(f"no: {size(cost.peak - fit)} over", style="red"))
+    return cells
+
+
+def size(count: float) -> str:
+    """Bytes in the binary unit that suits them."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1000 or unit == "TiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= scale or unit == "µs":
+            return f"{seconds / scale:.3g} {unit}"
+    raise AssertionError

@@ -1,0 +1,182 @@
+"""What `piste memory` says, held against what training really allocates."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+import piste
+from piste.race.command import command
+from piste.race.footprint import bytes_of, duration, size
+
+
+NO_MOMENTS = ("madgrad", "mirrormadgrad", "schedulefreesgd")
+
+
+class Net(nn.Module):
+    """Large and small weights, an embedding, tied weights, a frozen one, a convolution, a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(100, 64)
+        self.inner = nn.Linear(64, 80)
+        self.conv = nn.Conv2d(8, 16, 6)
+        self.frozen = nn.Linear(64, 64).requires_grad_(False)
+        self.out = nn.Linear(64, 100, bias=False)
+        self.out.weight = self.words.weight
+        self.norm = nn.BatchNorm1d(64)
+
+
+def step(model: nn.Module, optimizer: Any) -> None:
+    for p in model.parameters():
+        if p.requires_grad:
+            p.grad = torch.ones_like(p)
+    optimizer.step()
+
+
+def measured(optimizer: Any) -> int:
+    return sum(x.nbytes for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor))
+
+
+@pytest.mark.parametrize("state", piste.STATE_FORMATS)
+@pytest.mark.parametrize("name", piste.list_optimizers())
+def test_state_to_the_byte(name: str, state: str) -> None:
+    model = Net()
+    if state != "fp32" and name in NO_MOMENTS:
+        with pytest.raises(ValueError, match="no moments"):
+            piste.estimate_memory(model, name, state=state)
+        return
+    optimizer = piste.create(name, model, state=state, engine="foreach")
+    for _ in range(8):
+        step(model, optimizer)
+    cost = piste.estimate_memory(model, name, state=state)
+    assert cost.state == measured(optimizer)
+
+
+@pytest.mark.parametrize("weights", piste.WEIGHT_FORMATS)
+def test_weights_and_gradients(weights: str) -> None:
+    """Tied weights count once, frozen ones have no gradient; bfloat16 weights may keep something beside themselves."""
+    model = Net().to(torch.bfloat16)
+    cost = piste.estimate_memory(model, "adamw", weights=weights)
+    parameters = list(model.parameters())
+    assert cost.weights == sum(x.nbytes for x in (*parameters, *model.buffers()))
+    assert cost.gradients == sum(p.nbytes for p in parameters if p.requires_grad)
+    assert cost.parameters == sum(p.numel() for p in parameters if p.requires_grad)
+    optimizer = piste.create("adamw", model, weights=weights)
+    step(model, optimizer)
+    assert cost.state == measured(optimizer)
+    assert cost.peak == cost.weights + cost.gradients + cost.state + cost.extra
+
+
+@pytest.mark.parametrize(
+    ("name", "moved"), [("sgd", 12), ("sgd_momentum", 20), ("lion", 20), ("adamw", 28), ("adan", 44), ("ademamix", 36)]
+)
+def test_traffic_is_that_of_the_sheet(name: str, moved: int) -> None:
+    with torch.device("meta"):
+        model = nn.Linear(512, 512, bias=False)
+    cost = piste.estimate_memory(model, name)
+    assert cost.moved == moved * cost.parameters
+    assert cost.extra == 0
+
+
+def test_lookahead_is_counted_when_it_comes() -> None:
+    """Ranger: AdamW's 28, the gradient once more for its mean, and the slow weights at every sixth step."""
+    with torch.device("meta"):
+        model = nn.Linear(4096, 4096, bias=False)
+    cost = piste.estimate_memory(model, "ranger")
+    assert cost.moved / cost.parameters == pytest.approx(28 + 4 + 8 / 6, rel=1e-3)
+
+
+def test_nothing_is_allocated() -> None:
+    """A hundred billion numbers."""
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(32_000, 32_000) for _ in range(100)))
+    cost = piste.estimate_memory(model, "adamw", state="4bit")
+    assert cost.parameters > 1e11
+    assert cost.state < 1.07 * cost.parameters
+
+
+def test_the_model_stays_as_it_was() -> None:
+    model = Net()
+    before = {name: (p.data_ptr(), p.grad) for name, p in model.named_parameters()}
+    piste.estimate_memory(model, "ranger21", state="8bit")
+    assert before == {name: (p.data_ptr(), p.grad) for name, p in model.named_parameters()}
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    result = CliRunner(env={"COLUMNS": "120"}).invoke(command, ["memory", *arguments])
+    return result.exit_code, result.output
+
+
+def test_the_table() -> None:
+    code, text = run("char_transformer", "--optimizers", "adamw,madgrad", "--bandwidth", "1TB/s", "--fit", "1.2MiB")
+    assert code == 0
+    assert "115,431 numbers are trained" in text
+    assert "1,000 GB/s, as given" in text
+    assert "madgrad has no bf16, 8bit, 4bit: it keeps no moments" in text
+    lines = [line.split() for line in text.splitlines() if line.strip()]
+    assert ["adamw", "fp32"] in [line[:2] for line in lines]
+    assert any("yes" in line for line in lines)
+    assert any("over" in line for line in lines)
+
+
+def test_a_factory(tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text("import torch\ndef net():\n    return torch.nn.Linear(1000, 1000)\n")
+    asked = ["--model", "nets:net", "--bandwidth", "1TB/s", "--state", "fp32"]
+    result = subprocess.run(
+        [sys.executable, "-c", "from piste.cli import main; main()", "memory", *asked],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "nets:net: 1,001,000 numbers are trained" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "name one model"),
+        (("char_transformer", "--model", "a:b"), "name one model"),
+        (("--model", "no_such_module:net"), "no_such_module"),
+        (("--model", "json:loads"), "json:loads raises TypeError"),
+        (("char_transformer", "--fit", "3"), "'3' is not legal; legal: a number above 0 with its unit"),
+        (("char_transformer", "--bandwidth", "3GB"), "'3GB' is not legal"),
+        (("char_transformer", "--state", "7bit"), "'7bit' is not legal; legal: fp32, bf16, 8bit, 4bit"),
+        (("char_transformer", "--optimizers", "adamq"), "did you mean"),
+        (("no_such_task",), "no task 'no_such_task'"),
+    ],
+)
+def test_bad_input(arguments: tuple[str, ...], words: str) -> None:
+    code, text = run(*arguments)
+    assert code != 0
+    assert words in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("24GiB", 24 * 2**30), ("80GB", 80e9), ("1.5 tb", 1.5e12), ("512B", 512), ("3kib", 3072)]
+)
+def test_sizes_are_read(text: str, count: float) -> None:
+    assert bytes_of(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "24", "-1GB", "0GB", "1iB", "1GB/s", "1e3GB"])
+def test_other_sizes_are_not(text: str) -> None:
+    with pytest.raises(ValueError, match="legal: a number above 0 with its unit"):
+        bytes_of(text)
+
+
+def test_sizes_and_times_are_written() -> None:
+    assert [size(x) for x in (0, 999, 2048, 1.5 * 2**30, 3000 * 2**40)] == [
+        *("0 B", "999 B", "2 KiB", "1.5 GiB", "3e+03 TiB")
+    ]
+    assert [duration(x) for x in (2.0, 0.0312, 5e-7)] == ["2 s", "31.2 ms", "0.5 µs"]
