@@ -16,7 +16,6 @@ import piste
 from piste.race.command import command
 from piste.race.footprint import bytes_of, duration, size
 
-
 NO_MOMENTS = ("madgrad", "mirrormadgrad", "schedulefreesgd")
 
 

@@ -37,6 +37,11 @@ class MemoryEstimate:
         state: of the optimizer, for good.
         extra: buffers of the optimizer for the length of a step.
         moved: read and written by a step, on average.
+
+    >>> import torch, piste
+    >>> cost = piste.estimate_memory(torch.nn.Linear(100, 100, bias=False), "lion")
+    >>> cost.weights, cost.gradients, cost.state, cost.peak
+    (40000, 40000, 40000, 120000)
     """
 
     optimizer: str

@@ -171,7 +171,7 @@ def state_bytes(name: str, shape: tuple[int, ...] = (64, 64), state: str = "fp32
 
     >>> import piste
     >>> piste.state_bytes("adamw"), piste.state_bytes("ranger"), piste.state_bytes("adamw", state="8bit")
-    (8.0, 12.0, 2.03125)
+    (8.0, 12.0, 2.046875)
     """
     weight = nn.Parameter(torch.ones(shape))
     optimizer = create(name, [weight], weight_decay=0.0, engine="reference", state=state)
