@@ -56,7 +56,6 @@ class Lanes(Protocol):
     def whole(self, x: Lane) -> Lane:
         """A float as an integer, rounded towards zero."""
 
-    def sqrt(self, x: Lane) -> Lane: ...
     def minimum(self, a: Lane, b: Lane) -> Lane: ...
     def maximum(self, a: Lane, b: Lane) -> Lane: ...
     def where(self, test: Lane, yes: Lane, no: Lane) -> Lane: ...
@@ -294,9 +293,6 @@ class _Torch:
 
     def whole(self, x: Tensor) -> Tensor:
         return x.to(torch.int32)
-
-    def sqrt(self, x: Tensor) -> Tensor:
-        return x.sqrt()
 
     def minimum(self, a: Any, b: Any) -> Tensor:
         return torch.clamp(a, max=b) if not isinstance(b, Tensor) else torch.minimum(a, b)

@@ -119,9 +119,6 @@ class _Cpp:
     def whole(self, x: _Lane) -> _Lane:
         return x.made(f"(int32_t){x.text}", "int32_t")
 
-    def sqrt(self, x: _Lane) -> _Lane:
-        return x.made(f"__builtin_sqrtf({x.text})", "float")
-
     def minimum(self, a: _Lane, b: Any) -> _Lane:
         return self.where(b < a if isinstance(b, _Lane) else a > b, b, a)
 

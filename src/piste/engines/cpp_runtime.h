@@ -9,6 +9,8 @@ const int64_t CHUNK = 16384;   // elements of a task
 const int64_t SHARE = 32768;   // elements for which a thread is worth waking
 const int64_t GROUP = 262144;  // elements that a thread takes at a time, or less where that leaves threads idle
 const int64_t BLOCK = 256;     // codes that share a word, or a multiple of them
+const int64_t RUN = 512;       // terms of a sum that are added before it goes on in double
+const int64_t ROWS = 32;       // rows, likewise
 const int64_t SLOTS = 32;      // tasks of a weight whose axes matter
 const int MAX_RANK = 8;
 
@@ -177,14 +179,37 @@ template <int K> struct Grid {
   }
 };
 
+// Sums over rows that lie side by side: a few rows in the precision of the numbers, and then in double.
+template <class Real> struct RowSum {
+  Real* row;
+  double* share;
+  int64_t at = -1, length = 0, held = 0;
+
+  RowSum(int64_t longest, double* share) : row((Real*)calloc(longest + 1, sizeof(Real))), share(share) {}
+  ~RowSum() { flush(), free(row); }
+
+  // the next row belongs to the elements from k on
+  void take(int64_t k, int64_t n) {
+    if (k != at || n != length || held == ROWS) flush(), at = k, length = n;
+    ++held;
+  }
+
+  void flush() {
+    for (int64_t i = 0; held > 0 && i < length; ++i) share[at + i] += row[i], row[i] = 0;
+    held = 0;
+  }
+};
+
 // Partial results that keep axes, of all weights: one buffer per weight and reduction where slots have elements of their
-// own, else one per slot.
-template <int K, int R> struct Shares {
+// own, else one per slot. Sums are doubles; peaks, which are numbers that were there, are of their type.
+template <class Real, int K, int R> struct Shares {
   int64_t* offset;  // of weight w and reduction r
   double* data;
+  const bool* peak;
 
   // reduction r keeps the axes of choice `axes_of[r]` and begins at `start[r]`
-  template <class MakeGrid> Shares(int64_t n, const int* axes_of, const double* start, MakeGrid grid_of) {
+  template <class MakeGrid>
+  Shares(int64_t n, const int* axes_of, const double* start, const bool* peak, MakeGrid grid_of) : peak(peak) {
     offset = (int64_t*)malloc((n * R + 1) * sizeof(int64_t));
     int64_t size = 0;
     for (int64_t w = 0; w < n; ++w) {
@@ -194,7 +219,11 @@ template <int K, int R> struct Shares {
     offset[n * R] = size;
     data = (double*)malloc((size + 1) * sizeof(double));
     for (int64_t x = 0; x < n * R; ++x)
-      for (int64_t i = offset[x]; i < offset[x + 1]; ++i) data[i] = start[x % R];
+      for (int64_t i = offset[x]; i < offset[x + 1]; ++i)
+        if (peak[x % R])
+          ((Real*)(data + i))[0] = ((Real*)(data + i))[sizeof(double) / sizeof(Real) - 1] = (Real)start[x % R];
+        else
+          data[i] = start[x % R];
   }
   ~Shares() { free(offset), free(data); }
 
@@ -204,14 +233,16 @@ template <int K, int R> struct Shares {
     return data + offset[w * R + r] + (grid.own(j) ? 0 : slot * grid.extent[j]);
   }
 
-  template <class Real, class Join> void finish(const Grid<K>& grid, int64_t w, int r, int j, Real* out, Join join) const {
+  template <class Join> void finish(const Grid<K>& grid, int64_t w, int r, int j, Real* out, Join join) const {
     const double* from = data + offset[w * R + r];
     for (int64_t i = 0; i < grid.extent[j]; ++i) {
-      double value = from[i];
-      for (int64_t c = 1; c < copies(grid, j); ++c) value = join(value, from[c * grid.extent[j] + i]);
+      double value = at(from, r, i);
+      for (int64_t c = 1; c < copies(grid, j); ++c) value = join(value, at(from + c * grid.extent[j], r, i));
       out[i] = (Real)value;
     }
   }
+
+  double at(const double* from, int r, int64_t i) const { return peak[r] ? (double)((const Real*)from)[i] : from[i]; }
 };
 
 struct Add { double operator()(double x, double y) const { return x + y; } };

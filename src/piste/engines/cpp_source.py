@@ -229,26 +229,48 @@ class _Writer:
             self.compute(sym)
         after = self.results()
         general = _ANY in pattern
-        pragma = [] if general else [f"  #pragma omp simd{self.clauses()}"]
+        loop = ["  for (int64_t i = 0; i < length; ++i) {", *(f"    {line}" for line in self.inside), "  }"]
+        if not general:
+            loop = self.vectorised(loop)
         return [
             f"static void {self.body_name(pattern)}(",
             "    const int64_t* T, int64_t n, int64_t w, int64_t at, int64_t length, const R* __restrict h,",
-            f"    const int64_t* k, const int64_t* s, double* part, double** share{self.tiles}) {{",
+            f"    const int64_t* k, const int64_t* s, double* part, double** share, R** rows{self.tiles}) {{",
             *(f"  {line}" for line in self.before),
-            *pragma,
-            "  for (int64_t i = 0; i < length; ++i) {",
-            *(f"    {line}" for line in self.inside),
-            "  }",
+            *loop,
             *(f"  {line}" for line in after),
             "}",
         ]
+
+    def vectorised(self, loop: list[str]) -> list[str]:
+        """The loop as vector code. Sums grow in the precision of the numbers for a few of them, then in double."""
+        sums = [_place(self.one.partials, r) for r in self.gathered() if r.op != "peak"]
+        pragma = f"  #pragma omp simd{self.clauses()}"
+        if not sums:
+            return [pragma, *loop]
+        return [
+            "  for (int64_t low = 0; low < length; low += RUN) {",
+            "    const int64_t high = low + RUN < length ? low + RUN : length;",
+            *(f"    R f{i} = 0;" for i in sums),
+            f"  {pragma}",
+            "    for (int64_t i = low; i < high; ++i) {",
+            *(f"  {line}" for line in loop[1:]),
+            *(f"    a{i} += f{i};" for i in sums),
+            "  }",
+        ]
+
+    def gathered(self) -> list[Sym]:
+        """Reductions that a loop leaves as one number."""
+        return [*self.single, *(r for r in self.spread if self.meets(r) == _OUT)]
 
     def body_name(self, pattern: tuple[int, ...]) -> str:
         return "_".join([f"{self.name}_body", *map(str, pattern)])
 
     def clauses(self) -> str:
-        gathered = [*self.single, *(r for r in self.spread if self.meets(r) == _OUT)]
-        return "".join(f" reduction({_CLAUSE[r.op]} : a{_place(self.one.partials, r)})" for r in gathered)
+        return "".join(
+            f" reduction({_CLAUSE[r.op]} : {'a' if r.op == 'peak' else 'f'}{_place(self.one.partials, r)})"
+            for r in self.gathered()
+        )
 
     def meets(self, sym: Sym) -> int:
         return self.pattern[self.axes.index(sym.kind.keep)]
@@ -316,31 +338,35 @@ class _Writer:
     def gather(self, i: int, reduction: Sym) -> list[str]:
         value = self.names[reduction.args[0]]
         number = _place(self.one.partials, reduction)
-        join = "a{0} = a{0} + {1};" if reduction.op != "peak" else "a{0} = maximum(a{0}, {1});"
-        wide = "R" if reduction.op == "peak" else "double"  # a sum grows beyond its terms, a peak is one of them
+        peak = reduction.op == "peak"
+        wide = "R" if peak else "double"  # a sum grows beyond its terms, a peak is one of them
+        general = _ANY in self.pattern
         local = f"{wide} a{number} = {_START[reduction.op]};"
         if reduction.kind == self.one.space:
             self.inside.append(f"c{i}[i] = R({value});")
             return []
-        if any(reduction is r for r in self.single):
+        if self.is_single(reduction):
             at = f"part[{_place(self.single, reduction)}]"
         else:
             place = _place(self.spread, reduction)
             axes = self.axes.index(reduction.kind.keep)
-            at = f"share[{place}][k[{axes}]]"
+            at = f"(({wide}*)share[{place}])[k[{axes}]]"
             if self.meets(reduction) != _OUT:
                 step = "i" if self.meets(reduction) == _IN else f"i * s[{axes}]"
-                self.before.append(f"double* __restrict b{number} = share[{place}] + k[{axes}];")
-                joined = (
-                    f"b{number}[{step}] + {value}"
-                    if reduction.op != "peak"
-                    else f"maximum(b{number}[{step}], double({value}))"
-                )
-                self.inside.append(f"b{number}[{step}] = {joined};")
+                if peak or general:
+                    self.before.append(f"{wide}* __restrict b{number} = ({wide}*)share[{place}] + k[{axes}];")
+                else:
+                    self.before.append(f"R* __restrict b{number} = rows[{place}];")
+                old = f"b{number}[{step}]"
+                self.inside.append(f"{old} = {f'maximum({old}, {value})' if peak else f'{old} + {value}'};")
                 return []
         self.before.append(local)
-        self.inside.append(join.format(number, f"{wide}({value})"))
-        return [f"{at} = {_JOIN[reduction.op]}({at}, double(a{number}));"]
+        name = f"a{number}" if peak or general else f"f{number}"
+        self.inside.append(f"{name} = {f'maximum({name}, {value})' if peak else f'{name} + {value}'};")
+        return [f"{at} = {_JOIN[reduction.op]}({at}, {'double' if self.is_single(reduction) else wide}(a{number}));"]
+
+    def is_single(self, reduction: Sym) -> bool:
+        return any(reduction is r for r in self.single)
 
     # the walk --------------------------------------------------------------------------------------------------------
     @property
@@ -361,7 +387,7 @@ class _Writer:
         if self.axes:
             keep = ", ".join(str(sum(1 << a for a in axes)) for axes in self.axes)
             lines.append(f"static const int {self.name}_keep[] = {{{keep}}};")
-        share_type = f"Shares<{len(self.axes)}, {spread}>" if spread else "void"
+        share_type = f"Shares<R, {len(self.axes)}, {spread}>" if spread else "void"
         lines += [
             f"struct {self.name}_visit {{",
             "  const int64_t* T; int64_t n; int axes; const double* hp; int64_t hyper; const Tasks* tasks;",
@@ -377,7 +403,7 @@ class _Writer:
         if self.axes:
             lines += self.walk(patterns)
         else:
-            run = f"{self.body_name(())}(T, n, w, at, length, h, nullptr, nullptr, part, nullptr{self.tile})"
+            run = f"{self.body_name(())}(T, n, w, at, length, h, nullptr, nullptr, part, nullptr, nullptr{self.tile})"
             lines += [
                 "    const int64_t low = (task - tasks->first[w]) * CHUNK;",
                 "    const int64_t high = low + CHUNK < T[w] ? low + CHUNK : T[w];",
@@ -434,12 +460,18 @@ class _Writer:
         for place, reduction in enumerate(self.spread):
             axes = self.axes.index(reduction.kind.keep)
             lines.append(f"    share[{place}] = shares->of(grid, w, {place}, {axes}, slot);")
-        arguments = f"(T, n, w, at, length, h, k, s, part, share{self.tile})"
+        arguments = f"(T, n, w, at, length, h, k, s, part, share, rows{self.tile})"
         calls = []
         for pattern in patterns[:-1]:
             test = " && ".join(f"s[{j}] == {step}" for j, step in enumerate(pattern))
             calls.append(f"  if ({test}) return {self.body_name(pattern)}{arguments};")
         calls.append(f"  {self.body_name(patterns[-1])}{arguments};")
+        sums = [(place, self.axes.index(r.kind.keep)) for place, r in enumerate(self.spread) if r.op != "peak"]
+        lines.append(f"    R* rows[{max(1, len(self.spread))}];")
+        for place, _ in sums:
+            lines.append(f"    RowSum<R> sum{place}(grid.size[grid.rank - 1], share[{place}]);")
+            lines.append(f"    rows[{place}] = sum{place}.row;")
+        calls = [*(f"  if (s[{axes}] == 1) sum{place}.take(k[{axes}], length);" for place, axes in sums), *calls]
         row = "[&](int64_t at, int64_t length, const int64_t* k) {"
         if not self.coded:
             return [*lines, f"    grid.walk(slot, {row}", *(f"    {line}" for line in calls), "    });"]
@@ -467,10 +499,12 @@ class _Writer:
             shares = "&shares"
             axes = ", ".join(str(self.axes.index(r.kind.keep)) for r in spread)
             starts = ", ".join(_START[r.op] for r in spread)
+            peaks = ", ".join("true" if r.op == "peak" else "false" for r in spread)
             lines += [
                 f"  const int axes_of[] = {{{axes}}};",
                 f"  const double begin[] = {{{starts}}};",
-                f"  const Shares<{len(self.axes)}, {len(spread)}> shares(n, axes_of, begin, "
+                f"  const bool peak[] = {{{peaks}}};",
+                f"  const Shares<R, {len(self.axes)}, {len(spread)}> shares(n, axes_of, begin, peak, "
                 f"[&](int64_t w) {{ return {self.grid}; }});",
             ]
         made = f"{self.name}_visit{{T, n, (int)axes, hp, hyper, &tasks, {parts}, {shares}}}"
