@@ -9,7 +9,6 @@ equal weights and batches, and draws ``docs/precision/weights.png``.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 from collections.abc import Callable
@@ -236,6 +235,12 @@ class Case:
     lr: float | None = None
     constant: bool = False
 
+    def title(self, *, alone: bool) -> str:
+        """What distinguishes it, where states are all alike or are not."""
+        if alone:
+            return f"bf16 weights, {self.weights}" if self.bfloat16 else "float32 weights"
+        return f"state {self.state}"
+
 
 def train(task: Any, case: Case, seed: int, steps: int) -> tuple[float, list[float], float]:
     """Validation loss at the end, the training losses, and the share of the weights whose state is in codes."""
@@ -312,7 +317,7 @@ def table(
     ends: list[list[float]] = []
     curves: dict[str, list[list[float]]] = {}
     for case in cases:
-        name = f"{'bf16 weights, ' if case.bfloat16 else ''}{case.weights if case.bfloat16 else 'state ' + case.state}"
+        name = case.title(alone=len({c.state for c in cases}) == 1)
         runs = [train(task, case, seed, steps) for seed in track(range(seeds), name, console=console, transient=True)]
         ends.append([end for end, _, _ in runs])
         curves[name] = [losses for _, losses, _ in runs]
@@ -343,7 +348,6 @@ def draw(curves: dict[str, list[list[float]]]) -> None:
     )
     PAGE.mkdir(parents=True, exist_ok=True)
     photograph(drawn, PAGE / "weights.png")
-    (PAGE / "weights.json").write_text(json.dumps({k: torch.tensor(v).mean(0).tolist() for k, v in curves.items()}))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -130,7 +130,7 @@ def show(console: Console, name: str, found: Sequence[Row], bandwidth: float, gi
     for heading in ("optimizer", "state", "bytes", "per number", "peak", "moved", "time"):
         table.add_column(heading, justify="left" if heading in ("optimizer", "state") else "right", no_wrap=True)
     if fit is not None:
-        table.add_column("fits")
+        table.add_column("fits", no_wrap=True)
     before = ""
     for row in found:
         label = row.optimizer if row.optimizer != before else ""
@@ -162,7 +162,7 @@ def _cells(row: Row, bandwidth: float, fit: float | None) -> list[str | Text]:
     cells += [size(cost.moved), duration(cost.moved / bandwidth)]
     if fit is not None:
         fits = cost.peak <= fit
-        cells.append(Text("yes", style="green") if fits else Text(f"no: {size(cost.peak - fit)} over", style="red"))
+        cells.append(Text("yes", style="green") if fits else Text(f"{size(cost.peak - fit)} over", style="red"))
     return cells
 
 
