@@ -144,13 +144,18 @@ def _moved(bucket: Bucket) -> int:
         for home in _homes(stage):
             total += _bytes(bucket.homes[home]) + _bytes(bucket.homes.get(beside(home), ()))
         values = [sym for sym, home in stage.loads.items() if home == "value"]
-        total += sum(_size(bucket, sym) for sym in (*values, *stage.kept, *stage.partials))
+        total += sum(_size(bucket, sym) for sym in (*values, *_left(stage)))
     return total
 
 
 def _extra(bucket: Bucket) -> int:
     """Bytes of what a plan keeps between its stages."""
-    return sum(_size(bucket, sym) for stage in bucket.plan.stages for sym in (*stage.kept, *stage.partials))
+    return sum(_size(bucket, sym) for stage in bucket.plan.stages for sym in _left(stage))
+
+
+def _left(stage: Stage) -> list[Sym]:
+    """What a stage leaves in buffers that were not there before."""
+    return [*(sym for sym in stage.kept if stage.loads.get(sym) != "value"), *stage.partials]
 
 
 def _size(bucket: Bucket, sym: Sym) -> int:
