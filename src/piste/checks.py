@@ -12,6 +12,8 @@ from torch import Tensor
 
 __all__ = ["check_choice", "check_hyperparameters", "near", "refuse_unknown"]
 
+_Check = Callable[[Any], bool]
+
 
 def near(name: str, known: Iterable[str]) -> str:
     """`` (did you mean ...?)`` if something known is spelt nearly so, else nothing."""
@@ -44,7 +46,7 @@ def _number(value: Any) -> float | None:
     return None
 
 
-def _within(low: float, high: float = math.inf, *, open_low: bool = False, open_high: bool = False) -> Any:
+def _within(low: float, high: float = math.inf, *, open_low: bool = False, open_high: bool = False) -> _Check:
     def legal(value: Any) -> bool:
         x = _number(value)
         return x is not None and (low < x if open_low else low <= x) and (x < high if open_high else x <= high)
@@ -61,54 +63,26 @@ def _flag(value: Any) -> bool:
     return isinstance(value, bool)
 
 
-def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _whole(low: int) -> _Check:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= low
 
 
-def _steps(value: Any) -> bool:
-    return value is None or _count(value)
+def _one_of(*values: str) -> _Check:
+    return lambda value: value in values
 
 
-def _done(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _clip(value: Any) -> bool:
-    return value is None or bool(_within(0, open_low=True)(value))
-
-
-def _denominator(value: Any) -> bool:
-    return value in ("update", "weights")
-
-
-def _factor(value: Any) -> bool:
-    return value in ("matrix", "last")
-
-
-def _state_format(value: Any) -> bool:
-    return value in ("fp32", "bf16", "8bit", "4bit")
-
-
-def _weight_format(value: Any) -> bool:
-    return value in ("plain", "stochastic", "kahan", "remainder")
-
-
-def _rate(value: Any) -> bool:
-    return value is None or bool(_within(0)(value))
-
-
-def _beta3(value: Any) -> bool:
-    return value is None or bool(_within(0, 1, open_high=True)(value))
+def _or_none(legal: _Check) -> _Check:
+    return lambda value: value is None or legal(value)
 
 
 def _growth(value: Any) -> bool:
-    return value == math.inf or bool(_within(1, open_low=True)(value))
+    return value == math.inf or _within(1, open_low=True)(value)
 
 
 _FLAG = (_flag, "True or False")
 
 #: hyper-parameter, or class.hyper-parameter where a class has its own range -> (is this value legal?, the range)
-_LEGAL: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+_LEGAL: Mapping[str, tuple[_Check, str]] = {
     "lr": (_within(0), "a finite number >= 0"),
     "betas": (_fractions, "two numbers, each in [0, 1)"),
     "eps": (_within(0), "a finite number >= 0"),
@@ -117,45 +91,45 @@ _LEGAL: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "dampening": (_within(-math.inf), "a finite number"),
     "alpha": (_within(0, 1), "a number in [0, 1]"),
     "AdEMAMix.alpha": (_within(0), "a finite number >= 0"),
-    "k": (_count, "a whole number >= 1"),
+    "k": (_whole(1), "a whole number >= 1"),
     "beta": (_within(0, 1), "a number in [0, 1]"),
     "SM3.momentum": (_within(0, 1, open_high=True), "a number in [0, 1)"),
-    "trust_denominator": (_denominator, "'update' or 'weights'"),
-    "state": (_state_format, "'fp32', 'bf16', '8bit' or '4bit'"),
-    "weights": (_weight_format, "'plain', 'stochastic', 'kahan' or 'remainder'"),
-    "seed": (_done, "a whole number >= 0"),
+    "trust_denominator": (_one_of("update", "weights"), "'update' or 'weights'"),
+    "state": (_one_of("fp32", "bf16", "8bit", "4bit"), "'fp32', 'bf16', '8bit' or '4bit'"),
+    "weights": (_one_of("plain", "stochastic", "kahan", "remainder"), "'plain', 'stochastic', 'kahan' or 'remainder'"),
+    "seed": (_whole(0), "a whole number >= 0"),
     "lr_scale": (_within(0), "a finite number >= 0"),
     "ModelEMA.decay": (_within(0, 1, open_high=True), "a number in [0, 1)"),
     "beta0": (_within(0), "a finite number >= 0"),
-    "clip_norm": (_clip, "None or a finite number > 0"),
+    "clip_norm": (_or_none(_within(0, open_low=True)), "None or a finite number > 0"),
     "clip_exponent": (_within(0), "a finite number >= 0"),
     "momentum_decay": (_within(0), "a finite number >= 0"),
-    "warmup_steps": (_steps, "None or a whole number >= 1"),
-    "max_weight_norm": (_clip, "None or a finite number > 0"),
+    "warmup_steps": (_or_none(_whole(1)), "None or a whole number >= 1"),
+    "max_weight_norm": (_or_none(_within(0, open_low=True)), "None or a finite number > 0"),
     "agc_clip": (_within(0, open_low=True), "a finite number > 0"),
     "agc_eps": (_within(0), "a finite number >= 0"),
     "base_lr": (_within(0), "a finite number >= 0"),
-    "batches_per_epoch": (_steps, "None or a whole number >= 1"),
+    "batches_per_epoch": (_or_none(_whole(1)), "None or a whole number >= 1"),
     "beta_softplus": (_within(0, open_low=True), "a finite number > 0"),
     "current_lr": (_within(0), "a finite number >= 0"),
-    "epochs": (_steps, "None or a whole number >= 1"),
+    "epochs": (_or_none(_whole(1)), "None or a whole number >= 1"),
     "norm_loss": (_within(0), "a finite number >= 0"),
-    "schedule_step": (_done, "a whole number >= 0"),
-    "total_steps": (_steps, "None or a whole number >= 1"),
-    "Adafactor.lr": (_rate, "None or a finite number >= 0"),
+    "schedule_step": (_whole(0), "a whole number >= 0"),
+    "total_steps": (_or_none(_whole(1)), "None or a whole number >= 1"),
+    "Adafactor.lr": (_or_none(_within(0)), "None or a finite number >= 0"),
     "Amos.momentum": (_within(0, 1, open_high=True), "a number in [0, 1)"),
     "Amos.beta": (_within(0, 1, open_high=True), "a number in [0, 1)"),
-    "beta1": (_beta3, "None or a number in [0, 1)"),
+    "beta1": (_or_none(_within(0, 1, open_high=True)), "None or a number in [0, 1)"),
     "c_coef": (_within(0), "a finite number >= 0"),
     "clip_threshold": (_within(0, open_low=True), "a finite number > 0"),
-    "clip_value": (_clip, "None or a finite number > 0"),
+    "clip_value": (_or_none(_within(0, open_low=True)), "None or a finite number > 0"),
     "d_coef": (_within(0), "a finite number >= 0"),
     "decay_rate": (_within(-math.inf, 0), "a finite number <= 0"),
     "eps_scale": (_within(0), "a finite number >= 0"),
-    "factor": (_factor, "'matrix' or 'last'"),
+    "factor": (_one_of("matrix", "last"), "'matrix' or 'last'"),
     "scale": (_within(0, open_low=True), "a finite number > 0"),
     "averaging": (_within(0, 1), "a number in [0, 1]"),
-    "beta3": (_beta3, "None or a number in [0, 1)"),
+    "beta3": (_or_none(_within(0, 1, open_high=True)), "None or a number in [0, 1)"),
     "d": (_within(0, open_low=True), "a finite number > 0"),
     "d0": (_within(0, open_low=True), "a finite number > 0"),
     "Prodigy.d_coef": (_within(0, open_low=True), "a finite number > 0"),

@@ -22,7 +22,7 @@ from piste.storage import STATE_FORMATS, Formats, State, check_formats, full_pre
 from piste.symbol import Row
 from piste.variants import Variants
 
-__all__ = ["EngineOptions", "LastStep", "Optimizer", "Options", "Params"]
+__all__ = ["EngineOptions", "LastStep", "Optimizer", "Options", "Params", "hyperparameters"]
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -113,6 +113,15 @@ _LEGAL_OPTIONS: Mapping[str, tuple[Any, ...]] = {
     "foreach": (None, False, True),
     "fused": (None, False, True),
 }
+
+
+def hyperparameters(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What a constructor hands on as defaults, of its ``locals()``: all but ``self``, ``params`` and ``options``.
+
+    To be called before the constructor has variables of its own. A method with ``super()`` in it counts ``__class__``
+    among its locals.
+    """
+    return {k: v for k, v in arguments.items() if k not in ("self", "params", "options", "__class__")}
 
 
 def _engine_name(options: Mapping[str, Any]) -> str:

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from piste.optimizer import EngineOptions, Optimizer, Params
-from piste.optimizers.ranger21_schedule import check_schedule, length, released, scheduled, start
+from piste.optimizer import EngineOptions, Optimizer, Params, hyperparameters
+from piste.optimizers.ranger21_released import as_released, check_faithful, released, released_start, struck_flag
+from piste.optimizers.ranger21_schedule import START, check_schedule, length, scheduled
 from piste.parts import decay
-from piste.parts.after import lookahead, lookahead_together
-from piste.parts.prepare import adaptive_clip, centralize, keep_second_moment, normalize
+from piste.parts.after import lookahead
+from piste.parts.prepare import adaptive_clip, keep_second_moment, normalize
 from piste.parts.standard import check_update, standard
 from piste.rules.dual import ranger21_dual
 from piste.rules.positive_negative import ranger21
@@ -158,16 +159,8 @@ class Ranger21(Optimizer):
         faithful: bool = False,
         **options: Unpack[EngineOptions],
     ) -> None:
-        run = length(total_steps, epochs, batches_per_epoch)
-        warm = {"use_warmup": use_warmup, "warmup_steps": warmup_steps, "warmup_fraction": warmup_fraction}
-        down = {"use_warmdown": use_warmdown, "warmdown_start": warmdown_start, "warmdown_min_lr": warmdown_min_lr}
-        clip = {"use_agc": use_agc, "agc_clip": agc_clip, "agc_eps": agc_eps, "normalize": normalize}
-        gc = {"use_gc": use_gc, "gc_conv_only": gc_conv_only, "pnm": pnm, "beta0": beta0, "amsgrad": amsgrad}
-        soft = {"softplus": softplus, "beta_softplus": beta_softplus, "lookahead": lookahead, "k": k, "alpha": alpha}
-        shrink = {"weight_decay": weight_decay, "stable_decay": stable_decay, "norm_loss": norm_loss}
-        core = {"use_cheb": use_cheb, "use_madgrad": use_madgrad, "momentum": momentum, "faithful": faithful}
-        hyper = {"lr": lr, "betas": betas, "eps": eps, **shrink, **run, **warm, **down, **clip, **gc, **soft, **core}
-        hyper |= start(faithful=faithful) | {"decoupled_weight_decay": True}
+        hyper = hyperparameters(locals()) | length(total_steps, epochs, batches_per_epoch) | START
+        hyper |= released_start(faithful=faithful) | {"decoupled_weight_decay": True}
         super().__init__(params, hyper, options)
 
     @classmethod
@@ -175,39 +168,41 @@ class Ranger21(Optimizer):
         check_schedule(group)
         if group["use_madgrad"]:
             check_update("Ranger21 with use_madgrad=True", group)
-        if group["faithful"]:
-            _check_faithful(group)
+        check_faithful(group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As for any optimizer; a group that joins late finds the schedule where the others are."""
-        if self.param_groups:
-            param_group = {"schedule_step": self.param_groups[0]["schedule_step"], **param_group}
-        super().add_param_group(param_group)
+        here = {"schedule_step": self.param_groups[0]["schedule_step"]} if self.param_groups else {}
+        super().add_param_group({**here, **param_group})
 
     def advance(self, group: Mapping[str, Any]) -> dict[str, Any]:
         return released(self, group) if group["faithful"] else scheduled(group)
 
     def flags_of(self, group: int, position: int) -> tuple[tuple[str, Any], ...]:
-        groups = self.param_groups
-        if not groups[group]["faithful"] or position != len(groups[group]["params"]) - 1:
-            return ()
-        return (("struck", "before" if group == len(groups) - 1 else "after"),)
+        return struck_flag(self.param_groups, group, position)
 
     @classmethod
     def pipeline(cls, group: Mapping[str, Any]) -> Pipeline:
-        stable = decay.stable_dual if group["use_madgrad"] else decay.stable
         whole = standard(
             group,
             ranger21_dual if group["use_madgrad"] else ranger21,
             clip=(adaptive_clip,) if group["use_agc"] else (),
             finish=((normalize,) if group["normalize"] else ()) + (keep_second_moment,),
-            decoupled=stable if group["stable_decay"] else decay.decoupled,
+            decoupled=_decay(group),
             after=(lookahead,) if group["lookahead"] else (),
         )
-        whole = (
-            _as_released(whole, group) if group["faithful"] else replace(whole, decay=(*whole.decay, decay.norm_loss))
-        )
-        return _scheduled(whole)
+        return _scheduled(as_released(whole, group) if group["faithful"] else _pulled(whole))
+
+
+def _decay(group: Mapping[str, Any]) -> Part:
+    if not group["stable_decay"]:
+        return decay.decoupled
+    return decay.stable_dual if group["use_madgrad"] else decay.stable
+
+
+def _pulled(whole: Pipeline) -> Pipeline:
+    """The same, with norm loss behind the decay."""
+    return replace(whole, decay=(*whole.decay, decay.norm_loss))
 
 
 def _scheduled(whole: Pipeline) -> Pipeline:
@@ -218,27 +213,3 @@ def _scheduled(whole: Pipeline) -> Pipeline:
 
     step = whole.apply if whole.direction.slot == "update" else at(plain)
     return replace(whole, direction=at(whole.direction), decay=tuple(map(at, whole.decay)), apply=step)
-
-
-def _as_released(whole: Pipeline, group: Mapping[str, Any]) -> Pipeline:
-    """Decay and norm loss strike one weight of a group; gradients are prepared twice; Lookahead has one count."""
-    (stable,) = whole.decay
-    struck = replace(stable, renamed={"lr": "other_pace", "weight_decay": "other_decay"})
-    pulled = replace(decay.norm_loss, renamed={"lr": "other_lr"})
-    spared = replace(stable, renamed={"weight_decay": "no_decay"})  # it counts in sigma
-    again = ((centralize,) if group["use_gc"] else ()) + ((normalize,) if group["normalize"] else ())
-    when = group.get("struck")
-    late = tuple(replace(part, slot="after") for part in (struck, pulled)) if when == "after" else ()
-    return replace(
-        whole,
-        prepare=whole.prepare if group["use_madgrad"] else (*whole.prepare, *again),
-        decay=(struck, pulled) if when == "before" else (spared,),
-        after=late + ((lookahead_together,) if group["lookahead"] else ()),
-    )
-
-
-def _check_faithful(group: Mapping[str, Any]) -> None:
-    """Refuse what the released code cannot do: where it crashes there is nothing to be faithful to."""
-    for name, legal in (("use_cheb", False), ("pnm", True), ("stable_decay", True), ("decoupled_weight_decay", True)):
-        if group[name] is not legal and not (name == "pnm" and group["use_madgrad"]):
-            raise ValueError(f"Ranger21 got faithful=True with {name}={group[name]!r}; legal: {legal}")

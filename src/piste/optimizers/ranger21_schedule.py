@@ -1,19 +1,18 @@
-"""The numbers that Ranger21 carries from step to step: its schedule, and what the released code makes of it."""
+"""The numbers that Ranger21 carries from step to step: its schedule."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from torch import Tensor
-from torch.optim import Optimizer
-
-__all__ = ["check_schedule", "length", "released", "scheduled", "start"]
+__all__ = ["START", "check_schedule", "length", "refuse_another", "runs", "scheduled", "warmdown", "warmup"]
 
 Group = Mapping[str, Any]
 
+#: the numbers before the first step
+START: dict[str, float] = {"schedule_step": 0, "current_lr": 0.0, "base_lr": 0.0}
 _FASTEST, _SLOWEST = 1.0, 0.1  # of Chebyshev's steps: between one and ten times the learning rate
 
 
@@ -38,28 +37,22 @@ def check_schedule(group: Group) -> None:
         raise ValueError(f"Ranger21 got use_cheb=True with epochs={epochs!r}; legal: epochs >= 3, batches_per_epoch")
 
 
-def start(*, faithful: bool) -> dict[str, float]:
-    """The numbers before the first step."""
-    numbers = {"schedule_step": 0, "current_lr": 0.0, "base_lr": 0.0}
-    more = ("clock", "furthest", "other_lr", "other_pace", "other_decay", "no_decay")
-    return numbers | (dict.fromkeys(more, 0.0) if faithful else {})
-
-
 def scheduled(group: Group) -> dict[str, float]:
     """The numbers of the step to come."""
     step, lr = group["schedule_step"] + 1, float(group["lr"])
     numbers = {"schedule_step": step, "current_lr": lr, "base_lr": lr}
-    if _runs(group):
-        _refuse_another(group, lr)
+    if runs(group):
+        refuse_another(group, lr)
         numbers["current_lr"] = _lr(group, lr, step)
     return numbers
 
 
-def _runs(group: Group) -> bool:
+def runs(group: Group) -> bool:
+    """Is there an inner schedule?"""
     return group["total_steps"] is not None and any(group[k] for k in ("use_warmup", "use_warmdown", "use_cheb"))
 
 
-def _refuse_another(group: Group, lr: float) -> None:
+def refuse_another(group: Group, lr: float) -> None:
     """Two schedules multiply to neither; one that only cycles momentum does no harm."""
     base = float(group["base_lr"] or group.get("initial_lr", lr))
     if lr != base:
@@ -72,19 +65,19 @@ def _refuse_another(group: Group, lr: float) -> None:
 
 def _lr(group: Group, lr: float, step: int) -> float:
     """Up a straight line, level or along Chebyshev's steps, and down a straight line."""
-    up = _warmup(group, group["betas"][1])
+    up = warmup(group, group["betas"][1])
     now = lr * step / up if group["use_warmup"] and step < up else lr
     if group["use_cheb"] and not (group["use_warmup"] and step <= up):
         # the released code crashes here; the first two epochs take the first step
         epoch = (step - 1) // group["batches_per_epoch"]
         steps = _chebyshev(group["epochs"] - 2)
         now *= steps[min(max(epoch - 1, 0), len(steps) - 1)]
-    down = _warmdown(group, lr, min(group["warmdown_min_lr"], lr), step) if group["use_warmdown"] else None
+    down = warmdown(group, lr, min(group["warmdown_min_lr"], lr), step) if group["use_warmdown"] else None
     # the smaller one where both ends meet: the released code jumps up to the way down, whatever was warmed up
     return now if down is None else min(now, down)
 
 
-def _warmup(group: Group, beta2: float) -> int:
+def warmup(group: Group, beta2: float) -> int:
     """Ma & Yarats 2019: 2 / (1 - beta2) steps; of runs too short for that, a fixed part."""
     if group["warmup_steps"] is not None:
         return int(group["warmup_steps"])
@@ -92,7 +85,7 @@ def _warmup(group: Group, beta2: float) -> int:
     return int(group["warmup_fraction"] * group["total_steps"]) if steps / group["total_steps"] > 0.45 else steps
 
 
-def _warmdown(group: Group, lr: float, end: float, step: int) -> float | None:
+def warmdown(group: Group, lr: float, end: float, step: int) -> float | None:
     """The straight line from ``lr`` that reaches ``end`` with the last step; None before it begins."""
     first = int(group["warmdown_start"] * group["epochs"] * group["batches_per_epoch"])
     if step < first:
@@ -112,60 +105,3 @@ def _chebyshev(count: int) -> tuple[float, ...]:
     while len(order) < count:
         order = [i for first in order for i in (first, 2 * len(order) - 1 - first)]
     return tuple(1 / (middle - radius * math.cos((i + 0.5) / count * math.pi)) for i in order if i < count)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# As released: one clock and one decay for all weights, each taken from the wrong one
-
-
-def released(optimizer: Optimizer, group: Group) -> dict[str, float]:
-    """The numbers of the step to come as ranger21 0.1.0 has them."""
-    groups = optimizer.param_groups
-    index = next(i for i, each in enumerate(groups) if each is group)
-    clocks = _clocks(optimizer)
-    lrs = [_released_lr(optimizer, i, clocks) for i in range(len(groups))]
-    # the last weight of a group is decayed in the name of the next group, that of the last group of the first
-    other = (index + 1) % len(groups)
-    last = group["params"][-1]
-    pace = math.sqrt(clocks[other] / _count(optimizer, last)) if group["use_madgrad"] else 1.0
-    return {
-        "schedule_step": group["schedule_step"] + 1,
-        "current_lr": lrs[index],
-        "base_lr": float(group["lr"]),
-        "clock": clocks[index],
-        "furthest": max(*clocks, group["furthest"]),
-        "other_lr": lrs[other],
-        "other_pace": lrs[other] * pace,
-        "other_decay": float(groups[other]["weight_decay"]),
-    }
-
-
-def _count(optimizer: Optimizer, weight: Tensor) -> int:
-    """The number of this weight's step to come."""
-    return int(optimizer.state.get(weight, {}).get("step", 0)) + 1
-
-
-def _clocks(optimizer: Optimizer) -> list[int]:
-    """Each group's step number: that of the last weight which was looked at before, if it has a gradient."""
-    counts = [[_count(optimizer, p) for p in group["params"] if p.grad is not None] for group in optimizer.param_groups]
-    seen = [c for count in counts for c in count]
-    clocks = [seen[-1] if seen else 1]
-    for count in counts[:-1]:
-        clocks.append(count[-1] if count else clocks[-1])
-    return clocks
-
-
-def _released_lr(optimizer: Optimizer, index: int, clocks: Sequence[int]) -> float:
-    """Warm-up ends for all groups when it has ended for one; the way down is the constructor's, for all groups."""
-    group, defaults = optimizer.param_groups[index], optimizer.defaults
-    lr, clock = float(group["lr"]), clocks[index]
-    if not _runs(group):
-        return lr
-    _refuse_another(group, lr)
-    up = _warmup(group, defaults["betas"][1])
-    if group["use_warmup"] and max(*clocks[: index + 1], group["furthest"]) <= up:
-        lr = lr * min(1.0, clock / up)
-    if not group["use_warmdown"]:
-        return lr
-    down = _warmdown(group, float(defaults["lr"]), group["warmdown_min_lr"], clock)
-    return lr if down is None else down

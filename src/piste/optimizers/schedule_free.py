@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from piste.optimizer import Optimizer, Options, Params
 from piste.parts.standard import check_update, standard
@@ -26,18 +26,14 @@ class ScheduleFree(Optimizer):
     """What schedule-free optimizers share: the average, and the switch between training and evaluation."""
 
     @classmethod
-    @abstractmethod
     def between(cls, group: Mapping[str, Any]) -> float:
         """Where gradients are taken: 0 at the last step, 1 at the average."""
+        return float(group["momentum"] if "momentum" in group else group["betas"][0])
 
     @classmethod
     def check_group(cls, group: Mapping[str, Any]) -> None:
         check_update(cls.__name__, group)
-        if not cls.between(group) > 0:
-            name = "momentum" if "momentum" in group else "betas"
-            raise ValueError(
-                f"{cls.__name__} got {name}={group[name]!r}; legal: above 0, for the average is found by it"
-            )
+        _check_between(cls.__name__, group, cls.between(group))
 
     def pace(self, group: Mapping[str, Any], step: int) -> float:
         """The learning rate of this step of the group: a straight line up to ``lr``."""
@@ -46,13 +42,7 @@ class ScheduleFree(Optimizer):
 
     def advance(self, group: Mapping[str, Any]) -> dict[str, Any]:
         step = group["schedule_step"] + 1
-        lr = self.pace(group, step)
-        lr_max = max(lr, group["lr_max"])
-        weight = step ** group["r"] * lr_max ** group["weight_lr_power"]
-        weight_sum = group["weight_sum"] + weight
-        share = weight / weight_sum if weight_sum else 0.0
-        numbers = {"schedule_step": step, "weight_sum": weight_sum, "lr_max": lr_max}
-        return numbers | {"current_lr": lr, "averaging": share}
+        return _averaging(group, step, self.pace(group, step))
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take one step; see :meth:`piste.Optimizer.step`.
@@ -75,18 +65,37 @@ class ScheduleFree(Optimizer):
         """Put back the weights at which gradients are taken: before training goes on. They come back to rounding."""
         self._move(training=True)
 
-    @torch.no_grad()
     def _move(self, *, training: bool) -> None:
         for group in self.param_groups:
-            if group["train_mode"] is training:
-                continue
-            way = self.between(group)
-            share = 1 - way if training else 1 - 1 / way
-            for p in group["params"]:
-                z = self.state.get(p, {}).get("z")
-                if z is not None:
-                    p.copy_(torch.lerp(p.to(z.dtype), z, share))
-            group["train_mode"] = training
+            if group["train_mode"] is not training:
+                way = self.between(group)
+                _mix(group["params"], self.state, 1 - way if training else 1 - 1 / way)
+                group["train_mode"] = training
+
+
+def _check_between(name: str, group: Mapping[str, Any], between: float) -> None:
+    if not between > 0:
+        hyper = "momentum" if "momentum" in group else "betas"
+        raise ValueError(f"{name} got {hyper}={group[hyper]!r}; legal: above 0, for the average is found by it")
+
+
+def _averaging(group: Mapping[str, Any], step: int, lr: float) -> dict[str, Any]:
+    """The numbers of a step at this learning rate: above all its share in the average."""
+    lr_max = max(lr, group["lr_max"])
+    weight = step ** group["r"] * lr_max ** group["weight_lr_power"]
+    weight_sum = group["weight_sum"] + weight
+    share = weight / weight_sum if weight_sum else 0.0
+    numbers = {"schedule_step": step, "weight_sum": weight_sum, "lr_max": lr_max}
+    return numbers | {"current_lr": lr, "averaging": share}
+
+
+@torch.no_grad()
+def _mix(weights: Iterable[Tensor], states: Mapping[Tensor, Mapping[str, Any]], share: float) -> None:
+    """Move weights by this share of the way to their z; those without a step so far have none, and stay."""
+    for p in weights:
+        z = states.get(p, {}).get("z")
+        if z is not None:
+            p.copy_(torch.lerp(p.to(z.dtype), z, share))
 
 
 class ScheduleFreeSGD(ScheduleFree):
@@ -147,10 +156,6 @@ class ScheduleFreeSGD(ScheduleFree):
     ) -> None:
         hyper = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "warmup_steps": warmup_steps}
         super().__init__(params, hyper | {"r": r, "weight_lr_power": weight_lr_power} | _START, options)
-
-    @classmethod
-    def between(cls, group: Mapping[str, Any]) -> float:
-        return float(group["momentum"])
 
     @classmethod
     def pipeline(cls, group: Mapping[str, Any]) -> Pipeline:
@@ -217,10 +222,6 @@ class ScheduleFreeAdamW(ScheduleFree):
         super().__init__(params, hyper | _START, options)
 
     @classmethod
-    def between(cls, group: Mapping[str, Any]) -> float:
-        return float(group["betas"][0])
-
-    @classmethod
     def pipeline(cls, group: Mapping[str, Any]) -> Pipeline:
         return standard(group, schedule_free.adam, decoupled=None)
 
@@ -280,10 +281,6 @@ class ScheduleFreeRAdam(ScheduleFree):
         hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         hyper |= {"silent_sgd_phase": silent_sgd_phase, "r": r, "weight_lr_power": weight_lr_power}
         super().__init__(params, hyper | {"decoupled_weight_decay": True} | _START, options)
-
-    @classmethod
-    def between(cls, group: Mapping[str, Any]) -> float:
-        return float(group["betas"][0])
 
     def pace(self, group: Mapping[str, Any], step: int) -> float:
         early = 0.0 if group["silent_sgd_phase"] else 1.0
