@@ -88,6 +88,7 @@ EVALUATE: dict[str, Callable[..., Any]] = {
     "rsqrt": torch.rsqrt,
     "exp": torch.exp,
     "log": torch.log,
+    "softplus": torch.nn.functional.softplus,
     "cbrt": lambda x: torch.sign(x) * torch.abs(x) ** (1 / 3),
     "minimum": _extreme(torch.minimum, "max"),
     "maximum": _extreme(torch.maximum, "min"),
@@ -210,8 +211,7 @@ def where(condition: Value, x: Value, y: Value) -> Value:
 def softplus(x: Value, beta: Value) -> Value:
     """``log(1 + exp(beta * x)) / beta``, a smooth ``max(x, 0)``; x itself where ``beta * x > 20``, as in torch."""
     scaled = beta * x
-    smooth = maximum(scaled, 0.0) + log(1 + exp(-absolute(scaled)))
-    return where(scaled > 20, x, smooth / beta)
+    return where(scaled > 20, x, _apply("softplus", scaled) * (1 / beta))
 
 
 def lerp(start: Value, end: Value, weight: Value) -> Value:

@@ -46,6 +46,7 @@ _ELEMENT = {
     "exp": "exp({})",
     "log": "log({})",
     "cbrt": "cbrt({})",
+    "softplus": "softplus({})",
     "minimum": "minimum<R>({}, {})",
     "maximum": "maximum<R>({}, {})",
     "lt": "({} < {})",
