@@ -28,9 +28,16 @@ PROMISES = promises()
 inductor = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
 
 
+def _marks(subject: Subject, engine: str) -> list[Any]:
+    """Centralization turned round is the same part everywhere: on the slowest engine it can wait for the slow tests."""
+    return [pytest.mark.slow] if subject.variant and engine == "reference" else []
+
+
 def cells(compiled: bool = False) -> list[Any]:
     return [
-        pytest.param(promise, subject, engine, id=f"{promise.name}-{subject.id}-{engine}")
+        pytest.param(
+            promise, subject, engine, id=f"{promise.name}-{subject.id}-{engine}", marks=_marks(subject, engine)
+        )
         for promise in PROMISES
         for subject in SUBJECTS
         if promise.applies(subject)
