@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from piste.ops import Value, clamp, debias, exp, lerp, log, maximum, mean, minimum, rho, sqrt, square
+from piste.rules.denominator import denominator
 from piste.slots import Hyper, States, direction
 from piste.storage import State, accumulator, moment, product, second_moment
 
@@ -33,7 +34,7 @@ def adam(g: Value, st: States, hp: Hyper, t: Value) -> Value:
     new = {"m": m, "v": v}
     if hp.amsgrad:
         v = new["vmax"] = maximum(st.vmax, v)
-    return debias(m, hp.beta1, t) / (sqrt(debias(v, hp.beta2, t)) + hp.eps), new
+    return debias(m, hp.beta1, t) / denominator(v, hp.beta2, t, hp.eps), new
 
 
 @direction(m=moment, v=second_moment)
@@ -66,7 +67,7 @@ def adabelief(g: Value, st: States, hp: Hyper, t: Value) -> Value:
         return (m if hp.degenerated_to_sgd else 0.0), new
     if hp.amsgrad:
         s = new["smax"] = maximum(st.smax, s)
-    return debias(m, hp.beta1, t) / (sqrt(debias(s, hp.beta2, t)) + hp.eps), new
+    return debias(m, hp.beta1, t) / denominator(s, hp.beta2, t, hp.eps), new
 
 
 @direction(m=moment, s=second_moment)
@@ -86,7 +87,7 @@ def lamb(g: Value, st: States, hp: Hyper, t: Value) -> Value:
     m = lerp(st.m, g, 1 - hp.beta1)
     v = lerp(st.v, square(g), 1 - hp.beta2)
     if hp.bias_correction:
-        return debias(m, hp.beta1, t) / (sqrt(debias(v, hp.beta2, t)) + hp.eps), {"m": m, "v": v}
+        return debias(m, hp.beta1, t) / denominator(v, hp.beta2, t, hp.eps), {"m": m, "v": v}
     return m / (sqrt(v) + hp.eps), {"m": m, "v": v}
 
 
@@ -101,14 +102,14 @@ def adan(g: Value, st: States, hp: Hyper, t: Value) -> Value:
     d = lerp(st.d, change, 1 - hp.beta2)
     n = lerp(st.n, square(g + hp.beta2 * change), 1 - hp.beta3)
     ahead = debias(m, hp.beta1, t) + hp.beta2 * debias(d, hp.beta2, t)
-    return ahead / (sqrt(debias(n, hp.beta3, t)) + hp.eps), {"m": m, "d": d, "n": n, "previous": g}
+    return ahead / denominator(n, hp.beta3, t, hp.eps), {"m": m, "d": d, "n": n, "previous": g}
 
 
 @direction(m=moment, v=second_moment)
 def laprop(g: Value, st: States, hp: Hyper, t: Value) -> Value:
     """Ziyin et al. 2020, algorithm 1: momentum of normalised gradients, where Adam normalises the momentum."""
     v = lerp(st.v, square(g), 1 - hp.beta2)
-    m = lerp(st.m, g / (sqrt(debias(v, hp.beta2, t)) + hp.eps), 1 - hp.beta1)
+    m = lerp(st.m, g / denominator(v, hp.beta2, t, hp.eps), 1 - hp.beta1)
     return debias(m, hp.beta1, t), {"m": m, "v": v}
 
 
@@ -133,7 +134,7 @@ def nadam(g: Value, st: States, hp: Hyper, t: Value) -> Value:
     v = lerp(st.v, square(g), 1 - hp.beta2)
     gathered = st.product * now
     ahead = g * ((1 - now) / (1 - gathered)) + m * (then / (1 - gathered * then))
-    return ahead / (sqrt(debias(v, hp.beta2, t)) + hp.eps), {"m": m, "v": v, "product": gathered}
+    return ahead / denominator(v, hp.beta2, t, hp.eps), {"m": m, "v": v, "product": gathered}
 
 
 @direction(m=moment, v=second_moment)
@@ -165,7 +166,7 @@ def ademamix(g: Value, st: States, hp: Hyper, t: Value) -> Value:
     far = lerp(st.slow, g, 1 - beta3)
     v = lerp(st.v, square(g), 1 - hp.beta2)
     mixed = debias(m, hp.beta1, t) + alpha * far
-    return mixed / (sqrt(debias(v, hp.beta2, t)) + hp.eps), {"m": m, "slow": far, "v": v}
+    return mixed / denominator(v, hp.beta2, t, hp.eps), {"m": m, "slow": far, "v": v}
 
 
 def _mean_square(g: Value, st: States, hp: Hyper) -> tuple[Value, dict[str, Value]]:

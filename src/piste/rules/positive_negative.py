@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from piste.ops import Value, debias, lerp, maximum, softplus, sqrt, square
+from piste.rules.denominator import denominator
 from piste.slots import Hyper, States, direction
 from piste.storage import accumulator, moment, second_moment
 
@@ -37,7 +38,7 @@ def adapnm(g: Value, st: States, hp: Hyper, t: Value) -> Value:
     v = new["v"] = lerp(st.v, square(g), 1 - hp.beta2)
     if hp.amsgrad:
         v = new["vmax"] = maximum(st.vmax, v)
-    return debias(m, hp.beta1, t) / (sqrt(debias(v, hp.beta2, t)) + hp.eps), new
+    return debias(m, hp.beta1, t) / denominator(v, hp.beta2, t, hp.eps), new
 
 
 @direction(odd=moment, even=moment, vmax=accumulator)
@@ -58,5 +59,5 @@ def ranger21(g: Value, st: States, new: States, hp: Hyper, t: Value) -> Value:
     v = new.v
     if hp.amsgrad and not hp.faithful:
         v = kept["vmax"] = maximum(st.vmax, v)
-    size = sqrt(debias(v, hp.beta2, count)) + hp.eps
+    size = denominator(v, hp.beta2, count, hp.eps)
     return debias(m, hp.beta1, count) / (softplus(size, hp.beta_softplus) if hp.softplus else size), kept

@@ -6,7 +6,8 @@ hold y; x is recovered from y and z when it is wanted, and not kept.
 
 from __future__ import annotations
 
-from piste.ops import Value, debias, lerp, rectifier, rho, sqrt, square
+from piste.ops import Value, lerp, rectifier, rho, square
+from piste.rules.denominator import denominator
 from piste.slots import Hyper, States, update
 from piste.storage import anchor, second_moment
 
@@ -29,7 +30,7 @@ def sgd(g: Value, p: Value, st: States, hp: Hyper) -> Value:
 
 def _adam(g: Value, st: States, hp: Hyper, t: Value) -> tuple[Value, Value]:
     v = lerp(st.v, square(g), 1 - hp.beta2)
-    return g / (sqrt(debias(v, hp.beta2, t)) + hp.eps), v
+    return g / denominator(v, hp.beta2, t, hp.eps), v
 
 
 @update(z=anchor, v=second_moment)
