@@ -31,8 +31,8 @@ INTRODUCTION = """\
 # Conformance
 
 Every optimizer of piste keeps the promises below. Each is a test of `tests/conformance/`, run for every optimizer of
-the registry, with and without gradient centralization, and for the wrapper `Lookahead` round AdamW. A new optimizer
-joins the table by joining the registry.
+the registry, with and without gradient centralization, and for the wrappers `Lookahead` round AdamW and `Graft` of Adam
+and SGD. A new optimizer joins the table by joining the registry.
 
 **R** kept on the reference engine · **F** on foreach · **N** on cpp (native code) · **C** on compile, where it is tried
 (each shape costs seconds) · **✓** kept, and the engine plays no part · **✗** broken · — does not apply (see below the
@@ -90,7 +90,7 @@ def page(results: Results) -> str:
     lines = [INTRODUCTION, _row(["promise", *columns]), _row(["---", *[":-:"] * len(columns)])]
     lines += [_row([p.title, *(_mark(results, p, c) for c in columns)]) for p in promises()]
     lines += [_row([distributed.TITLE, *(_ddp_mark(results, c) for c in columns)]), "", NOT_YET]
-    lines += ["Why a promise does not apply to the wrapper:", ""]
+    lines += ["Why a promise does not apply to the wrappers:", ""]
     lines += [f"* {p.title}: {p.not_for_wrappers}." for p in promises() if p.not_for_wrappers]
     reasons = [(p.title, name, why) for p in promises() for name, why in p.not_for.items()]
     lines += ["", "And to an optimizer:", "", *(f"* {title}, {name}: {why}." for title, name, why in reasons)]

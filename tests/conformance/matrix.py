@@ -29,7 +29,7 @@ class Promise:
     check: Check
     engines: tuple[str, ...] = ENGINES
     compiled: bool = False  # also under `compile`, in the slow tests
-    not_for_wrappers: str = ""  # why Lookahead has no such cell
+    not_for_wrappers: str = ""  # why wrappers have no such cell
     not_for: Mapping[str, str] = field(default_factory=dict)  # optimizers without one, and why
     gc: bool = True  # also with gradient centralization the other way round
 

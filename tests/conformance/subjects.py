@@ -1,4 +1,4 @@
-"""The rows of the matrix: one record per optimizer of the registry, and one for the Lookahead wrapper."""
+"""The rows of the matrix: one record per optimizer of the registry, and one for each wrapper."""
 
 from __future__ import annotations
 
@@ -51,6 +51,8 @@ REDUCING = {
 APART: dict[str, dict[str, Any]] = {"Ranger21": {"weight_decay": 0.0}}
 WRAPPED = "Lookahead(AdamW)"
 LOOKAHEAD = {"k": 6, "alpha": 0.5}
+GRAFTED = "Graft(Adam, SGD)"
+DIRECTION = {"lr": 0.5, "momentum": 0.9}
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Subject:
     @property
     def reduces(self) -> bool:
         """Does a step combine elements of a weight?"""
-        return self.centralizes or self.name in REDUCING
+        return self.centralizes or self.name in REDUCING or self.name == GRAFTED
 
     @property
     def apart(self) -> Subject:
@@ -83,22 +85,45 @@ class Subject:
 
     @property
     def formula(self) -> Formula:
-        return FORMULAS[self.cls.__name__]
+        return _grafted if self.name == GRAFTED else FORMULAS[self.cls.__name__]
 
     def make(self, params: Any, engine: str = "auto", **overrides: Any) -> torch.optim.Optimizer:
-        optimizer = self.cls(params, engine=engine, **(self.settings | overrides))  # type: ignore[call-arg]
+        settings = self.settings | overrides
+        if self.name == GRAFTED:
+            return _graft(params, engine, settings)
+        optimizer = self.cls(params, engine=engine, **settings)  # type: ignore[call-arg]
         return piste.Lookahead(optimizer, **LOOKAHEAD) if self.wrapped else optimizer
 
     def expect(self, weights: Sequence[np.ndarray], each: Sequence[dict[str, Any]] | None = None) -> FormulaRun:
         """The formula over the same weights; `each` overrides settings weight by weight."""
         each = each or [{}] * len(weights)
-        return FormulaRun(
-            self.formula, weights, [self.settings | own for own in each], LOOKAHEAD if self.wrapped else None
-        )
+        lookahead = LOOKAHEAD if self.name == WRAPPED else None
+        return FormulaRun(self.formula, weights, [self.settings | own for own in each], lookahead)
 
 
 def _subject(name: str, cls: type[torch.optim.Optimizer]) -> Subject:
     return Subject(name, cls, {"lr": 0.05} | FULL_STATE.get(name, {}))
+
+
+def _graft(params: Any, engine: str, settings: dict[str, Any]) -> piste.Graft:
+    """Adam's length, the direction of SGD, whose learning rate is its own; decay outside; options are for both."""
+    decay, settings = settings.get("weight_decay", 0.0), settings | {"weight_decay": 0.0}
+    both = [dict(entry) if isinstance(entry, dict) else entry for entry in params]
+    theirs = [{**entry, "lr": DIRECTION["lr"]} if isinstance(entry, dict) else entry for entry in both]
+    magnitude = piste.Adam(both, engine=engine, **settings)
+    return piste.Graft(magnitude, piste.SGD(theirs, engine=engine, **(settings | DIRECTION)), weight_decay=decay)
+
+
+def _grafted(p: np.ndarray, g: np.ndarray, state: dict[str, Any], **settings: Any) -> np.ndarray:
+    """Agarwal et al. 2020, layer-wise."""
+    decay = settings.pop("weight_decay", 0.0)
+    mine, theirs = state.setdefault("magnitude", {}), state.setdefault("direction", {})
+    length = FORMULAS["Adam"](p.copy(), g, mine, **settings) - p
+    options = {k: v for k, v in settings.items() if k != "betas"}  # schedulers cycle Adam's
+    direction = FORMULAS["SGD"](p.copy(), g, theirs, **(options | DIRECTION)) - p
+    norm = np.sqrt((direction**2).sum())
+    p = p * (1 - settings["lr"] * decay)
+    return p + np.sqrt((length**2).sum()) / norm * direction if norm > 0 else p
 
 
 def _centralization_turned(subject: Subject) -> Subject:
@@ -109,10 +134,11 @@ def _centralization_turned(subject: Subject) -> Subject:
 
 
 def subjects() -> list[Subject]:
-    """Every optimizer class, with and without gradient centralization, and Lookahead round one of them."""
+    """Every optimizer class, with and without gradient centralization, and the wrappers round some of them."""
     plain = [_subject(info.name, info.optimizer) for info in OPTIMIZERS]
     wrapped = replace(_subject("AdamW", piste.AdamW), name=WRAPPED, wrapped=True)
-    return [*plain, *map(_centralization_turned, plain), wrapped]
+    grafted = Subject(GRAFTED, piste.Adam, {"lr": 0.05}, wrapped=True)
+    return [*plain, *map(_centralization_turned, plain), wrapped, grafted]
 
 
 # --- running ------------------------------------------------------------------------------------------------------
