@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engines": LANGUAGE | {"codecs", "storage"},
     "roster": {"symbol", "variants", "plan", "bucket", "codecs", "storage"},
     "execution": LANGUAGE | {"engines", "roster", "storage"},
-    "checks": set(),
+    "checks": {"storage"},
     "checkpoint": {"checks", "codecs", "storage"},
     "optimizer": {"execution", "roster", "checks", "checkpoint", "slots", "storage", "symbol", "variants"},
     "batchnorm": set(),

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from piste.storage import STATE_FORMATS, WEIGHT_FORMATS
+
 __all__ = ["check_choice", "check_hyperparameters", "near", "refuse_unknown"]
 
 _Check = Callable[[Any], bool]
@@ -95,8 +97,8 @@ _LEGAL: Mapping[str, tuple[_Check, str]] = {
     "beta": (_within(0, 1), "a number in [0, 1]"),
     "SM3.momentum": (_within(0, 1, open_high=True), "a number in [0, 1)"),
     "trust_denominator": (_one_of("update", "weights"), "'update' or 'weights'"),
-    "state": (_one_of("fp32", "bf16", "8bit", "4bit"), "'fp32', 'bf16', '8bit' or '4bit'"),
-    "weights": (_one_of("plain", "stochastic", "kahan", "remainder"), "'plain', 'stochastic', 'kahan' or 'remainder'"),
+    "state": (_one_of(*STATE_FORMATS), ", ".join(map(repr, STATE_FORMATS))),
+    "weights": (_one_of(*WEIGHT_FORMATS), ", ".join(map(repr, WEIGHT_FORMATS))),
     "seed": (_whole(0), "a whole number >= 0"),
     "lr_scale": (_within(0), "a finite number >= 0"),
     "ModelEMA.decay": (_within(0, 1, open_high=True), "a number in [0, 1)"),

@@ -188,19 +188,19 @@ def model_scales(model: nn.Module, groups: Iterable[dict[str, Any]]) -> list[dic
     behind = _behind_rectifier(model)
     found: dict[tuple[int, float, bool], dict[str, Any]] = {}
     for index, group in enumerate(groups):
-        names = group.get("param_names", [None] * len(group["params"]))
-        for tensor, name in zip(group["params"], names, strict=True):
+        names = group.get("param_names")
+        for position, tensor in enumerate(group["params"]):
             owner = owners.get(id(tensor))
             scale = group.get("scale", _scale(tensor, owner, owner in behind))
             turned = group.get("transposed", tensor.ndim > 1 and isinstance(owner, _TRANSPOSED))
             settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
             settings |= {"scale": scale, "transposed": turned}
-            new = found.setdefault((index, scale, turned), {"params": [], "param_names": [], **settings})
+            named: dict[str, Any] = {} if names is None else {"param_names": []}
+            new = found.setdefault((index, scale, turned), {"params": [], **named, **settings})
             new["params"].append(tensor)
-            new["param_names"].append(name)
-            if name is None:
-                new["param_names"].pop()
-    return [{k: v for k, v in group.items() if k != "param_names" or v} for group in found.values()]
+            if names is not None:
+                new["param_names"].append(names[position])
+    return list(found.values())
 
 
 def _scale(tensor: Tensor, owner: nn.Module | None, rectified: bool) -> float:

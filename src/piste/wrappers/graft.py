@@ -13,7 +13,7 @@ from piste.checks import check_hyperparameters
 from piste.optimizer import Optimizer
 from piste.parts.grafting import Kit, graft, kit
 from piste.slots import Part
-from piste.storage import State, allocate, compute_dtype
+from piste.storage import State, allocate, companion, compute_dtype
 from piste.wrappers.base import Wrapper
 
 __all__ = ["Graft"]
@@ -136,6 +136,9 @@ class Graft(Wrapper):
         policies = {c._options["nonfinite"] for c in (magnitude, direction) if isinstance(c, Optimizer)}
         if len(policies) > 1:
             raise ValueError("Graft got magnitude and direction with different nonfinite=; legal: the same for both")
+        formats = {tuple(g.get("weights", "plain") for g in c.param_groups) for c in (magnitude, direction)}
+        if len(formats) > 1:
+            raise ValueError("Graft got magnitude and direction with different weights=; legal: the same for both")
         for role, child in (("magnitude", magnitude), ("direction", direction)):
             for index, group in enumerate(child.param_groups):
                 if group.get("weight_decay", 0) != 0:
@@ -227,6 +230,9 @@ class Graft(Wrapper):
         for p in active:
             own = self._own(p)
             child.state[p].update({inside: own[key] for inside, key in left.items()})
+            rest = self.magnitude.state[p].get(companion("p"))
+            if rest is not None and child is not self.magnitude:  # a weight stands for one thing to both
+                child.state[p][companion("p")] = rest
         child.instead = part.named(_INSIDE)
         try:
             return self.inner_step(None, child)[1]
