@@ -206,6 +206,9 @@ def full_precision(weight: Tensor, state: Mapping[str, Any], form: str) -> Tenso
 def check_formats(owner: str, group: Mapping[str, Any], params: Sequence[Tensor], states: Mapping[str, State]) -> None:
     """Refuse formats that make no sense for the weights or the rule of a group."""
     state, weights = group["state"], group["weights"]
+    for option, value, whole in (("state", state, "fp32"), ("weights", weights, "plain")):
+        if value != whole and any(hasattr(p, "device_mesh") for p in params):
+            raise ValueError(f"{owner} got {option}={value!r} for sharded weights (DTensor); legal: {whole!r}, as yet")
     dtypes = list(dict.fromkeys(p.dtype for p in params))
     if state != "fp32" and torch.float64 in dtypes:
         raise ValueError(f"{owner} got state={state!r} for weights of torch.float64; legal: 'fp32'")
