@@ -29,7 +29,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["race", "--help"], ["list", "-h"], ["show", "-h"], ["report", "-h"]]
+    "arguments", [["--help"], ["race", "--help"], ["list", "-h"], ["show", "-h"], ["report", "-h"], ["memory", "-h"]]
 )
 def test_help_is_there(arguments: list[str]) -> None:
     result = run(*arguments)
@@ -41,7 +41,7 @@ def test_list_shows_what_create_takes() -> None:
     result = run("list", "sgd*")
     rows = [line.split() for line in result.output.splitlines() if line.startswith("sgd")]
     assert [row[0] for row in rows] == piste.list_optimizers("sgd*")
-    assert [row[2:5] for row in rows] == [["0", "B", "1"], ["4", "B", "1"], ["4", "B", "1"]]
+    assert [row[2:7] for row in rows] == [["0"] * 4 + ["1"], *[["4", "2", "1.02", "0.516", "1"]] * 2]
     for line in ("SGD with momentum: the one to beat", "Source: the cheat-sheet's optimizer_config_mapping"):
         assert line in result.output
     missing = run("list", "zzz")
@@ -54,7 +54,7 @@ def test_show_tells_all_of_one_preset() -> None:
     assert result.exit_code == 0, result.output
     for words in (
         "piste.optimizers.sgd.SGD",
-        "4 bytes per float32 weight",
+        "fp32 4, bf16 2, 8bit 1.02, 4bit 0.516 bytes per float32 weight",
         "decoupled, not of norms and biases",
         "Sutskever et al. 2013",
         r"\mu b_{t-1}",
