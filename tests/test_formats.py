@@ -366,6 +366,22 @@ def test_wrappers_see_what_weights_stand_for(k: int) -> None:
     assert torch.equal(ema._values()["0"], expected._values()["0"])
 
 
+def test_evaluation_of_schedule_free_weights_loses_nothing() -> None:
+    """To the average and back, over and over: bfloat16 weights with remainder do what float32 ones do."""
+    p, q = weight(dtype=torch.bfloat16), nn.Parameter(weight(dtype=torch.bfloat16).detach().float())
+    ours, full = piste.ScheduleFreeAdamW([p], lr=0.01, weights="remainder"), piste.ScheduleFreeAdamW([q], lr=0.01)
+    for t in range(6):
+        p.grad = (torch.ones(SHAPE) * (t - 3)).bfloat16()
+        q.grad = p.grad.float()
+        for optimizer, x in ((ours, p), (full, q)):
+            optimizer.step()
+            optimizer.eval()
+            average = optimizer.full_precision(x)
+            optimizer.train()
+        assert torch.equal(ours.full_precision(p), q)
+    assert average.isfinite().all()
+
+
 # --- refusals -----------------------------------------------------------------------------------------------------
 
 

@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("optimizer", "execution", "roster", "checks", "checkpoint", "slots", "variants", "parts"),
         *("codecs", "storage"),
     },
-    "optimizers": {"optimizer", "rules", "parts", "slots", "checks", "groups"},
+    "optimizers": {"optimizer", "rules", "parts", "slots", "storage", "checks", "groups"},
     "schedules": {"checks"},
     "groups": {"checks"},
     "presets": {"checks", "optimizer", "optimizers", "schedules", "groups"},

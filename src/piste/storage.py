@@ -44,6 +44,7 @@ __all__ = [
     "moment",
     "number",
     "product",
+    "put_full_precision",
     "second_moment",
     "shape_of",
     "squared_norm",
@@ -201,6 +202,15 @@ def full_precision(weight: Tensor, state: Mapping[str, Any], form: str) -> Tenso
     if codec is None or (codec.rest is not None and companion("p") not in state):
         return weight.to(compute_dtype(weight.dtype), copy=True) if not weight.is_complex() else weight.clone()
     return decode(codec, weight, state.get(companion("p")), tuple(weight.shape))
+
+
+def put_full_precision(weight: Tensor, value: Tensor, state: Mapping[str, Any], form: str) -> None:
+    """Make a weight with this state stand for ``value``, rounded to the nearest where it has no more bits."""
+    codec = weight_codec(weight, form)
+    if codec is None or (codec.rest is not None and companion("p") not in state):
+        weight.copy_(value)
+    else:
+        encode(codec, value, weight, state.get(companion("p")), step=None)
 
 
 def check_formats(owner: str, group: Mapping[str, Any], params: Sequence[Tensor], states: Mapping[str, State]) -> None:

@@ -12,6 +12,7 @@ from piste.optimizer import Optimizer, Options, Params
 from piste.parts.standard import check_update, standard
 from piste.rules import schedule_free
 from piste.slots import Pipeline
+from piste.storage import full_precision, put_full_precision
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -69,7 +70,7 @@ class ScheduleFree(Optimizer):
         for group in self.param_groups:
             if group["train_mode"] is not training:
                 way = self.between(group)
-                _mix(group["params"], self.state, 1 - way if training else 1 - 1 / way)
+                _mix(group["params"], self.state, 1 - way if training else 1 - 1 / way, group["weights"])
                 group["train_mode"] = training
 
 
@@ -90,12 +91,13 @@ def _averaging(group: Mapping[str, Any], step: int, lr: float) -> dict[str, Any]
 
 
 @torch.no_grad()
-def _mix(weights: Iterable[Tensor], states: Mapping[Tensor, Mapping[str, Any]], share: float) -> None:
+def _mix(weights: Iterable[Tensor], states: Mapping[Tensor, Mapping[str, Any]], share: float, form: str) -> None:
     """Move weights by this share of the way to their z; those without a step so far have none, and stay."""
     for p in weights:
-        z = states.get(p, {}).get("z")
+        state = states.get(p, {})
+        z = state.get("z")
         if z is not None:
-            p.copy_(torch.lerp(p.to(z.dtype), z, share))
+            put_full_precision(p, torch.lerp(full_precision(p, state, form).to(z.dtype), z, share), state, form)
 
 
 class ScheduleFreeSGD(ScheduleFree):
