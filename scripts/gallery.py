@@ -7,7 +7,6 @@ through Playwright.
 from __future__ import annotations
 
 import argparse
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from rich.progress import track
 
 import piste
 from benchmarks.picture import photograph
-from piste.registry import OPTIMIZERS, optimizer_info
+from piste.registry import OPTIMIZERS
 
 PAGE = Path(__file__).parent.parent / "docs" / "gallery"
 COLUMNS = 6
@@ -66,8 +65,7 @@ HILLS = (
 def walk(name: str, lr: float, hill: Hill) -> np.ndarray:
     """The points that one run visits, the start among them; it ends early where it leaves all bounds."""
     weight = torch.nn.Parameter(torch.tensor(hill.start, dtype=torch.float64))
-    brings_schedule = "total_steps" in inspect.signature(optimizer_info(name).optimizer).parameters
-    own = {"total_steps": hill.steps} if brings_schedule else {}
+    own = {"total_steps": hill.steps} if "total_steps" in piste.presets[name.lower()].arguments else {}
     optimizer = piste.create(name, [weight], lr=lr, weight_decay=0.0, engine="reference", **own)
     points = [weight.detach().numpy().copy()]
     for _ in range(hill.steps):

@@ -71,14 +71,12 @@ def by_table(levels: list[float]) -> Map:
     return store
 
 
-def dynamic(*, signed: bool, zero: bool, bits: int = 8) -> list[float]:
+def dynamic(*, signed: bool, zero: bool) -> list[float]:
     """The dynamic tree map of Dettmers et al.: a decade for each leading zero, and even steps within it."""
-    exponents = bits - 1
     levels = [1.0] + ([0.0] if zero else [])
-    for i in range(exponents):
-        count = 2 ** (i + bits - 8 + (0 if signed else 1)) + 1 if bits == 8 else 2**i + 1
-        edges = torch.linspace(0.1, 1, count)
-        means = ((edges[1:] + edges[:-1]) / 2 * 10.0 ** (i - exponents + 1)).tolist()
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2 ** (i + (0 if signed else 1)) + 1)
+        means = ((edges[1:] + edges[:-1]) / 2 * 10.0 ** (i - 6)).tolist()
         levels += means + ([-m for m in means] if signed else [])
     return levels
 

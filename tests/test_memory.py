@@ -14,7 +14,7 @@ from torch import nn
 
 import piste
 from piste.race.command import command
-from piste.race.footprint import bytes_of, duration, size
+from piste.race.footprint import bytes_of
 
 NO_MOMENTS = ("madgrad", "mirrormadgrad", "schedulefreesgd")
 
@@ -172,10 +172,3 @@ def test_sizes_are_read(text: str, count: float) -> None:
 def test_other_sizes_are_not(text: str) -> None:
     with pytest.raises(ValueError, match="legal: a number above 0 with its unit"):
         bytes_of(text)
-
-
-def test_sizes_and_times_are_written() -> None:
-    assert [size(x) for x in (0, 999, 2048, 1.5 * 2**30, 3000 * 2**40)] == [
-        *("0 B", "999 B", "2 KiB", "1.5 GiB", "3e+03 TiB")
-    ]
-    assert [duration(x) for x in (2.0, 0.0312, 5e-7)] == ["2 s", "31.2 ms", "0.5 µs"]

@@ -18,6 +18,11 @@ from piste.symbol import HOST, HostFunction, Row, Sym, compile_host
 __all__ = ["Bucket", "Engine", "Seats", "beside", "host_inputs"]
 
 
+def beside(home: str) -> str:
+    """The home of the second tensor of a codec: scales of a state, or what a weight's own format leaves out."""
+    return f"state.{companion(home.removeprefix('state.'))}"
+
+
 class Seats(NamedTuple):
     """What a bucket has step after step.
 
@@ -46,6 +51,11 @@ class Seats(NamedTuple):
     codecs: dict[str, Codec]
     phases: list[int]
     kept: dict[Any, Any]
+
+    @property
+    def encoded(self) -> set[str]:
+        """The homes that hold codes, or what belongs to codes."""
+        return {*self.codecs, *map(beside, self.codecs)}
 
 
 @dataclass(eq=False)
@@ -121,11 +131,6 @@ class Bucket:
         """One host number of one weight."""
         values = self.columns[column]
         return values[weight] if isinstance(values, list) else values
-
-
-def beside(home: str) -> str:
-    """The home of the second tensor of a codec: scales of a state, or what a weight's own format leaves out."""
-    return f"state.{companion(home.removeprefix('state.'))}"
 
 
 class Engine(Protocol):

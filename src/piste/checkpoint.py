@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from piste.checks import near
-from piste.codecs import Codec, decode, encode, fresh
-from piste.storage import State, codec_for, companion, shape_of, weight_codec
+from piste.codecs import Codec, fresh
+from piste.storage import State, codec_for, companion, in_codes, out_of_codes, shape_of, weight_codec
 
 __all__ = ["after_loading", "before_loading", "check_tensor", "for_torch", "matched", "weights_by_id"]
 
@@ -148,12 +148,8 @@ class _Reader(NamedTuple):
         if before == after:
             return kept
         if before is not None:
-            numbers = decode(before, kept[key], kept.get(companion(key)), tuple(self.weight.shape))
-        if after is None:
-            return {key: numbers}
-        codes, rest = fresh(after, self.weight)
-        encode(after, numbers, codes, rest, step=None)
-        return {key: codes} if rest is None else {key: codes, companion(key): rest}
+            numbers = out_of_codes(key, before, kept, self.weight)
+        return {key: numbers} if after is None else in_codes(key, after, self.weight, numbers)
 
     def codes(self, key: str, saved: Mapping[str, Any], codec: Codec) -> dict[str, Tensor]:
         """Codes and scales as they are."""
@@ -222,10 +218,9 @@ def for_torch(
                 for other, own in names.items():
                     if own in entries:
                         codec = codec_for(states[own], weight, group["state"])
-                        numbers = entries[own]
-                        if codec is not None:
-                            numbers = decode(codec, numbers, entries.get(companion(own)), tuple(weight.shape))
-                        found[other] = numbers.clone()
+                        found[other] = (
+                            entries[own].clone() if codec is None else out_of_codes(own, codec, entries, weight)
+                        )
                 state[number] = found
     kept = ("params", "param_names", "initial_lr", *theirs)
     settings = [{**theirs, **{k: v for k, v in saved.items() if k in kept}} for saved in packed["param_groups"]]

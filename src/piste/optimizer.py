@@ -478,9 +478,10 @@ class Optimizer(torch.optim.Optimizer):
         known = self._hyper_defaults
         groups = [_split({**g, **new} if new else g, known) for g, new in zip(self.param_groups, advanced, strict=True)]
         weights = [p for group in self.param_groups for p in group["params"]]
-        formats = [Formats(g["state"], g["weights"], g["seed"]) for g in self.param_groups]
-        setting = scaled, self.measure_updates, self._instead, [statics for statics, _ in groups], formats
+        seeds = [group["seed"] for group in self.param_groups]
+        setting = scaled, self.measure_updates, self._instead, [statics for statics, _ in groups], seeds
         if not self._current(weights, setting):
+            formats = [Formats(g["state"], g["weights"], g["seed"]) for g in self.param_groups]
             members = [
                 self._member(p, i, n, statics, formats[i], scaled=scaled)
                 for i, (group, (statics, _)) in enumerate(zip(self.param_groups, groups, strict=True))

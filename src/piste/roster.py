@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from piste.bucket import Bucket, Seats, beside
-from piste.codecs import Codec, fresh
+from piste.codecs import Codec
 from piste.plan import Plan, build
-from piste.storage import PLAIN, Formats, State, codec_for, companion, compute_dtype, stored, weight_codec
+from piste.storage import PLAIN, Formats, State, codec_for, companion, compute_dtype, keep_rest, stored, weight_codec
 from piste.symbol import Row
 from piste.variants import Graph, Variants
 
@@ -174,9 +174,7 @@ class Roster:
                     m.state.update(stored(name, m.states[name], real(m.p), m.formats))
         for i in () if self.plain else members:
             m = self.members[i]
-            codec = weight_codec(m.p, m.formats.weights)
-            if codec is not None and codec.rest is not None and companion("p") not in m.state:
-                m.state[companion("p")] = fresh(codec, m.p)[1]
+            keep_rest(m.p, m.formats.weights, m.state)
 
     def _phase(self, i: int) -> int:
         """Where the thresholds of a weight begin: 16 bits that its place and its group's seed decide."""

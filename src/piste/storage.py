@@ -40,9 +40,12 @@ __all__ = [
     "companion",
     "compute_dtype",
     "full_precision",
+    "in_codes",
+    "keep_rest",
     "kept_over",
     "moment",
     "number",
+    "out_of_codes",
     "product",
     "put_full_precision",
     "second_moment",
@@ -190,24 +193,48 @@ def stored(name: str, state: State, weight: Tensor, formats: Formats) -> dict[st
     codec = codec_for(state, weight, formats.state)
     if codec is None:
         return {name: allocate(state, weight)}
+    begins_elsewhere = state.start != "zeros" and not weight.is_meta
+    return in_codes(name, codec, weight, allocate(state, weight) if begins_elsewhere else None)
+
+
+def in_codes(name: str, codec: Codec, weight: Tensor, numbers: Tensor | None = None) -> dict[str, Tensor]:
+    """A state of this weight under a codec, as it is kept: these numbers, rounded to the nearest, or zeros."""
     codes, rest = fresh(codec, weight)
-    if state.start != "zeros" and not codes.is_meta:
-        encode(codec, allocate(state, weight), codes, rest, step=None)
+    if numbers is not None:
+        encode(codec, numbers, codes, rest, step=None)
     return {name: codes} if rest is None else {name: codes, companion(name): rest}
+
+
+def out_of_codes(name: str, codec: Codec, entries: Mapping[str, Any], weight: Tensor) -> Tensor:
+    """The numbers of a state of this weight that is kept under a codec."""
+    return decode(codec, entries[name], entries.get(companion(name)), tuple(weight.shape))
+
+
+def keep_rest(weight: Tensor, form: str, state: dict[str, Any]) -> None:
+    """See to it that what a weight leaves out under this format is there."""
+    codec = weight_codec(weight, form)
+    if codec is not None and codec.rest is not None and companion("p") not in state:
+        state[companion("p")] = fresh(codec, weight)[1]
+
+
+def _usable_codec(weight: Tensor, state: Mapping[str, Any], form: str) -> Codec | None:
+    """The codec of a weight, unless what belongs to it is not there yet."""
+    codec = weight_codec(weight, form)
+    return None if codec is None or (codec.rest is not None and companion("p") not in state) else codec
 
 
 def full_precision(weight: Tensor, state: Mapping[str, Any], form: str) -> Tensor:
     """What a weight with this state stands for; a new tensor."""
-    codec = weight_codec(weight, form)
-    if codec is None or (codec.rest is not None and companion("p") not in state):
+    codec = _usable_codec(weight, state, form)
+    if codec is None:
         return weight.to(compute_dtype(weight.dtype), copy=True) if not weight.is_complex() else weight.clone()
-    return decode(codec, weight, state.get(companion("p")), tuple(weight.shape))
+    return out_of_codes("p", codec, {**state, "p": weight}, weight)
 
 
 def put_full_precision(weight: Tensor, value: Tensor, state: Mapping[str, Any], form: str) -> None:
     """Make a weight with this state stand for ``value``, rounded to the nearest where it has no more bits."""
-    codec = weight_codec(weight, form)
-    if codec is None or (codec.rest is not None and companion("p") not in state):
+    codec = _usable_codec(weight, state, form)
+    if codec is None:
         weight.copy_(value)
     else:
         encode(codec, value, weight, state.get(companion("p")), step=None)

@@ -27,7 +27,7 @@ from torch import Tensor
 from piste.bucket import Bucket, beside
 from piste.codecs import Codec
 from piste.engines import cpp_build, reference
-from piste.engines.cpp_source import TYPES, beside_columns, coded, hyper_names, write
+from piste.engines.cpp_source import TYPES, all_columns, hyper_names, write
 from piste.engines.foreach import Foreach
 from piste.engines.kernel import Column, Pass, is_native, passes
 from piste.plan import Plan, Stage
@@ -50,6 +50,7 @@ class _Step(NamedTuple):
 
     work: Pass
     kernel: Kernel | None
+    columns: list[Column]
 
 
 class _Lowered:
@@ -69,7 +70,7 @@ class _Lowered:
         library = cpp_build.library(self.source, "an optimizer's step") if native else None
         self.stages = [
             [
-                _Step(one, _kernel(library, f"stage{i}_pass{j}") if is_native(one) else None)
+                _Step(one, _kernel(library, f"stage{i}_pass{j}") if is_native(one) else None, all_columns(one, codecs))
                 for j, one in enumerate(all_)
             ]
             for i, all_ in enumerate(stages)
@@ -171,7 +172,7 @@ class _Table:
     def __init__(self, bucket: Bucket, lowered: _Lowered) -> None:
         # codes are the library's own, and lie in the order of rows: then weights have to, as well
         self.by_rows = bool(bucket.seats.codecs)
-        self.states = {*bucket.seats.codecs, *map(beside, bucket.seats.codecs)} - {"p"}
+        self.states = bucket.seats.encoded - {"p"}
         homes = {home: tensors for home, tensors in bucket.homes.items() if home not in self.states}
         self.lowered = lowered
         self.kinds = lowered.kinds
@@ -276,8 +277,7 @@ class Cpp:
             bucket.set_columns(reference.inputs(bucket.plan)[1])
 
     def _table(self, bucket: Bucket) -> _Table | None:
-        codecs = bucket.seats.codecs
-        encoded = {*codecs, *map(beside, codecs)}
+        codecs, encoded = bucket.seats.codecs, bucket.seats.encoded
         homes = {home: tensors[0].dtype for home, tensors in bucket.homes.items() if home not in encoded}
         elsewhere = bucket.device.type != "cpu" or 0 in bucket.seats.addresses  # a DTensor has no address
         if self.broken or elsewhere or not TYPES.keys() >= set(homes.values()):
@@ -296,18 +296,18 @@ class Cpp:
         if table is None:
             self.instead.run(bucket, stage)
             return
-        for work, kernel in table.lowered.stages[stage]:
+        for work, kernel, arguments in table.lowered.stages[stage]:
             if kernel is None:
                 keeps = list(work.kept)
                 reference.walk(bucket, Stage(work.loads, work.compute, work.writes, work.partials, keeps))
             else:
-                _launch(bucket, table, work, kernel)
+                _launch(bucket, table, work.space, arguments, kernel)
             _copy_back(bucket, work)
 
 
-def _launch(bucket: Bucket, table: _Table, work: Pass, kernel: Kernel) -> None:
-    columns = [*table.space(work.space, bucket.homes["p"]), *bucket.seats.groups, *bucket.steps]
-    for column in (*work.columns, *beside_columns(coded(work, bucket.seats.codecs))):
+def _launch(bucket: Bucket, table: _Table, space: Kind, arguments: Sequence[Column], kernel: Kernel) -> None:
+    columns = [*table.space(space, bucket.homes["p"]), *bucket.seats.groups, *bucket.steps]
+    for column in arguments:
         columns += _column(bucket, column)
     columns += table.geometry
     # a group that is not in this bucket may have a flag where this plan has a number

@@ -66,11 +66,12 @@ static INLINE double log(double x) { return __builtin_log(x); }
 static INLINE double cbrt(double x) { return __builtin_cbrt(x); }
 static INLINE double softplus(double x) { return __builtin_log1p(__builtin_exp(-__builtin_fabs(x))) + (x > 0 ? x : 0); }
 
-// exp(x) = 2^n exp(r) with |r| <= ln(2)/2; eight terms of the series leave 5e-9. ln(2) stands in two parts, of which
+// exp(y) = fraction * 2^exponent, for -104 <= y <= 89.
+struct Exponential { float fraction; int32_t exponent; };
+
+// exp(y) = 2^n exp(r) with |r| <= ln(2)/2; eight terms of the series leave 5e-9. ln(2) stands in two parts, of which
 // the first has so few bits that its product with n is exact; what r loses to rounding comes back with the small terms.
-static INLINE float exp(float x) {
-  float y = x < 89.0f ? x : 89.0f;
-  y = y > -104.0f ? y : -104.0f;
+static INLINE Exponential exponential(float y) {
   // where floats are whole numbers, the addition rounds, and n stands in the last bits
   const float shifted = y * 0x1.715476p+0f + 0x1.8p23f, n = shifted - 0x1.8p23f;
   const float high = y - n * 0x1.63p-1f, low = n * -0x1.bd0106p-13f;
@@ -81,10 +82,18 @@ static INLINE float exp(float x) {
   q = q * r + 1.0f / 24;
   q = q * r + 1.0f / 6;
   q = q * r + 0.5f;
-  const float e = 1.0f + (r + (lost + r * r * q));
-  // in two factors, because 2^n itself may lie outside of the normal numbers
-  const int32_t k = bits_as<int32_t>(shifted) - 0x4b400000, half = k >> 1;
-  const float scaled = e * bits_as<float>((half + 127) << 23) * bits_as<float>((k - half + 127) << 23);
+  return {1.0f + (r + (lost + r * r * q)), bits_as<int32_t>(shifted) - 0x4b400000};
+}
+
+// 2^k, for -126 <= k <= 127
+static INLINE float power_of_two(int32_t k) { return bits_as<float>((k + 127) << 23); }
+
+static INLINE float exp(float x) {
+  const float y = x < 89.0f ? x : 89.0f;
+  const Exponential e = exponential(y > -104.0f ? y : -104.0f);
+  // in two factors, because the power itself may lie outside of the normal numbers
+  const int32_t half = e.exponent >> 1;
+  const float scaled = e.fraction * power_of_two(half) * power_of_two(e.exponent - half);
   return x != x ? x : scaled;
 }
 
@@ -124,18 +133,9 @@ static INLINE float cbrt(float x) {
 // log(1 + exp(x)) = max(x, 0) + log(1 + t), t = exp(-|x|) as above, and log(1 + t) = 2 artanh(s), s = t / (2 + t), without
 // a logarithm's search for its range: seven terms of the series leave 2e-9. Below -87 the result stays near 1e-38.
 static INLINE float softplus(float x) {
-  const float size = __builtin_fabsf(x), y = size < 87.0f ? -size : -87.0f;
-  const float shifted = y * 0x1.715476p+0f + 0x1.8p23f, n = shifted - 0x1.8p23f;
-  const float high = y - n * 0x1.63p-1f, low = n * -0x1.bd0106p-13f;
-  const float r = high - low, lost = (high - r) - low;
-  float q = 1.0f / 5040;
-  q = q * r + 1.0f / 720;
-  q = q * r + 1.0f / 120;
-  q = q * r + 1.0f / 24;
-  q = q * r + 1.0f / 6;
-  q = q * r + 0.5f;
-  const float e = 1.0f + (r + (lost + r * r * q));
-  const float t = e * bits_as<float>((bits_as<int32_t>(shifted) - 0x4b400000 + 127) << 23);
+  const float size = __builtin_fabsf(x);
+  const Exponential e = exponential(size < 87.0f ? -size : -87.0f);
+  const float t = e.fraction * power_of_two(e.exponent);
   const float s = t / (2.0f + t), z = s * s, twice = s + s;
   float a = 1.0f / 13;
   a = a * z + 1.0f / 11;

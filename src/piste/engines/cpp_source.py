@@ -24,7 +24,7 @@ from piste.engines.kernel import Column, Pass, host_roots, is_small
 from piste.plan import Plan
 from piste.symbol import ALL, FULL, HOST, Sym, topological
 
-__all__ = ["FIXED_COLUMNS", "TYPES", "beside_columns", "coded", "hyper_names", "write"]
+__all__ = ["FIXED_COLUMNS", "TYPES", "all_columns", "hyper_names", "write"]
 
 #: columns of the table before the addresses: elements, group, step number
 FIXED_COLUMNS = 3
@@ -170,10 +170,11 @@ def coded(one: Pass, codecs: Mapping[str, Codec]) -> dict[str, Codec]:
     return {home: codec for home, codec in codecs.items() if home in used}
 
 
-def beside_columns(coded: Mapping[str, Codec]) -> list[Column]:
-    """What a pass over codes takes besides: second tensors, and last where the thresholds of rounding begin."""
-    second = [Column("rest", home) for home, codec in coded.items() if codec.rest is not None]
-    return [*second, Column("phase", "")] if coded else []
+def all_columns(one: Pass, codecs: Mapping[str, Codec]) -> list[Column]:
+    """The arguments of a pass; over codes, second tensors too, and last where the thresholds of rounding begin."""
+    codes = coded(one, codecs)
+    second = [Column("rest", home) for home, codec in codes.items() if codec.rest is not None]
+    return [*one.columns, *second, *([Column("phase", "")] if codes else [])]
 
 
 def _place(symbols: Sequence[Sym], sought: Sym) -> int:
@@ -198,7 +199,7 @@ class _Writer:
         self.coded = coded(one, codecs)
         self.numbers = {sym: i for i, sym in enumerate(numbers)}
         self.axes = one.axes
-        self.columns = [*one.columns, *beside_columns(self.coded)]
+        self.columns = all_columns(one, codecs)
         self.widest = FIXED_COLUMNS + len(self.columns)
         self.single = [r for r in one.partials if is_small(r.kind) and r.kind != one.space]
         self.spread = [r for r in one.partials if r.kind.keep and r.kind != one.space]

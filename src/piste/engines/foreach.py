@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from piste.bucket import Bucket, beside
+from piste.bucket import Bucket
 from piste.engines.edges import at_edges
 from piste.engines.foreach_source import HELPERS, Columns, Tensors, Writer
 from piste.plan import Plan, Stage
@@ -66,7 +66,7 @@ def _divisible(stage: Stage) -> bool:
 
 
 def _lower(bucket: Bucket) -> _Lowered:
-    encoded = {*bucket.seats.codecs, *map(beside, bucket.seats.codecs)}
+    encoded = bucket.seats.encoded
     stored = {home: tensors for home, tensors in bucket.homes.items() if home not in encoded}
     cast = frozenset(home for home, tensors in stored.items() if tensors[0].dtype != bucket.dtype)
     return _lowered(bucket.plan, cast)

@@ -93,7 +93,7 @@ def make_optimizer(
 
 def _own_schedule(contender: Contender, total_steps: int) -> dict[str, int]:
     """Optimizers that bring a schedule of their own follow it where no other one is asked for."""
-    arguments = inspect.signature(piste.presets[contender.optimizer].optimizer).parameters
+    arguments = piste.presets[contender.optimizer].arguments
     return {"total_steps": total_steps} if contender.schedule == "constant" and "total_steps" in arguments else {}
 
 

@@ -20,7 +20,7 @@ from torch import nn
 
 import piste
 from piste.race.task import TaskError, load_task
-from piste.race.words import single_line
+from piste.race.words import duration, single_line, size
 
 __all__ = ["Row", "bytes_of", "load_model", "measured_bandwidth", "rows", "show"]
 
@@ -164,20 +164,3 @@ def _cells(row: Row, bandwidth: float, fit: float | None) -> list[str | Text]:
         fits = cost.peak <= fit
         cells.append(Text("yes", style="green") if fits else Text(f"{size(cost.peak - fit)} over", style="red"))
     return cells
-
-
-def size(count: float) -> str:
-    """Bytes in the binary unit that suits them."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if count < 1000 or unit == "TiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1024
-    raise AssertionError
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the unit that suits them."""
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= scale or unit == "µs":
-            return f"{seconds / scale:.3g} {unit}"
-    raise AssertionError

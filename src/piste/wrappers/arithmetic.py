@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from piste import execution
-from piste.codecs import fresh
 from piste.execution import Member, Roster
 from piste.slots import Part, Pipeline, program, update
-from piste.storage import PLAIN, Formats, companion, weight_codec
+from piste.storage import PLAIN, Formats, companion, keep_rest, weight_codec
 from piste.variants import Variants
 
 __all__ = ["Arithmetic", "formats_of", "stay"]
@@ -36,10 +35,8 @@ def formats_of(
         formats = Formats(weights=group.get("weights", "plain"), seed=group.get("seed", 0))
         codec = weight_codec(p, formats.weights)
         if codec is not None and codec.rest is not None:
-            kept = optimizer.state[p]
-            if companion("p") not in kept:
-                kept[companion("p")] = fresh(codec, p)[1]
-            state[companion("p")] = kept[companion("p")]
+            keep_rest(p, formats.weights, optimizer.state[p])
+            state[companion("p")] = optimizer.state[p][companion("p")]
         found.append(formats if codec is not None else PLAIN)
     return found
 
