@@ -12,16 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import codecs as oracle
 
-from piste.codecs import GOLDEN, Codec, decode, encode, fresh
+from piste.codecs import GOLDEN, STRIDE, Codec, decode, encode, fresh
 from piste.storage import STATE_FORMATS, State, codec_for, weight_codec
 
 LOW = STATE_FORMATS[1:]
 ROLES = ("moment", "second_moment")
-SIZES = (1, 2, 127, 128, 129, 255, 256, 257, 1000, 5001)
+SHAPES = (*[(n,) for n in (1, 2, 127, 128, 129, 255, 256, 257, 1000, 5001)], (7, 70), (3, 256), (5, 3, 99))
 
 
 def codec_of(role: str, form: str) -> Codec:
-    found = codec_for(State(role), torch.empty(5000), form)  # type: ignore[arg-type]
+    found = codec_for(State(role), torch.empty(80, 64), form)  # type: ignore[arg-type]
     assert found is not None
     return found
 
@@ -40,22 +40,37 @@ def through(codec: Codec, x: torch.Tensor, **where: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("form", LOW)
 @pytest.mark.parametrize("role", ROLES)
-@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("step", [None, 1, 70_000])
-def test_numbers_are_those_of_the_description(form: str, role: str, n: int, step: int | None) -> None:
-    x = spread(n, role)
+def test_numbers_are_those_of_the_description(form: str, role: str, shape: tuple[int, ...], step: int | None) -> None:
+    x = spread(math.prod(shape), role).view(shape)
     expected = oracle.stored(x.numpy(), role, form, step, 77)
     np.testing.assert_array_equal(through(codec_of(role, form), x, step=step).numpy(), expected)
 
 
 @pytest.mark.parametrize("form", LOW)
-@pytest.mark.parametrize("n", SIZES)
-def test_zeros_stay_zeros(form: str, n: int) -> None:
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_zeros_stay_zeros(form: str, shape: tuple[int, ...]) -> None:
     for role in ROLES:
         codec = codec_of(role, form)
-        codes, rest = fresh(codec, torch.empty(n))
-        assert not decode(codec, codes, rest, (n,)).any()
-        assert not through(codec, torch.zeros(n)).any()
+        codes, rest = fresh(codec, torch.empty(shape))
+        assert not decode(codec, codes, rest, shape).any()
+        assert not through(codec, torch.zeros(shape)).any()
+
+
+@pytest.mark.parametrize("form", LOW)
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("rows", [(0, 3), (3, 10), (9, 10), (4, 4)])
+def test_rows_are_stored_as_they_are_within_the_whole(form: str, role: str, rows: tuple[int, int]) -> None:
+    """A shard has the codes and words of its rows, whatever their length: no block crosses its edge."""
+    codec, (first, last) = codec_of(role, form), rows
+    x = spread(10 * 83 * 5, role).view(10, 83, 5)
+    codes, rest = fresh(codec, x)
+    encode(codec, x, codes, rest, step=5, phase=1)
+    mine, own = fresh(codec, x[first:last])
+    encode(codec, x[first:last], mine, own, step=5, phase=1 + first * 83 * 5 * STRIDE)
+    assert torch.equal(mine, codes[first:last])
+    assert own is None or (rest is not None and torch.equal(own, rest[first:last]))
 
 
 @pytest.mark.parametrize("form", LOW)

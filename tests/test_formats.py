@@ -15,7 +15,7 @@ from torch import nn
 
 import piste
 from piste.registry import OPTIMIZERS, state_bytes
-from piste.storage import LEAST
+from piste.storage import LEAST_ROW, LEAST_VECTOR
 
 LOW = piste.STATE_FORMATS[1:]
 SHAPE = (64, 70)
@@ -108,11 +108,14 @@ def test_bytes_of_weights(form: str, more: int) -> None:
 
 @pytest.mark.parametrize("form", ["8bit", "4bit"])
 def test_small_weights_and_other_roles_stay_in_full(form: str) -> None:
-    small, large = weight((LEAST - 1,)), weight((LEAST,))
-    optimizer = piste.Adan([small, large], state=form)
-    for p in (small, large):
+    small, large = weight((65, 63)), weight((64, 64))
+    short, thin, long = weight((LEAST_VECTOR - 1,)), weight((80, LEAST_ROW - 1)), weight((LEAST_VECTOR,))
+    optimizer = piste.Adan([small, large, short, thin, long], state=form)
+    for p in (small, large, short, thin, long):
         step(p, optimizer, 0)
-    assert all(x.dtype == torch.float32 for k, x in optimizer.state[small].items() if k != "step")
+    for p in (small, short, thin):
+        assert all(x.dtype == torch.float32 for k, x in optimizer.state[p].items() if k != "step")
+    assert optimizer.state[long]["n"].dtype == torch.uint8
     assert optimizer.state[large]["n"].dtype == torch.uint8
     assert optimizer.state[large]["previous"].dtype == torch.float32
 

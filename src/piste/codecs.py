@@ -5,7 +5,8 @@ A lane is one number of many that are worked on alike: 32-bit integers and float
 
 Four ideas:
 
-* *Blocks.* Codes stand for numbers relative to a few words for each block of a weight's elements, in the order of rows.
+* *Blocks.* Codes stand for numbers relative to a few words for each block of a weight's elements. Blocks begin anew
+  with each row (each index of the first axis), so that a weight sharded by rows has the blocks of the whole one.
 * *A ramp between two floats* (:class:`Ramp`). The bit pattern of a positive float grows like its logarithm. A second
   moment is the number of even steps from the block's largest pattern down to its smallest: nothing is ever stored as
   zero, and the resolution follows the spread of the block.
@@ -20,14 +21,15 @@ docs/precision.md has the measurements behind the maps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-__all__ = ["GOLDEN", "STRIDE", "Codec", "Lanes", "decode", "encode", "fresh"]
+__all__ = ["GOLDEN", "STRIDE", "Codec", "Lanes", "decode", "encode", "fresh", "row_length"]
 
 #: an integer, float or truth per lane
 Lane: TypeAlias = Any
@@ -306,20 +308,29 @@ class _Torch:
 
 _LANES = _Torch()
 _OVER: dict[str, Callable[[Tensor], Tensor]] = {
-    "max": lambda x: x.amax(1, keepdim=True),
-    "min": lambda x: x.amin(1, keepdim=True),
+    "max": lambda x: x.amax(2, keepdim=True),
+    "min": lambda x: x.amin(2, keepdim=True),
 }
 
 
+def row_length(shape: Sequence[int]) -> int:
+    """How many numbers share the first index. Blocks begin anew in each such row; a vector is one row."""
+    return math.prod(shape[1:] if len(shape) > 1 else shape)
+
+
 def fresh(codec: Codec, like: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Codes and rest of a tensor of zeros, contiguous; every codec stores zero as zeros."""
-    n = like.numel()
-    codes = torch.zeros(_bytes(codec, n) if codec.packed else like.shape, dtype=codec.codes, device=like.device)
+    """Codes and rest of a tensor of zeros, contiguous; every codec stores zero as zeros.
+
+    Packed codes and words have the rows of ``like`` as their first axis, if it has rows.
+    """
+    shape, length = tuple(like.shape), row_length(like.shape)
+    rows = shape[:1] if len(shape) > 1 else ()
+    coded = (*rows, _bytes(codec, length)) if codec.packed else shape
+    codes = torch.zeros(coded, dtype=codec.codes, device=like.device)
     if codec.rest is None:
         return codes, None
-    blocks = -(-n // codec.block) if codec.block else 0
-    shape = ((blocks, codec.count) if codec.count > 1 else (blocks,)) if codec.block else tuple(like.shape)
-    return codes, torch.zeros(shape, dtype=codec.rest, device=like.device)
+    words = (-(-length // codec.block), codec.count) if codec.count > 1 else (-(-length // max(1, codec.block)),)
+    return codes, torch.zeros((*rows, *words) if codec.block else shape, dtype=codec.rest, device=like.device)
 
 
 def _bytes(codec: Codec, n: int) -> int:
@@ -330,13 +341,15 @@ def _bytes(codec: Codec, n: int) -> int:
 def decode(codec: Codec, codes: Tensor, rest: Tensor | None, shape: tuple[int, ...]) -> Tensor:
     """The numbers, as float32 of this shape."""
     out = torch.empty(shape, dtype=torch.float32, device=codes.device)
-    stored, second = _integers(codes), None if rest is None else _integers(rest)
-    for part, row, inside in _parts(codec, out.view(-1)):
-        code = stored[inside].view(row, -1).to(torch.int32)
+    if not out.numel():
+        return out
+    table, length = _table(codec, codes, rest, shape), row_length(shape)
+    for part in _parts(codec, length):
+        numbers = part.numbers(out.view(-1, length))
+        code = part.codes(table.codes).to(torch.int32)
         if codec.packed:
-            code = torch.cat((code & 15, code >> 4), 1)[:, : part.numel() // row]
-        along = () if second is None else tuple(x.to(torch.int32) for x in _along(codec, second, inside, row))
-        part.copy_(codec.decode(_LANES, code, along).reshape(-1))
+            code = torch.cat((code & 15, code >> 4), 2)[..., : numbers.shape[2]]
+        numbers.copy_(codec.decode(_LANES, code, [x.to(torch.int32) for x in part.along(codec, table)]))
     return out
 
 
@@ -351,57 +364,87 @@ def encode(codec: Codec, x: Tensor, codes: Tensor, rest: Tensor | None, *, step:
         step: the weight's own step number, which moves the thresholds; None rounds to the nearest.
         phase: where the thresholds of this weight begin, 16 bits.
     """
+    if not x.numel():
+        return
     if not codes.is_contiguous():  # a weight that lies otherwise: codes go by rows
         packed = codes.contiguous()
         encode(codec, x, packed, rest, step=step, phase=phase)
         codes.copy_(packed)
         return
-    flat = x.reshape(-1).to(torch.float32)
-    thresholds = torch.full((flat.numel(),), 0x8000, dtype=torch.int32, device=x.device)
+    table, length = _table(codec, codes, rest, x.shape), row_length(x.shape)
+    thresholds = torch.full((x.numel(),), 0x8000, dtype=torch.int32, device=x.device)
     if step is not None:
-        torch.arange(flat.numel(), out=thresholds)
+        torch.arange(x.numel(), out=thresholds)
         thresholds = (thresholds * STRIDE + ((step * GOLDEN + phase) & 0xFFFF)) & 0xFFFF
-    stored, second = _integers(codes), None if rest is None else _integers(rest)
-    for part, row, inside in _parts(codec, flat):
-        start = part.storage_offset() - flat.storage_offset()
-        numbers, threshold = part.view(row, -1), thresholds[start : start + part.numel()].view(row, -1)
-        words: tuple[Tensor, ...] = ()
-        if codec.block and second is not None:
+    rows = x.reshape(-1, length).to(torch.float32)
+    for part in _parts(codec, length):
+        numbers, words, along = part.numbers(rows), [], part.along(codec, table)
+        if codec.block:
             measured = zip(codec.measures, codec.measure(_LANES, numbers), strict=True)
-            places = _along(codec, second, inside, row)
-            for place, word in zip(places, codec.words(_LANES, *(_OVER[how](x) for how, x in measured)), strict=True):
+            for place, word in zip(along, codec.words(_LANES, *(_OVER[how](x) for how, x in measured)), strict=True):
                 place.copy_(word)
-            words = tuple(place.to(torch.int32) for place in places)
-        code, *own = codec.encode(_LANES, numbers, words, threshold)
+                words.append(place.to(torch.int32))
+        code, *own = codec.encode(_LANES, numbers, words, part.numbers(thresholds.view_as(rows)))
         if codec.packed:
-            half = (code.shape[1] + 1) // 2
-            code = torch.nn.functional.pad(code, (0, 2 * half - code.shape[1]))
-            code = code[:, :half] | (code[:, half:] << 4)
-        stored[inside].copy_(code.reshape(-1))
-        if own and second is not None:
-            second.copy_(own[0].reshape(-1))
+            half = (code.shape[2] + 1) // 2
+            code = torch.nn.functional.pad(code, (0, 2 * half - code.shape[2]))
+            code = code[..., :half] | (code[..., half:] << 4)
+        part.codes(table.codes).copy_(code)
+        for place, value in zip(along, own, strict=False):
+            place.copy_(value)
+
+
+class _Table(NamedTuple):
+    """What holds a tensor, as whole numbers: codes by row, and words by row, block and place (or a number of its own
+    for each code)."""
+
+    codes: Tensor
+    rest: Tensor | None
+
+
+def _table(codec: Codec, codes: Tensor, rest: Tensor | None, shape: Sequence[int]) -> _Table:
+    rows = shape[0] if len(shape) > 1 else 1
+    whole = _integers(codes).view(rows, -1)
+    return _Table(whole, None if rest is None else _integers(rest).view(rows, -1, codec.count))
 
 
 def _integers(tensor: Tensor) -> Tensor:
-    """What a tensor of codes, words or rests holds, as whole numbers in a row."""
+    """The bits of a tensor of codes, words or rests as whole numbers in a row."""
     whole = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
     return tensor.detach().reshape(-1).view(whole.get(tensor.dtype, tensor.dtype))
 
 
-def _parts(codec: Codec, flat: Tensor) -> list[tuple[Tensor, int, slice]]:
-    """The full blocks of a tensor and the one that is cut off: numbers, blocks, and where their codes are."""
-    if not codec.block:
-        return [(flat, 1, slice(0, flat.numel()))]
-    full = flat.numel() // codec.block
-    cut, per = full * codec.block, 2 if codec.packed else 1
-    found = [(flat[:cut], full, slice(0, cut // per))] if full else []
-    return found + ([(flat[cut:], 1, slice(cut // per, None))] if cut < flat.numel() else [])
+class _Part(NamedTuple):
+    """Blocks of one length, at the same places in every row."""
+
+    blocks: int
+    inside: slice
+    coded: slice
+    words: slice
+
+    def numbers(self, rows: Tensor) -> Tensor:
+        """Of all numbers those in these blocks, by row and block."""
+        return rows[:, self.inside].unflatten(1, (self.blocks, -1))
+
+    def codes(self, rows: Tensor) -> Tensor:
+        return rows[:, self.coded].unflatten(1, (self.blocks, -1))
+
+    def along(self, codec: Codec, table: _Table) -> list[Tensor]:
+        """The words of the blocks; or the numbers of their own that codes have."""
+        if table.rest is None:
+            return []
+        if not codec.block:
+            return [table.rest.view_as(table.codes).unsqueeze(1)]
+        return [table.rest[:, self.words, k : k + 1] for k in range(codec.count)]
 
 
-def _along(codec: Codec, second: Tensor, inside: slice, row: int) -> tuple[Tensor, ...]:
-    """The words of blocks, one row a block; or the numbers of their own that elements have."""
+def _parts(codec: Codec, length: int) -> list[_Part]:
+    """The full blocks of a row, and the one that is cut off."""
+    everything = slice(None)
     if not codec.block:
-        return (second.view(1, -1),)
-    words = second.view(-1, codec.count)
-    mine = words[:row] if inside.start == 0 else words[-1:]
-    return tuple(mine[:, k : k + 1] for k in range(codec.count))
+        return [_Part(1, everything, everything, everything)]
+    full, per = length // codec.block, 2 if codec.packed else 1
+    cut = full * codec.block
+    found = [_Part(full, slice(0, cut), slice(0, cut // per), slice(0, full))] if full else []
+    rest = _Part(1, slice(cut, None), slice(cut // per, None), slice(full, None))
+    return [*found, rest] if cut < length else found

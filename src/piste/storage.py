@@ -21,7 +21,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from piste.codecs import Codec, FixedRamp, Half, Kahan, Powers, Ramp, Remainder, ShortRamp, decode, encode, fresh
+from piste.codecs import (
+    Codec,
+    FixedRamp,
+    Half,
+    Kahan,
+    Powers,
+    Ramp,
+    Remainder,
+    ShortRamp,
+    decode,
+    encode,
+    fresh,
+    row_length,
+)
 from piste.symbol import FULL, MATRIX, TENSOR, Kind, reduced
 
 __all__ = [
@@ -62,6 +75,10 @@ STATE_FORMATS = ("fp32", "bf16", "8bit", "4bit")
 WEIGHT_FORMATS = ("plain", "stochastic", "kahan", "remainder")
 #: moments of smaller weights are stored in full
 LEAST = 4096
+#: and those of shorter vectors, which would not be sharded at whole blocks, where codes come in blocks
+LEAST_VECTOR = 65_536
+#: and those of matrices with shorter rows, where the words of a block would weigh too much
+LEAST_ROW = 64
 
 _CODECS: dict[tuple[str, str], Codec] = {
     ("bf16", "moment"): Half("half", torch.bfloat16, seen=True),
@@ -175,7 +192,9 @@ def codec_for(state: State, weight: Tensor, form: str) -> Codec | None:
     """The codec of a state of this weight under a format; None where it is stored in full."""
     if form == "fp32" or weight.numel() < LEAST or state.kind_of(weight.ndim) != FULL:
         return None
-    return _CODECS.get((form, state.role))
+    codec = _CODECS.get((form, state.role))
+    least = LEAST_ROW if weight.ndim > 1 else LEAST_VECTOR
+    return None if codec is not None and codec.block and row_length(weight.shape) < least else codec
 
 
 def weight_codec(weight: Tensor, form: str) -> Codec | None:

@@ -35,7 +35,9 @@ def thresholds(n: int, step: int | None, phase: int) -> Ints:
 
 def _blocks(x: Array, size: int, step: int | None, phase: int, one: object) -> Array:
     flat, r = x.reshape(-1).astype(np.float32), thresholds(x.size, step, phase)
-    parts = [one(flat[i : i + size], r[i : i + size]) for i in range(0, x.size, size)]  # type: ignore[operator]
+    row = x[0].size if x.ndim > 1 else x.size
+    cuts = [(start + i, start + min(i + size, row)) for start in range(0, x.size, row) for i in range(0, row, size)]
+    parts = [one(flat[i:j], r[i:j]) for i, j in cuts]  # type: ignore[operator]
     return np.concatenate(parts).reshape(x.shape)
 
 

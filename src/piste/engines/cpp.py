@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from piste.bucket import Bucket, beside
-from piste.codecs import Codec
+from piste.codecs import Codec, row_length
 from piste.engines import cpp_build, reference
 from piste.engines.cpp_source import TYPES, all_columns, hyper_names, write
 from piste.engines.foreach import Foreach
@@ -166,6 +166,12 @@ def _alike(p: Tensor, other: Tensor) -> bool:
     return p.shape == other.shape and all(extent == 1 or a == b for extent, a, b in same)
 
 
+def _row(p: Tensor, codecs: Mapping[str, Codec]) -> int:
+    """How many numbers codes have to a row; all of them where a row is whole blocks, for then none begins anew."""
+    length = row_length(p.shape)
+    return p.numel() if length % max(1, *(codec.block for codec in codecs.values())) == 0 else length
+
+
 class _Table:
     """What stays of a bucket from step to step, as long as its tensors are the same."""
 
@@ -178,6 +184,7 @@ class _Table:
         self.kinds = lowered.kinds
         self.full = [home for home, kind in self.kinds.items() if kind == FULL and home in homes and home != "g"]
         self.sizes = list(map(Tensor.numel, homes["p"]))
+        self.rows = [_row(p, bucket.seats.codecs) for p in homes["p"]] if self.by_rows else []
         for home in self.full:
             if list(map(Tensor.numel, homes[home])) != self.sizes:
                 raise RuntimeError(f"a weight and its {home} differ in size; was the weight replaced by another?")
@@ -308,7 +315,7 @@ class Cpp:
 def _launch(bucket: Bucket, table: _Table, space: Kind, arguments: Sequence[Column], kernel: Kernel) -> None:
     columns = [*table.space(space, bucket.homes["p"]), *bucket.seats.groups, *bucket.steps]
     for column in arguments:
-        columns += _column(bucket, column)
+        columns += _column(bucket, table, column)
     columns += table.geometry
     # a group that is not in this bucket may have a flag where this plan has a number
     hyper = [group.get(name, nan) for group in bucket.hp for name in table.lowered.hyper]
@@ -321,11 +328,13 @@ def _packed(letter: str, numbers: Sequence[float]) -> bytes:
     return struct.pack(f"{len(numbers)}{letter}", *numbers)
 
 
-def _column(bucket: Bucket, column: Column) -> list[int]:
+def _column(bucket: Bucket, table: _Table, column: Column) -> list[int]:
     """The addresses of one argument; buffers for results are made here."""
     source, key = column
     if source == "phase":
         return bucket.seats.phases
+    if source == "row":
+        return table.rows
     if source == "rest":
         return _addresses(bucket.homes[beside(str(key))])
     if isinstance(key, str):

@@ -13,7 +13,7 @@ import torch
 
 from piste.codecs import GOLDEN, STRIDE, Codec
 
-__all__ = ["TILE", "cpp_types", "definitions", "phase"]
+__all__ = ["TILE", "code_offset", "cpp_types", "definitions", "phase", "rest_offset"]
 
 #: numbers that are decoded at a time, a multiple of every block; a few such buffers stay in the fastest cache
 TILE = 1024
@@ -194,6 +194,21 @@ def _simd(count: str, lines: list[str], clause: str = "") -> list[str]:
         *(f"  {line}" for line in lines),
         "}",
     ]
+
+
+def code_offset(codec: Codec) -> str:
+    """How far the code of element ``base`` of a weight is from its first code."""
+    if not codec.packed:
+        return "base"
+    per_row = f"(row / {codec.block} * {codec.block // 2} + (row % {codec.block} + 1) / 2)"
+    return f"line * {per_row} + column / 2"
+
+
+def rest_offset(codec: Codec) -> str:
+    """How far the words of the block that begins at element ``base`` are from the first, or its own number."""
+    if not codec.block:
+        return "base"
+    return f"(line * ((row + {codec.block - 1}) / {codec.block}) + column / {codec.block}) * {codec.count}"
 
 
 def _words(codec: Codec) -> list[str]:

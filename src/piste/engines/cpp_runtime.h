@@ -69,6 +69,9 @@ static inline double product(const int64_t* shape, int64_t n, int axes) {
 
 static INLINE int64_t chunks(int64_t size) { return (size + CHUNK - 1) / CHUNK; }
 
+// The first element of the block of codes that an element is in. Blocks begin anew in each row.
+static INLINE int64_t begin_of_block(int64_t at, int64_t row) { return at - at % row % BLOCK; }
+
 // A weight as nested loops in the order of memory. Axes are merged where nothing tells them apart. `K` choices of axes
 // are followed: for each, where the current element lies in a tensor that has these axes only.
 template <int K> struct Grid {
@@ -133,8 +136,8 @@ template <int K> struct Grid {
   // does each slot have elements of its own in a tensor with the axes j?
   bool own(int j) const { return slots == 1 || (!tiled && step[split][j] != 0); }
 
-  // where a slot begins in the order of memory
-  int64_t edge(int64_t slot) const { return slot == slots ? numel : numel * slot / slots / BLOCK * BLOCK; }
+  // where a slot begins in the order of memory, more or less
+  int64_t edge(int64_t slot) const { return numel * slot / slots; }
 
   // row(at, length, offsets) for every run along the innermost axis, of the elements from low to high
   template <class Row> void stretch(int64_t low, int64_t high, Row row) const {

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from piste.codecs import Codec
-from piste.engines.cpp_codecs import cpp_types, definitions, phase
+from piste.engines.cpp_codecs import code_offset, cpp_types, definitions, phase, rest_offset
 from piste.engines.kernel import Column, Pass, host_roots, is_small
 from piste.plan import Plan
 from piste.symbol import ALL, FULL, HOST, Sym, topological
@@ -171,10 +171,11 @@ def coded(one: Pass, codecs: Mapping[str, Codec]) -> dict[str, Codec]:
 
 
 def all_columns(one: Pass, codecs: Mapping[str, Codec]) -> list[Column]:
-    """The arguments of a pass; over codes, second tensors too, and last where the thresholds of rounding begin."""
+    """The arguments of a pass; over codes, second tensors too, and last the length of rows and where the thresholds of
+    rounding begin."""
     codes = coded(one, codecs)
     second = [Column("rest", home) for home, codec in codes.items() if codec.rest is not None]
-    return [*one.columns, *second, *([Column("phase", "")] if codes else [])]
+    return [*one.columns, *second, *([Column("row", ""), Column("phase", "")] if codes else [])]
 
 
 def _place(symbols: Sequence[Sym], sought: Sym) -> int:
@@ -405,10 +406,11 @@ class _Writer:
         if self.axes:
             lines += self.walk(patterns)
         else:
+            next_ = self.edge("(task + 1 - tasks->first[w]) * CHUNK")
             run = f"{self.body_name(())}(T, n, w, at, length, h, nullptr, nullptr, part, nullptr, nullptr{self.tile})"
             lines += [
-                "    const int64_t low = (task - tasks->first[w]) * CHUNK;",
-                "    const int64_t high = low + CHUNK < T[w] ? low + CHUNK : T[w];",
+                f"    const int64_t low = {self.edge('(task - tasks->first[w]) * CHUNK')};",
+                f"    const int64_t high = task + 1 < tasks->first[w + 1] ? {next_} : T[w];",
                 *self.tiled("const int64_t at = base, length = size;", f"{run};"),
             ]
         return [*lines, "  }", "};"]
@@ -428,25 +430,33 @@ class _Writer:
             return ["    const int64_t base = low, size = high - low;", *(f"    {line}" for line in work)]
         decodes, encodes = [], []
         for j, (home, codec) in enumerate(self.coded.items()):
-            codes = f"({cpp_types(codec)[0]}*)T[{self.place_of(home)} * n + w] + base{' / 2' if codec.packed else ''}"
+            codes = f"({cpp_types(codec)[0]}*)T[{self.place_of(home)} * n + w] + {code_offset(codec)}"
             rest = "nullptr"
             if codec.rest is not None:
-                offset = f"base / {codec.block} * {codec.count}" if codec.block else "base"
+                offset = rest_offset(codec)
                 beside = next(i for i, c in enumerate(self.columns) if c.source == "rest" and c.key == home)
                 rest = f"({cpp_types(codec)[1]}*)T[{FIXED_COLUMNS + beside} * n + w] + {offset}"
             if home in self.one.loads.values():
                 decodes.append(f"decode_{codec.name}({codes}, {rest}, tile[{j}], size);")
             if home in self.one.writes:
                 encodes.append(f"encode_{codec.name}({codes}, {rest}, tile[{j}], base, size, phase);")
-        start = f"T[{FIXED_COLUMNS + len(self.columns) - 1} * n + w]"
+        row, start = (f"T[{FIXED_COLUMNS + len(self.columns) - back} * n + w]" for back in (2, 1))
         return [
             f"    float tile[{len(self.coded)}][TILE];",
+            f"    const int64_t row = {row};",
             f"    const uint32_t phase = {phase(start, 't')};",
-            "    for (int64_t base = low; base < high; base += TILE) {",
-            "      const int64_t size = high - base < TILE ? high - base : TILE;",
+            "    int64_t size;",
+            "    for (int64_t base = low; base < high; base += size) {",
+            "      const int64_t line = base / row, column = base % row, end = base - column + row;",
+            "      const int64_t stop = end < high ? end : high;",
+            "      size = stop - base < TILE ? stop - base : TILE;",
             *(f"      {line}" for line in (*decodes, *work, *encodes)),
             "    }",
         ]
+
+    def edge(self, place: str) -> str:
+        """Where a task that would begin at this place does begin: over codes, at a whole block."""
+        return f"begin_of_block({place}, T[{FIXED_COLUMNS + len(self.columns) - 2} * n + w])" if self.coded else place
 
     def place_of(self, home: str) -> int:
         """The column of a home."""
@@ -477,7 +487,8 @@ class _Writer:
         row = "[&](int64_t at, int64_t length, const int64_t* k) {"
         if not self.coded:
             return [*lines, f"    grid.walk(slot, {row}", *(f"    {line}" for line in calls), "    });"]
-        lines.append("    const int64_t low = grid.edge(slot), high = grid.edge(slot + 1);")
+        low, high = (self.edge(f"grid.edge(slot{more})") for more in ("", " + 1"))
+        lines.append(f"    const int64_t low = {low}, high = slot + 1 < grid.slots ? {high} : grid.numel;")
         return [*lines, *self.tiled(f"grid.stretch(base, base + size, {row}", *calls, "});")]
 
     def entry(self) -> list[str]:
