@@ -43,7 +43,7 @@ registry differ.
 """
 
 NOT_YET = """\
-Not in the table yet: FSDP2 (weights as DTensor) equal to one process; peak extra memory (`make bench` measures it).
+Not in the table: peak extra memory (`make bench` measures it).
 """
 
 
@@ -63,7 +63,7 @@ def cells() -> list[tuple[Promise, Subject, str]]:
 def all_kept() -> dict[Cell, bool]:
     """The results of a library without a fault."""
     kept = {(p.name, s.id, e): True for p, s, e in cells()}
-    return kept | {(distributed.TITLE, s.id, ""): True for s in subjects()}
+    return kept | {(title, s.id, ""): True for title in distributed.WAYS for s in subjects()}
 
 
 def _mark(results: Results, promise: Promise, column: str) -> str:
@@ -76,8 +76,8 @@ def _mark(results: Results, promise: Promise, column: str) -> str:
     return "✓" if promise.engines == ("reference",) else " ".join(LETTERS[e] for e in held)
 
 
-def _ddp_mark(results: Results, column: str) -> str:
-    return "✓" if all(results[distributed.TITLE, s.id, ""] for s in subjects() if s.name == column) else "✗"
+def _way_mark(results: Results, title: str, column: str) -> str:
+    return "✓" if all(results[title, s.id, ""] for s in subjects() if s.name == column) else "✗"
 
 
 def _row(cells_: list[str]) -> str:
@@ -89,7 +89,8 @@ def page(results: Results) -> str:
     columns = _columns()
     lines = [INTRODUCTION, _row(["promise", *columns]), _row(["---", *[":-:"] * len(columns)])]
     lines += [_row([p.title, *(_mark(results, p, c) for c in columns)]) for p in promises()]
-    lines += [_row([distributed.TITLE, *(_ddp_mark(results, c) for c in columns)]), "", NOT_YET]
+    lines += [_row([title, *(_way_mark(results, title, c) for c in columns)]) for title in distributed.WAYS]
+    lines += ["", NOT_YET]
     lines += ["Why a promise does not apply to the wrappers:", ""]
     lines += [f"* {p.title}: {p.not_for_wrappers}." for p in promises() if p.not_for_wrappers]
     reasons = [(p.title, name, why) for p in promises() for name, why in p.not_for.items()]
@@ -114,7 +115,7 @@ def _held(check: Callable[[], None], name: str) -> bool:
 
 
 def run() -> dict[Cell, bool]:
-    """Every check, in this process; two more processes for DDP."""
+    """Every check, in this process; two more processes for those that need them."""
     torch.set_num_threads(1)
     results: dict[Cell, bool] = {}
     for p, s, e in cells():
@@ -125,8 +126,9 @@ def run() -> dict[Cell, bool]:
             results[p.name, s.id, e] = _held(lambda p=p, s=s, e=e: p.check(s, e), f"{p.name} {s.id} {e}")
     with tempfile.TemporaryDirectory() as folder:
         ranks = distributed.together(Path(folder))
-    for s in subjects():
-        results[distributed.TITLE, s.id, ""] = _held(lambda s=s: distributed.check(s, ranks), f"DDP {s.id}")
+    for title in distributed.WAYS:
+        for s in subjects():
+            results[title, s.id, ""] = _held(lambda t=title, s=s: distributed.check(t, s, ranks), f"{title}: {s.id}")
     return results
 
 

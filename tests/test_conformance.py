@@ -66,14 +66,15 @@ def test_compiled_smoke() -> None:
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[torch.Tensor]]]:
-    return distributed.together(tmp_path_factory.mktemp("ddp"))
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[distributed.Results]:
+    return distributed.together(tmp_path_factory.mktemp("processes"))
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("title", distributed.WAYS)
 @pytest.mark.parametrize("subject", SUBJECTS, ids=lambda s: s.id)
-def test_two_processes_equal_one(subject: Subject, two_processes: list[dict[str, list[torch.Tensor]]]) -> None:
-    distributed.check(subject, two_processes)
+def test_two_processes_equal_one(subject: Subject, title: str, two_processes: list[distributed.Results]) -> None:
+    distributed.check(title, subject, two_processes)
 
 
 @pytest.mark.parametrize("other", [{"momentum": 0.0}, {"momentum": 0.9, "dampening": 0.1}], ids=str)

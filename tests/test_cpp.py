@@ -262,7 +262,7 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_tensors_that_wrap_others_are_left_to_foreach() -> None:
+def test_sharded_weights_beside_whole_ones() -> None:
     """A DTensor has no address of its own; a kernel that took it for one would end the process."""
     done = subprocess.run([sys.executable, "-c", SHARDED], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed.tensor
 from oracles import codecs as oracle
 from torch import nn
 
@@ -403,19 +402,6 @@ def test_evaluation_of_schedule_free_weights_loses_nothing() -> None:
 def test_formats_that_make_no_sense(name: str, options: dict[str, Any], dtype: torch.dtype, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         getattr(piste, name)([weight(dtype=dtype)], **options)
-
-
-def test_sharded_weights_are_refused_by_name() -> None:
-    """A shard may begin inside a block; until blocks are exchanged, it says so."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-        p = nn.Parameter(torch.distributed.tensor.distribute_tensor(weight().detach(), mesh))
-        with pytest.raises(ValueError, match=r"AdamW got state='8bit' for sharded weights \(DTensor\)"):
-            piste.AdamW([p], state="8bit")
-        piste.AdamW([p])
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def test_a_request_for_no_format() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from piste.codecs import Codec
 from piste.plan import Plan
+from piste.sharding import Spread
 from piste.storage import companion
 from piste.symbol import HOST, HostFunction, Row, Sym, compile_host
 
@@ -30,13 +31,14 @@ class Seats(NamedTuple):
         plan: what is done with its weights.
         device: where they are.
         dtype: the precision in which the plan is worked out.
-        homes: tensors by where they live: ``"p"``, ``"state.NAME"``; one per weight.
+        homes: tensors by where they live: ``"p"``, ``"state.NAME"``; one per weight, of sharded ones the part here.
         groups: for each weight, the index of its parameter group.
         shapes: the global shape of each weight.
         addresses: where each weight lies.
         codecs: by home, how its numbers are stored where they are not stored as they are; what else a codec needs is
             the home :func:`piste.bucket.beside`.
         phases: for each weight, where the thresholds of rounding begin.
+        spread: how its weights lie on processes; None where they are all here.
         kept: what an engine derives from these tensors, under a key of its own. It lasts while they are the same
             objects and no weight has moved.
     """
@@ -50,6 +52,7 @@ class Seats(NamedTuple):
     addresses: list[int]
     codecs: dict[str, Codec]
     phases: list[int]
+    spread: Spread | None
     kept: dict[Any, Any]
 
     @property

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from piste.checks import near
 from piste.codecs import Codec, fresh
+from piste.sharding import matching
 from piste.storage import State, codec_for, companion, in_codes, out_of_codes, shape_of, weight_codec
+from piste.symbol import FULL
 
 __all__ = ["after_loading", "before_loading", "check_tensor", "for_torch", "matched", "weights_by_id"]
 
@@ -171,7 +173,7 @@ def _count(value: Any, name: str) -> int:
 
 def _expected(codec: Codec, weight: Tensor) -> tuple[Any, Any]:
     """Shape and dtype of the tensors of a codec."""
-    codes, rest = fresh(codec, torch.empty_like(weight, device="meta"))
+    codes, rest = fresh(codec, torch.empty(weight.shape, device="meta"))
     return (tuple(codes.shape), codes.dtype), None if rest is None else (tuple(rest.shape), rest.dtype)
 
 
@@ -180,16 +182,18 @@ def _copied(value: Any, key: str, name: str, weight: Tensor, shape: tuple[int, .
     if not isinstance(value, Tensor) or tuple(value.shape) != shape or value.dtype != dtype:
         had = f"{value.dtype} of {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"state {key!r} of parameter {name} is {had}; expected {dtype} of {shape}")
-    return value.detach().to(device=weight.device, copy=True).contiguous()
+    return matching(value.detach().to(device=weight.device, copy=True).contiguous(), weight)
 
 
 def check_tensor(value: Any, key: str, name: str, state: State, weight: Tensor) -> Tensor:
     """A saved tensor, if it has the shape it should have, copied to the weight's device in its own dtype."""
-    expected = shape_of(state.kind_of(weight.ndim), weight)
+    kind = state.kind_of(weight.ndim)
+    expected = shape_of(kind, weight)
     if not isinstance(value, Tensor) or (expected is not None and tuple(value.shape) != expected):
         had = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"state {key!r} of parameter {name} has shape {had}; expected {expected}")
-    return value.detach().to(device=weight.device, copy=True)
+    copied = value.detach().to(device=weight.device, copy=True)
+    return matching(copied, weight, None if kind == FULL else kind.keep)
 
 
 def for_torch(

@@ -72,7 +72,8 @@ class Codec:
         codes: dtype of the tensor that holds the codes.
         block: elements that share a word; 0 for none.
         packed: whether a byte holds two codes: the first half of a block in the low bits, the second in the high ones.
-        rest: dtype of the second tensor: words of blocks, or a number per element; None for none.
+        rest: dtype of the second tensor: words of blocks, or a number per element; None for none. Numbers of ``int16``
+            are held as two bytes, a last axis of ``uint8``.
         count: words that a block has.
     """
 
@@ -330,7 +331,10 @@ def fresh(codec: Codec, like: Tensor) -> tuple[Tensor, Tensor | None]:
     if codec.rest is None:
         return codes, None
     words = (-(-length // codec.block), codec.count) if codec.count > 1 else (-(-length // max(1, codec.block)),)
-    return codes, torch.zeros((*rows, *words) if codec.block else shape, dtype=codec.rest, device=like.device)
+    beside = (*rows, *words) if codec.block else shape
+    if codec.rest == torch.int16:  # processes cannot send each other whole numbers of 16 bits, only their bytes
+        return codes, torch.zeros((*beside, 2), dtype=torch.uint8, device=like.device)
+    return codes, torch.zeros(beside, dtype=codec.rest, device=like.device)
 
 
 def _bytes(codec: Codec, n: int) -> int:
@@ -404,14 +408,16 @@ class _Table(NamedTuple):
 
 def _table(codec: Codec, codes: Tensor, rest: Tensor | None, shape: Sequence[int]) -> _Table:
     rows = shape[0] if len(shape) > 1 else 1
-    whole = _integers(codes).view(rows, -1)
-    return _Table(whole, None if rest is None else _integers(rest).view(rows, -1, codec.count))
+    whole = _integers(codes, codec.codes).view(rows, -1)
+    if rest is None or codec.rest is None:
+        return _Table(whole, None)
+    return _Table(whole, _integers(rest, codec.rest).view(rows, -1, codec.count))
 
 
-def _integers(tensor: Tensor) -> Tensor:
-    """The bits of a tensor of codes, words or rests as whole numbers in a row."""
+def _integers(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bits of a tensor of codes, words or rests of this dtype as whole numbers in a row."""
     whole = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
-    return tensor.detach().reshape(-1).view(whole.get(tensor.dtype, tensor.dtype))
+    return tensor.detach().reshape(-1).view(whole.get(dtype, dtype))
 
 
 class _Part(NamedTuple):
@@ -424,10 +430,10 @@ class _Part(NamedTuple):
 
     def numbers(self, rows: Tensor) -> Tensor:
         """Of all numbers those in these blocks, by row and block."""
-        return rows[:, self.inside].unflatten(1, (self.blocks, -1))
+        return torch.unflatten(rows[:, self.inside], 1, (self.blocks, -1))
 
     def codes(self, rows: Tensor) -> Tensor:
-        return rows[:, self.coded].unflatten(1, (self.blocks, -1))
+        return torch.unflatten(rows[:, self.coded], 1, (self.blocks, -1))
 
     def along(self, codec: Codec, table: _Table) -> list[Tensor]:
         """The words of the blocks; or the numbers of their own that codes have."""

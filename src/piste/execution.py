@@ -6,7 +6,7 @@ Every bucket passes stage 0, reductions are completed, opaque functions called, 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -20,6 +20,7 @@ from piste.engines.cpp import Cpp
 from piste.engines.foreach import Foreach
 from piste.engines.reference import Reference
 from piste.roster import Member, Roster, plans_built
+from piste.sharding import complete
 from piste.symbol import ALL, HOST, Sym, compile_host
 
 __all__ = ["ENGINES", "Member", "Roster", "engine_for", "plans_built", "run"]
@@ -27,9 +28,6 @@ __all__ = ["ENGINES", "Member", "Roster", "engine_for", "plans_built", "run"]
 log = logging.getLogger("piste")
 
 ENGINES: dict[str, Engine] = {e.name: e for e in (Reference(), Foreach(), Compiled(), Cpp())}
-
-#: completes reductions across processes: gets one partial result per weight and ``"sum"`` or ``"peak"``
-Collective = Callable[[list[Tensor], str], list[Tensor]]
 
 
 def engine_for(name: str) -> Engine:
@@ -54,7 +52,6 @@ def run(
     engine: Engine,
     *,
     inverse_scale: Tensor | None = None,
-    collective: Collective | None = None,
 ) -> dict[str, Tensor]:
     """Take one step.
 
@@ -62,7 +59,6 @@ def run(
         buckets: the weights that step, as :meth:`Roster.sort` gave them.
         engine: see :func:`engine_for`.
         inverse_scale: what gradients are multiplied by as they are read, for rules traced with ``scaled=True``.
-        collective: completes reductions across processes.
 
     Returns:
         The totals over all weights that the rules asked for, by name.
@@ -78,7 +74,7 @@ def run(
         for bucket in active:
             bucket.partials = {}
             engine.run(bucket, stage)
-        _complete_reductions(active, totals, collective)
+        _complete_reductions(active, totals)
         for bucket in active:
             for sym in bucket.plan.stages[stage].opaques:
                 bucket.values[sym] = _call_opaque(bucket, sym)
@@ -105,13 +101,13 @@ def _give_tallies(buckets: Sequence[Bucket]) -> None:
             bucket.values[sym] = [torch.tensor(sums[sym.attr], device=bucket.device, dtype=bucket.dtype)]
 
 
-def _complete_reductions(buckets: list[Bucket], totals: dict[str, Tensor], collective: Collective | None) -> None:
-    """Turn partial results into values: across processes where asked, and for totals across buckets."""
+def _complete_reductions(buckets: list[Bucket], totals: dict[str, Tensor]) -> None:
+    """Turn partial results into values: over processes that share weights, and for totals over buckets."""
     shares: dict[str, list[Tensor]] = {}
     for bucket in buckets:
         for sym, partial in bucket.partials.items():
-            if collective is not None:
-                partial = collective(partial, "peak" if sym.op == "peak" else "sum")
+            if bucket.seats.spread is not None:
+                partial = complete(partial, "peak" if sym.op == "peak" else "sum", bucket.seats.spread, sym.kind.keep)
             if sym.kind == ALL:
                 shares.setdefault(sym.attr, []).extend(partial)
             else:

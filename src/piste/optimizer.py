@@ -17,6 +17,7 @@ from piste.checkpoint import after_loading, before_loading, for_torch, matched
 from piste.checks import check_choice, check_hyperparameters, refuse_unknown
 from piste.execution import Member, Roster
 from piste.roster import Sorted, real
+from piste.sharding import complete, local, spread_of
 from piste.slots import Part, Pipeline, program
 from piste.storage import STATE_FORMATS, Formats, State, check_formats, full_precision
 from piste.symbol import Row
@@ -39,7 +40,8 @@ class EngineOptions(TypedDict, total=False):
       direction (StableAdamW). Rules without a direction apart from the weight refuse it.
     * ``maximize`` (bool): climb instead of descend.
     * ``state``: how moments are stored: ``"fp32"``, ``"bf16"``, ``"8bit"`` or ``"4bit"``. Weights of fewer than 4,096
-      numbers keep float32, and so do states that are no moments (copies of weights, gradients, accumulators).
+      numbers keep float32, and so do states that are no moments (copies of weights, gradients, accumulators); in 8 and
+      4 bits also vectors below 65,536 numbers and matrices with rows shorter than 64.
     * ``weights``: what bfloat16 weights stand for: ``"plain"``, themselves; ``"stochastic"``, rounded so that small
       steps add up; ``"kahan"``, with what rounding took away in 2 more bytes; ``"remainder"``, exact float32 in 2 more
       bytes. :meth:`Optimizer.full_precision` gives the number they stand for. Other weights stay as they are.
@@ -162,9 +164,10 @@ class LastStep:
         grads = [p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not grads:
             raise RuntimeError("the gradients are gone; read last_step.gradient_norm before zero_grad()")
-        norms = [g.detach().norm(dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
+        norms = [local(g).detach().norm(dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
+        squares = _completed([n.double().square() for n in norms], grads, "sum")
         scale = 1.0 if self._inverse_scale is None else float(self._inverse_scale)
-        return float(torch.stack([n.double().cpu() for n in norms]).norm()) * scale
+        return float(torch.stack([s.cpu() for s in squares]).sum().sqrt()) * scale
 
     @property
     def update_norm(self) -> float:
@@ -453,8 +456,8 @@ class Optimizer(torch.optim.Optimizer):
             return True
         grads = [(p.grad, i, n) for i, g in enumerate(self.param_groups) for n, p in enumerate(g["params"])]
         present = [(g, i, n) for g, i, n in grads if g is not None and g.numel()]
-        peaks = [g.abs().amax() if g.is_complex() else torch.linalg.vector_norm(g, torch.inf) for g, _, _ in present]
-        bad = [entry for entry, peak in zip(present, _finite(peaks), strict=True) if not peak]
+        flags = _completed([_flag(local(g)) for g, _, _ in present], [g for g, _, _ in present], "peak")
+        bad = [entry for entry, flag in zip(present, _numbers(flags), strict=True) if flag]
         if bad and policy == "raise":
             names = ", ".join(self._name(i, n) for _, i, n in bad[:5]) + (" ..." if len(bad) > 5 else "")
             raise FloatingPointError(
@@ -579,17 +582,34 @@ class _Flags(dict[str, Any]):
     """A group as :meth:`Optimizer.pipeline` sees it."""
 
 
-def _finite(peaks: list[Tensor]) -> list[bool]:
-    """Which of these numbers are finite; one transfer per device."""
+def _flag(g: Tensor) -> Tensor:
+    """1 if a number of a gradient is NaN or infinite, else 0."""
+    if not g.numel():
+        return torch.zeros((), device=g.device)
+    peak = g.abs().amax() if g.is_complex() else torch.linalg.vector_norm(g, torch.inf)
+    return (~torch.isfinite(peak)).float()
+
+
+def _completed(results: list[Tensor], tensors: Sequence[Tensor], op: str) -> list[Tensor]:
+    """Reductions of the parts of tensors that are here, completed over the processes that have the others."""
+    for spread in dict.fromkeys(map(spread_of, tensors)):
+        if spread is not None:
+            mine = [i for i, tensor in enumerate(tensors) if spread_of(tensor) == spread]
+            for i, whole in zip(mine, complete([results[i] for i in mine], op, spread), strict=True):
+                results[i] = whole
+    return results
+
+
+def _numbers(tensors: list[Tensor]) -> list[float]:
+    """Tensors of one number as numbers; one transfer per device."""
     by_device: dict[torch.device, list[int]] = {}
-    for i, peak in enumerate(peaks):
-        by_device.setdefault(peak.device, []).append(i)
-    verdicts = [True] * len(peaks)
+    for i, tensor in enumerate(tensors):
+        by_device.setdefault(tensor.device, []).append(i)
+    found = [0.0] * len(tensors)
     for members in by_device.values():
-        finite = torch.isfinite(torch.stack([peaks[i].float() for i in members])).tolist()
-        for i, verdict in zip(members, finite, strict=True):
-            verdicts[i] = verdict
-    return verdicts
+        for i, number in zip(members, torch.stack([tensors[i] for i in members]).tolist(), strict=True):
+            found[i] = number
+    return found
 
 
 def _split(group: Mapping[str, Any], known: Iterable[str]) -> tuple[tuple[tuple[str, Any], ...], dict[str, float]]:

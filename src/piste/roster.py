@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from piste.bucket import Bucket, Seats, beside
-from piste.codecs import Codec
+from piste.codecs import STRIDE, Codec
 from piste.plan import Plan, build
+from piste.sharding import first_element, is_sharded, local, matching, spread_of
 from piste.storage import PLAIN, Formats, State, codec_for, companion, compute_dtype, keep_rest, stored, weight_codec
 from piste.symbol import Row
 from piste.variants import Graph, Variants
@@ -88,7 +89,8 @@ class Roster:
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = members
-        self.weights = [m.p for m in members]
+        self.sharded = any(is_sharded(m.p) for m in members)
+        self.weights = [local(m.p) for m in members]
         self.states = [m.state for m in members]
         self.groups = [m.group for m in members]
         self.shapes = [tuple(real(m.p).shape) for m in members]
@@ -107,6 +109,11 @@ class Roster:
 
     def sort(self, gradients: Sequence[Tensor | None], hp: Sequence[Mapping[str, float]]) -> Sorted:
         """The step that these gradients (None: the weight rests) and numbers per group make."""
+        if self.sharded:  # a weight may have been given other memory since
+            self.weights = [local(m.p) for m in self.members]
+            gradients = [
+                None if g is None else local(matching(g, m.p)) for m, g in zip(self.members, gradients, strict=True)
+            ]
         resting = any(map(is_, gradients, repeat(None)))
         active = [i for i, g in enumerate(gradients) if g is not None] if resting else list(range(len(gradients)))
         if not active:
@@ -177,8 +184,12 @@ class Roster:
             keep_rest(m.p, m.formats.weights, m.state)
 
     def _phase(self, i: int) -> int:
-        """Where the thresholds of a weight begin: 16 bits that its place and its group's seed decide."""
-        return crc32(f"{self.members[i].formats.seed} {i}".encode()) & 0xFFFF
+        """Where the thresholds of a weight begin: 16 bits that its place and its group's seed decide.
+
+        A shard begins where its first element stands within the weight.
+        """
+        m = self.members[i]
+        return (crc32(f"{m.formats.seed} {i}".encode()) + first_element(m.p) * STRIDE) & 0xFFFF
 
     def _codecs(self, graph: Graph, i: int) -> dict[str, Codec]:
         """How the homes of a weight are stored, where not as they are."""
@@ -197,6 +208,8 @@ class Roster:
         kept = [list(map(itemgetter(name), states)) for name in graph.ordered_states]
         columns = [list(map(_dtype, tensors)) for tensors in (weights, given, *kept)]
         columns.append(_devices(weights))
+        if self.sharded:
+            columns.append([spread_of(self.members[i].p) for i in members])
         if not self.plain:
             columns.append([tuple(self._codecs(graph, i).items()) for i in members])
         if all(column.count(column[0]) == len(column) for column in columns):
@@ -210,23 +223,39 @@ class Roster:
         weights, states = _pick(self.weights, members), _pick(self.states, members)
         homes = {"p": weights} if not weights[0].is_complex() else {"p": [torch.view_as_real(p) for p in weights]}
         for name in plan.graph.ordered_states:
-            homes[f"state.{name}"] = list(map(itemgetter(name), states))
+            homes[f"state.{name}"] = self._here(map(itemgetter(name), states))
         codecs = self._codecs(plan.graph, members[0])
         for home, codec in codecs.items():
             if codec.rest is not None:
-                homes[beside(home)] = list(map(itemgetter(companion(home.removeprefix("state."))), states))
+                homes[beside(home)] = self._here(map(itemgetter(companion(home.removeprefix("state."))), states))
         seats = Seats(
             plan, weights[0].device, compute_dtype(homes["p"][0].dtype), homes,
             _pick(self.groups, members), _pick(self.shapes, members), _addresses(weights),
-            codecs, [self._phase(i) for i in members] if codecs else [], {},
+            codecs, [self._phase(i) for i in members] if codecs else [], spread_of(self.members[members[0]].p), {},
         )  # fmt: skip
         return _Part(members, seats, states, gradients[members[0]].dtype)  # type: ignore[union-attr]
 
     def _fits(self, layout: list[_Part], gradients: Sequence[Tensor | None]) -> bool:
         """Are the tensors of a known layout still those for which it was made?"""
         return all(
-            _unchanged(part, _pick(self.weights, part.members), _pick(gradients, part.members)) for part in layout
+            self._unchanged(part, _pick(self.weights, part.members), _pick(gradients, part.members)) for part in layout
         )
+
+    def _unchanged(self, part: _Part, weights: list[Tensor], gradients: list[Tensor]) -> bool:
+        """Have they the dtypes, the places and the states that they had then?"""
+        return (
+            set(map(_dtype, gradients)) == {part.gradient_dtype}
+            and _addresses(weights) == part.seats.addresses
+            and all(
+                all(map(is_, tensors, self._here(_states(part.states, home))))
+                for home, tensors in part.seats.homes.items()
+                if home != "p"
+            )
+        )
+
+    def _here(self, tensors: Iterable[Any]) -> list[Any]:
+        """Of sharded tensors the part that is here."""
+        return [local(x) for x in tensors] if self.sharded else list(tensors)
 
     def _placed(
         self,
@@ -247,19 +276,6 @@ class Roster:
             steps = list(counts) if whole else [count_of[i] for i in part.members]
             buckets.append(Bucket(part.seats, {**part.seats.homes, "g": given}, hp, steps))
         return buckets
-
-
-def _unchanged(part: _Part, weights: list[Tensor], gradients: list[Tensor]) -> bool:
-    """Have they the dtypes, the places and the states that they had then?"""
-    return (
-        set(map(_dtype, gradients)) == {part.gradient_dtype}
-        and _addresses(weights) == part.seats.addresses
-        and all(
-            all(map(is_, tensors, _states(part.states, home)))
-            for home, tensors in part.seats.homes.items()
-            if home != "p"
-        )
-    )
 
 
 def _next(states: Sequence[dict[str, Any]]) -> list[int]:

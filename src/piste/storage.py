@@ -9,7 +9,7 @@ cost nothing. States of half-precision weights are float32 too, so nothing is lo
 Under ``weights="stochastic"``, ``"kahan"`` or ``"remainder"`` a bfloat16 weight stands for a number of more bits.
 
 A state under codes is two tensors in ``optimizer.state[weight]``: ``m`` and ``m.scale``. What belongs to a weight
-beside itself is its ``p.rest``.
+beside itself is its ``p.rest``. What goes with a sharded weight is spread as the weight is (:mod:`piste.sharding`).
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from piste.codecs import (
     fresh,
     row_length,
 )
+from piste.sharding import by_rows, is_sharded, local, placed
 from piste.symbol import FULL, MATRIX, TENSOR, Kind, reduced
 
 __all__ = [
@@ -172,14 +173,16 @@ def shape_of(kind: Kind, weight: Tensor) -> tuple[int, ...] | None:
 
 
 def allocate(state: State, weight: Tensor) -> Tensor:
-    """A fresh state for ``weight`` (real; complex weights come as their real view)."""
+    """A fresh state for ``weight`` (real; complex weights come as their real view), spread as the weight is."""
+    kind = state.kind_of(weight.ndim)
+    if is_sharded(weight):
+        return placed(allocate(state, local(weight)), weight, None if kind == FULL else kind.keep)
     dtype = compute_dtype(weight.dtype)
     if callable(state.start):
         return state.start(weight).to(dtype=dtype, device=weight.device)
     if state.start == "weight":
         return torch.empty_like(weight, dtype=dtype).copy_(weight)
     fill = 1.0 if state.start == "ones" else 0.0
-    kind = state.kind_of(weight.ndim)
     if kind == FULL:
         return torch.full_like(weight, fill, dtype=dtype)
     shape = shape_of(kind, weight)
@@ -218,22 +221,26 @@ def stored(name: str, state: State, weight: Tensor, formats: Formats) -> dict[st
 
 def in_codes(name: str, codec: Codec, weight: Tensor, numbers: Tensor | None = None) -> dict[str, Tensor]:
     """A state of this weight under a codec, as it is kept: these numbers, rounded to the nearest, or zeros."""
-    codes, rest = fresh(codec, weight)
+    codes, rest = fresh(codec, local(weight))
     if numbers is not None:
-        encode(codec, numbers, codes, rest, step=None)
-    return {name: codes} if rest is None else {name: codes, companion(name): rest}
+        encode(codec, local(numbers), codes, rest, step=None)
+    found = {name: codes} if rest is None else {name: codes, companion(name): rest}
+    return {key: placed(tensor, weight) for key, tensor in found.items()}
 
 
 def out_of_codes(name: str, codec: Codec, entries: Mapping[str, Any], weight: Tensor) -> Tensor:
     """The numbers of a state of this weight that is kept under a codec."""
-    return decode(codec, entries[name], entries.get(companion(name)), tuple(weight.shape))
+    rest = entries.get(companion(name))
+    here = decode(codec, local(entries[name]), None if rest is None else local(rest), tuple(local(weight).shape))
+    return placed(here, weight)
 
 
 def keep_rest(weight: Tensor, form: str, state: dict[str, Any]) -> None:
     """See to it that what a weight leaves out under this format is there."""
     codec = weight_codec(weight, form)
     if codec is not None and codec.rest is not None and companion("p") not in state:
-        state[companion("p")] = fresh(codec, weight)[1]
+        state |= in_codes("p", codec, weight)
+        del state["p"]
 
 
 def _usable_codec(weight: Tensor, state: Mapping[str, Any], form: str) -> Codec | None:
@@ -256,15 +263,25 @@ def put_full_precision(weight: Tensor, value: Tensor, state: Mapping[str, Any], 
     if codec is None:
         weight.copy_(value)
     else:
-        encode(codec, value, weight, state.get(companion("p")), step=None)
+        rest = state.get(companion("p"))
+        encode(codec, local(value), local(weight), None if rest is None else local(rest), step=None)
 
 
 def check_formats(owner: str, group: Mapping[str, Any], params: Sequence[Tensor], states: Mapping[str, State]) -> None:
     """Refuse formats that make no sense for the weights or the rule of a group."""
     state, weights = group["state"], group["weights"]
     for option, value, whole in (("state", state, "fp32"), ("weights", weights, "plain")):
-        if value != whole and any(hasattr(p, "device_mesh") for p in params):
-            raise ValueError(f"{owner} got {option}={value!r} for sharded weights (DTensor); legal: {whole!r}, as yet")
+        for p in params if value != whole else ():
+            if not by_rows(p):
+                where = f"a weight sharded as {tuple(p.placements)}"  # type: ignore[attr-defined]
+                raise ValueError(
+                    f"{owner} got {option}={value!r} for {where}; legal: {whole!r}, or shards of whole rows"
+                )
+            if is_sharded(p) and p.ndim < 2 and p.numel() >= LEAST_VECTOR and state in ("8bit", "4bit"):
+                raise ValueError(
+                    f"{owner} got state={state!r} for a sharded vector of {p.numel():,} numbers; legal: "
+                    "'fp32' or 'bf16' in the group that has it"
+                )
     dtypes = list(dict.fromkeys(p.dtype for p in params))
     if state != "fp32" and torch.float64 in dtypes:
         raise ValueError(f"{owner} got state={state!r} for weights of torch.float64; legal: 'fp32'")

@@ -1,21 +1,26 @@
-"""Promises that need two processes: DistributedDataParallel over gloo, on the CPU.
+"""Promises that need two processes, over gloo on the CPU: DistributedDataParallel, and FSDP2 with sharded weights.
 
-One pair of processes serves all optimizers, because starting them costs seconds. FSDP2 (DTensor weights) has no test
-yet and is a "not yet" in the table.
+One pair of processes serves all optimizers, because starting them costs seconds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from conformance.subjects import Subject, subjects
 
 PROCESSES = 2
 STEPS = 8  # past RAdam's switch and one Lookahead sync
-TITLE = "DDP on two processes equals one"
+WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "DDP on two processes equals one": nn.parallel.DistributedDataParallel,
+    "FSDP2 on two processes equals one": fully_shard,
+}
 
 
 def _model() -> nn.Module:
@@ -43,7 +48,8 @@ def _train(subject: Subject, model: nn.Module, rank: int | None) -> list[torch.T
         optimizer.zero_grad()
         nn.functional.mse_loss(model(inputs), targets).backward()
         optimizer.step()
-    return [p.detach().clone() for p in model.parameters()]
+    weights = (p.detach() for p in model.parameters())
+    return [p.full_tensor() if isinstance(p, DTensor) else p.clone() for p in weights]
 
 
 def alone(subject: Subject) -> list[torch.Tensor]:
@@ -58,25 +64,29 @@ def _process(rank: int, folder: str) -> None:
     )
     try:
         results = {
-            subject.id: _train(subject, nn.parallel.DistributedDataParallel(_model()), rank) for subject in subjects()
+            title: {subject.id: _train(subject, spread(_model()), rank) for subject in subjects()}
+            for title, spread in WAYS.items()
         }
         torch.save(results, Path(folder) / f"rank{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
 
 
-def together(folder: Path) -> list[dict[str, list[torch.Tensor]]]:
-    """The final weights of every optimizer, as each process has them."""
+Results = dict[str, dict[str, list[torch.Tensor]]]
+
+
+def together(folder: Path) -> list[Results]:
+    """The final weights of every optimizer by way, as each process has them."""
     torch.multiprocessing.spawn(_process, args=(str(folder),), nprocs=PROCESSES)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
 
 
-def check(subject: Subject, ranks: list[dict[str, list[torch.Tensor]]]) -> None:
+def check(title: str, subject: Subject, ranks: list[Results]) -> None:
     """All processes hold the same bits; against one process, gradients were summed in another order.
 
     1e-9: float64 rounding of a gradient, divided by roots of small second moments, over eight steps.
     """
-    first, *others = (rank[subject.id] for rank in ranks)
+    first, *others = (rank[title][subject.id] for rank in ranks)
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
     for a, b in zip(first, alone(subject), strict=True):

@@ -142,7 +142,7 @@ def _addresses(tensors: Sequence[Tensor]) -> list[int]:
     if isinstance(tensors, Stacked):
         return tensors.addresses()
     found = list(map(Tensor.data_ptr, tensors))
-    if 0 in found:
+    if 0 in found and any(not at and x.numel() for at, x in zip(found, tensors, strict=True)):
         kind = type(tensors[found.index(0)]).__name__
         raise RuntimeError(f"a {kind} without memory of its own stands beside weights that have theirs")
     return found
@@ -189,6 +189,7 @@ class _Table:
             if list(map(Tensor.numel, homes[home])) != self.sizes:
                 raise RuntimeError(f"a weight and its {home} differ in size; was the weight replaced by another?")
         self.axes = max(p.ndim for p in homes["p"]) if lowered.by_axes else 0
+        self.shapes = bucket.seats.shapes
         self.contiguous = all(all(map(Tensor.is_contiguous, homes[home])) for home in homes if home != "g")
         self.strides = [] if self.contiguous else [p.stride() for p in homes["p"]]
         self.regular = self.contiguous or all(
@@ -204,11 +205,11 @@ class _Table:
         return _alike(p, tensor) if self.kinds.get(home, FULL) == FULL else tensor.is_contiguous()
 
     def _geometry(self, weights: Sequence[Tensor]) -> list[int]:
-        """Shapes, then strides, an axis after the other; missing axes have size one."""
+        """Shapes here, then strides, then whole shapes, an axis after the other; missing axes have size one."""
         columns: list[int] = []
-        shapes = [(*p.shape, *[1] * (self.axes - p.ndim)) for p in weights] if self.axes else []
-        strides = [(*self._order(p).stride(), *[1] * (self.axes - p.ndim)) for p in weights] if self.axes else []
-        for rows in (shapes, strides):
+        here, strides = [p.shape for p in weights], [self._order(p).stride() for p in weights]
+        for table in (here, strides, self.shapes) if self.axes else ():
+            rows = [(*row, *[1] * (self.axes - len(row))) for row in table]
             for column in zip(*rows, strict=True):
                 columns.extend(column)
         return columns
@@ -286,8 +287,8 @@ class Cpp:
     def _table(self, bucket: Bucket) -> _Table | None:
         codecs, encoded = bucket.seats.codecs, bucket.seats.encoded
         homes = {home: tensors[0].dtype for home, tensors in bucket.homes.items() if home not in encoded}
-        elsewhere = bucket.device.type != "cpu" or 0 in bucket.seats.addresses  # a DTensor has no address
-        if self.broken or elsewhere or not TYPES.keys() >= set(homes.values()):
+        hidden = any(not at and p.numel() for at, p in zip(bucket.seats.addresses, bucket.homes["p"], strict=True))
+        if self.broken or hidden or bucket.device.type != "cpu" or not TYPES.keys() >= set(homes.values()):
             return None
         try:
             lowered = _lower(bucket.plan, bucket.dtype, homes, codecs)

@@ -230,7 +230,8 @@ template <class Real, int K, int R> struct Shares {
   }
   ~Shares() { free(offset), free(data); }
 
-  static int64_t copies(const Grid<K>& grid, int j) { return grid.own(j) ? 1 : grid.slots; }
+  // one even of a weight without elements, whose results are where they began
+  static int64_t copies(const Grid<K>& grid, int j) { return grid.own(j) || !grid.slots ? 1 : grid.slots; }
 
   double* of(const Grid<K>& grid, int64_t w, int r, int j, int64_t slot) const {
     return data + offset[w * R + r] + (grid.own(j) ? 0 : slot * grid.extent[j]);

@@ -383,7 +383,7 @@ class _Writer:
         )
 
     def visitor(self, patterns: list[tuple[int, ...]]) -> list[str]:
-        shapes = f"T + {self.widest} * n + w"
+        shapes = f"T + ({self.widest} + 2 * axes) * n + w"
         changed = "weight != w" if self.by_shape else "group != T[n + w] || t != T[2 * n + w]"
         spread, single = len(self.spread), len(self.single)
         lines = []

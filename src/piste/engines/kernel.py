@@ -17,7 +17,7 @@ from piste.symbol import ALL, FULL, HOST, MATRIX, TENSOR, Kind, Sym
 
 __all__ = ["Column", "Pass", "host_roots", "is_native", "is_small", "passes"]
 
-Source = Literal["home", "value", "kept", "partial", "rest", "phase"]
+Source = Literal["home", "value", "kept", "partial", "rest", "row", "phase"]
 
 
 class Column(NamedTuple):

@@ -91,8 +91,8 @@ class Arithmetic:
     def _current(self, weights: Sequence[Tensor], states: Sequence[dict[str, Any]], groups: Sequence[int]) -> bool:
         roster = self._roster
         return (
-            len(weights) == len(roster.weights)
-            and all(map(operator.is_, weights, roster.weights))
+            len(weights) == len(roster.members)
+            and all(map(operator.is_, weights, (m.p for m in roster.members)))
             and all(map(operator.is_, states, roster.states))
             and list(groups) == self._groups
         )
