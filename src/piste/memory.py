@@ -80,7 +80,7 @@ def estimate_memory(
 
     >>> import torch, piste
     >>> with torch.device("meta"):
-    ...     model = torch.nn.Linear(100_000, 100_000, bias=False)
+    ...     model = torch.nn.Linear(2**17, 2**17, bias=False)
     >>> cost = piste.estimate_memory(model, "adamw", state="8bit")
     >>> cost.state / cost.parameters, cost.moved / cost.parameters
     (2.046875, 16.09375)

@@ -156,7 +156,7 @@ def list_optimizers(pattern: str = "*") -> list[str]:
     return sorted(name for name in presets if fnmatchcase(_key(name), _key(pattern)))
 
 
-def state_bytes(name: str, shape: tuple[int, ...] = (64, 64), state: str = "fp32") -> float:
+def state_bytes(name: str, shape: tuple[int, ...] = (256, 256), state: str = "fp32") -> float:
     """Bytes of state per weight that a preset keeps, measured: by taking steps on a float32 weight.
 
     Args:
