@@ -48,8 +48,12 @@ from piste.registry import state_bytes as state_bytes
 from piste.stable_embedding import StableEmbedding as StableEmbedding
 from piste.storage import STATE_FORMATS as STATE_FORMATS
 from piste.storage import WEIGHT_FORMATS as WEIGHT_FORMATS
+from piste.wrappers import GSAM as GSAM
+from piste.wrappers import SAM as SAM
 from piste.wrappers import Graft as Graft
 from piste.wrappers import Lookahead as Lookahead
+from piste.wrappers import LookSAM as LookSAM
 from piste.wrappers import ModelEMA as ModelEMA
+from piste.wrappers import sharpness_step as sharpness_step
 
 __version__ = "0.1.0"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["recalibrate"]
+__all__ = ["put_back", "recalibrate", "statistics_of"]
 
 
 class _Moments:
@@ -82,7 +82,7 @@ def recalibrate(
     call = _call if forward is None else forward
     moments = {layer: _Moments() for layer in layers}
     modes = [(module, module.training) for module in model.modules()]
-    saved = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers(recurse=False)]
+    saved = statistics_of(model)
     read = 0
     with ExitStack() as stack:
         stack.callback(_restore, modes)
@@ -98,8 +98,7 @@ def recalibrate(
             if not read:
                 raise ValueError("recalibrate got no batch in batches; legal: at least one")
         finally:
-            for buffer, before in saved:
-                buffer.copy_(before)
+            put_back(saved)
     for layer, seen in moments.items():
         if seen.mean is not None and seen.squares is not None:
             layer.running_mean.copy_(seen.mean)  # type: ignore[union-attr]
@@ -107,6 +106,18 @@ def recalibrate(
             if layer.num_batches_tracked is not None:
                 layer.num_batches_tracked.fill_(read)
     return read
+
+
+def statistics_of(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """The running statistics of a model's BatchNorm layers, each with a copy."""
+    layers = (m for m in model.modules() if isinstance(m, _BatchNorm))
+    return [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers(recurse=False)]
+
+
+def put_back(statistics: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Make running statistics what they were when :func:`statistics_of` was called."""
+    for buffer, before in statistics:
+        buffer.copy_(before)
 
 
 def _restore(modes: list[tuple[nn.Module, bool]]) -> None:

@@ -63,7 +63,8 @@ class Arithmetic:
         hp: Sequence[Mapping[str, float]],
         engine: str,
         formats: Sequence[Formats] | None = None,
-    ) -> None:
+        gradients: Sequence[Tensor] | None = None,
+    ) -> dict[str, Tensor]:
         """Run the part once.
 
         Args:
@@ -73,6 +74,10 @@ class Arithmetic:
             hp: numbers.
             engine: as :func:`piste.execution.engine_for` takes it.
             formats: for each weight, how it is stored, from :func:`formats_of`.
+            gradients: for each weight, what the part sees as ``g``; the weight itself for parts that see none.
+
+        Returns:
+            The totals that the part asked for, by name.
         """
         formats = [PLAIN] * len(weights) if formats is None else list(formats)
         if not self._current(weights, states, groups) or formats != self._formats:
@@ -83,10 +88,10 @@ class Arithmetic:
                     for p, state, group, form in zip(weights, states, groups, formats, strict=True)
                 ]
             )
-        # the parts see no gradient; the weight stands in its place
-        step = self._roster.sort(list(weights), hp)
-        execution.run(step.buckets, execution.engine_for(engine))
+        step = self._roster.sort(list(weights if gradients is None else gradients), hp)
+        totals = execution.run(step.buckets, execution.engine_for(engine))
         step.finish()
+        return totals
 
     def _current(self, weights: Sequence[Tensor], states: Sequence[dict[str, Any]], groups: Sequence[int]) -> bool:
         roster = self._roster

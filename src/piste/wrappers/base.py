@@ -85,11 +85,12 @@ class Wrapper(torch.optim.Optimizer):
         states: Sequence[dict[str, Any]],
         groups: Sequence[int],
         hp: Sequence[Mapping[str, float]],
-    ) -> None:
+        gradients: Sequence[Tensor] | None = None,
+    ) -> dict[str, Tensor]:
         """Run a part of the wrapper's own on weights; see :meth:`piste.wrappers.arithmetic.Arithmetic.run`."""
         arithmetic = self._arithmetic.setdefault(part.function, Arithmetic(part))
         formats = formats_of(self.optimizer, weights, states)
-        arithmetic.run(weights, states, groups, hp, self.engine_name, formats)
+        return arithmetic.run(weights, states, groups, hp, self.engine_name, formats, gradients)
 
     @property
     def engine_name(self) -> str:

@@ -1,0 +1,98 @@
+"""Parts of sharpness-aware minimisation: the way up to where the loss is measured again, and what two gradients make.
+
+Norms and inner products are over all weights together. Parts that combine gradients take the gradient at the perturbed
+weights for ``p`` and that at the weights themselves for ``g``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from piste.ops import Value, absolute, norm, sqrt, square, sum_, total
+from piste.slots import Hyper, Part, States, update
+from piste.storage import State
+
+__all__ = ["ASCENTS", "Projection", "projection", "surrogate_gap", "surrogate_gap_of_clean"]
+
+_TINY = 1e-12
+
+
+def _ascent(operator: Callable[[Value, Hyper], Value]) -> Part:
+    """``p + rho T^2 g / |T g|``, with an operator T that scales with the weights (Kwon et al. 2021, eq. 9)."""
+
+    @update
+    def ascend(p: Value, g: Value, hp: Hyper) -> Value:
+        t = operator(p, hp)
+        length = sqrt(total(square(t * g), "ascent"))
+        return p + hp.rho / (length + _TINY) * (t * (t * g))
+
+    return ascend
+
+
+@update
+def _scaled_direction(p: Value, g: Value, hp: Hyper) -> Value:
+    """The perturbation of SAM, each element times its weight (Zhuang et al. 2022, their JAX code)."""
+    length = sqrt(total(square(g), "ascent"))
+    return p + hp.rho / (length + _TINY) * (absolute(p) * g)
+
+
+@update
+def _plain(p: Value, g: Value, hp: Hyper) -> Value:
+    """``p + rho g / |g|`` (Foret et al. 2021, eq. 2)."""
+    length = sqrt(total(square(g), "ascent"))
+    return p + hp.rho / (length + _TINY) * g
+
+
+#: how weights are perturbed, by what ``adaptive=`` says; ``"ascent"`` is the total that must be finite
+ASCENTS = {
+    "sam": _plain,
+    "asam": _ascent(lambda p, hp: absolute(p) + hp.eta if hp.scaled == 1 else 1.0),
+    "elementwise": _ascent(lambda p, hp: absolute(p)),
+    "layerwise": _ascent(lambda p, hp: norm(p)),
+    "gsam": _scaled_direction,
+}
+
+
+@update
+def surrogate_gap(p: Value, g: Value, hp: Hyper) -> Value:
+    """The perturbed gradient without ``alpha`` times the part of the clean one across it (Zhuang et al. 2022)."""
+    along = total(g * p, "both") / (total(square(p), "perturbed") + _TINY)
+    return p - hp.alpha * (g - along * p)
+
+
+@update
+def surrogate_gap_of_clean(p: Value, g: Value, hp: Hyper) -> Value:
+    """The clean gradient with ``alpha`` times the part of the perturbed one across it."""
+    along = total(g * p, "both") / (total(square(g), "clean") + _TINY)
+    return g + hp.alpha * (p - along * g)
+
+
+class Projection(NamedTuple):
+    """LookSAM's two kinds of steps (Liu et al. 2022, eqs. 5 and 6).
+
+    Attributes:
+        split: keep the part of the perturbed gradient across the clean one.
+        reuse: add what was kept to a clean gradient, ``alpha`` times as long as that is.
+    """
+
+    split: Part
+    reuse: Part
+
+
+def projection(*, together: bool) -> Projection:
+    """Over all weights together, as in the paper, or for each weight by itself."""
+
+    def over(x: Value, name: str) -> Value:
+        return total(x, name) if together else sum_(x)
+
+    @update(across=State("gradient"))
+    def split(p: Value, g: Value) -> Value:
+        return p, {"across": p - over(g * p, "both") / (over(square(g), "clean") + _TINY) * g}
+
+    @update(across=State("gradient"))
+    def reuse(p: Value, st: States, hp: Hyper) -> Value:
+        size = sqrt(over(square(p), "clean")) / (sqrt(over(square(st.across), "across")) + 1e-8)
+        return p + hp.alpha * size * st.across
+
+    return Projection(split, reuse)
