@@ -20,7 +20,7 @@ RATE, MOMENTUM, RHO = 0.05, 0.9, 0.3
 
 def net(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, 2)).double()
+    return nn.Sequential(nn.Linear(5, 7, bias=False), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, 2)).double()
 
 
 def batch(t: int, n: int = 16) -> tuple[Tensor, Tensor]:
@@ -39,7 +39,7 @@ def inner(model: nn.Module, engine: str = "auto", **options: Any) -> torch.optim
     return piste.SGD(model.named_parameters(), lr=RATE, momentum=MOMENTUM, engine=engine, **options)
 
 
-# the papers, typed a second time: lists of arrays, one for each weight ---------------------------------------------------
+# the papers, typed a second time: lists of arrays, one for each weight
 
 Vectors = list[Tensor]
 
@@ -99,7 +99,7 @@ def looksam(k: int, alpha: float, each: bool) -> Any:
             return out
         for part in parts:
             a, b = [g[i] for i in part], [memory["v"][i] for i in part]
-            share = dot(a, a).sqrt() / (dot(b, b).sqrt() + 1e-8)
+            share = dot(a, a).sqrt() / dot(b, b).sqrt()
             for i in part:
                 out[i] = g[i] + alpha * share * memory["v"][i]
         return out
@@ -365,8 +365,9 @@ def test_grad_scaler_by_hand(bad: int) -> None:
     scaler.update()
     assert scaler.get_scale() == 2.0**6
     assert all(torch.equal(before[k], v) for k, v in model.named_parameters())
+    optimizer.zero_grad()
+    scaler.scale(loss_of(model, batch(0))).backward()
     with pytest.raises(RuntimeError, match="call zero_grad"):
-        scaler.scale(loss_of(model, batch(0))).backward()
         scaler.step(optimizer, closure_of(model, batch(0)))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from piste.ops import Value, absolute, norm, sqrt, square, sum_, total
+from piste.ops import Value, absolute, norm, sqrt, square, sum_, total, where
 from piste.slots import Hyper, Part, States, update
 from piste.storage import State
 
@@ -54,17 +54,22 @@ ASCENTS = {
 }
 
 
+def _share(x: Value, y: Value) -> Value:
+    """``x / y``, and 0 where there is nothing to be a share of."""
+    return where(y > 0, x / y, 0.0)
+
+
 @update
 def surrogate_gap(p: Value, g: Value, hp: Hyper) -> Value:
     """The perturbed gradient without ``alpha`` times the part of the clean one across it (Zhuang et al. 2022)."""
-    along = total(g * p, "both") / (total(square(p), "perturbed") + _TINY)
+    along = _share(total(g * p, "both"), total(square(p), "perturbed"))
     return p - hp.alpha * (g - along * p)
 
 
 @update
 def surrogate_gap_of_clean(p: Value, g: Value, hp: Hyper) -> Value:
     """The clean gradient with ``alpha`` times the part of the perturbed one across it."""
-    along = total(g * p, "both") / (total(square(g), "clean") + _TINY)
+    along = _share(total(g * p, "both"), total(square(g), "clean"))
     return g + hp.alpha * (p - along * g)
 
 
@@ -88,11 +93,13 @@ def projection(*, together: bool) -> Projection:
 
     @update(across=State("gradient"))
     def split(p: Value, g: Value) -> Value:
-        return p, {"across": p - over(g * p, "both") / (over(square(g), "clean") + _TINY) * g}
+        across = p - _share(over(g * p, "both"), over(square(g), "clean")) * g
+        total(square(across), "across")  # for whoever has to know whether it is finite
+        return p, {"across": across}
 
     @update(across=State("gradient"))
     def reuse(p: Value, st: States, hp: Hyper) -> Value:
-        size = sqrt(over(square(p), "clean")) / (sqrt(over(square(st.across), "across")) + 1e-8)
+        size = sqrt(_share(over(square(p), "clean"), over(square(st.across), "across")))
         return p + hp.alpha * size * st.across
 
     return Projection(split, reuse)

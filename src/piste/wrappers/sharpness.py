@@ -294,14 +294,17 @@ class SAM(Wrapper):
     def _step_without_closure(self) -> None:
         clip_norm, self._clip_norm = self._clip_norm, None
         climbed, plain = self._climb is not None, not self.needs_two_passes
+        if self._overflowed():
+            self.restore()
+            self.finish()
+            return
         if not (climbed or plain or self._returned):
             raise RuntimeError(
                 f"{type(self).__name__}.step() without a closure is the second half of a step: call backward(), "
                 "first_step(), backward() again before it; or step(closure), or piste.sharpness_step"
             )
-        taken = not self._overflow() and (self._returned or self.descend())
-        self.restore()
-        if taken:
+        self._unscale()
+        if self._returned or self.descend():
             if clip_norm is not None:
                 nn.utils.clip_grad_norm_(self._weights(), clip_norm)
             self.inner_step(None)
@@ -346,17 +349,16 @@ class SAM(Wrapper):
         """Between the passes GradScaler has to come here even if it found an overflow, for weights to be restored."""
         return self._climb is not None or super()._step_supports_amp_scaling
 
-    def _overflow(self) -> bool:
-        """What GradScaler found; scaled gradients are unscaled here for an optimizer that cannot do so itself."""
+    def _overflowed(self) -> bool:
         found = getattr(self, "found_inf", None)
-        if found is not None and bool(found.item()):
-            return True
+        return found is not None and bool(found.item())
+
+    def _unscale(self) -> None:
+        """Unscale gradients that GradScaler left to an optimizer which cannot do so itself."""
         scale = getattr(self, "grad_scale", None)
         if scale is not None and not super()._step_supports_amp_scaling:
-            gradients = [p.grad for p in self._weights() if p.grad is not None]
-            torch._foreach_div_(gradients, scale)
+            torch._foreach_div_([p.grad for p in self._weights() if p.grad is not None], scale)
             self.grad_scale = None
-        return False
 
     # weights ---------------------------------------------------------------------------------------------------------
 
@@ -618,7 +620,9 @@ class LookSAM(SAM):
         return _TOGETHER if self.projection == "global" else _APART
 
     def _combine(self, weights: list[Tensor], clean: list[Tensor]) -> None:
-        _on_gradients(self, self._parts.split, weights, {}, clean, self._own(weights))
+        totals = _on_gradients(self, self._parts.split, weights, {}, clean, self._own(weights))
+        if not torch.isfinite(totals["across"]).item():
+            self.own.clear()  # nothing to go by: the next step climbs again
 
     def _plain(self, weights: list[Tensor]) -> None:
         _on_gradients(self, self._parts.reuse, weights, {"alpha": self.alpha}, None, self._own(weights))
@@ -655,8 +659,8 @@ def _on_gradients(
     numbers: dict[str, float],
     clean: Sequence[Tensor] | None,
     states: Iterable[dict[str, Any]] | None = None,
-) -> None:
-    """Run a part on the gradients of weights, as if these were weights."""
+) -> dict[str, Tensor]:
+    """Run a part on the gradients of weights, as if these were weights; its totals."""
     gradients = [_gradient(p) for p in weights]
     own = [{"step": 0} for _ in weights] if states is None else list(states)
-    wrapper.compute(part, gradients, own, [0] * len(weights), [numbers], clean)
+    return wrapper.compute(part, gradients, own, [0] * len(weights), [numbers], clean)
