@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stable_embedding": set(),
     "wrappers": {
         *("optimizer", "execution", "roster", "checks", "checkpoint", "slots", "variants", "parts"),
-        *("batchnorm", "codecs", "storage"),
+        *("batchnorm", "codecs", "sharding", "storage"),
     },
     "optimizers": {"optimizer", "rules", "parts", "slots", "storage", "checks", "groups"},
     "schedules": {"checks"},

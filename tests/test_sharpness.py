@@ -193,6 +193,72 @@ def test_steps_are_those_of_the_papers(case: str, way: str, engine: str) -> None
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
+def each(model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:
+    return (model(data[0]) - data[1]).square().mean(1)
+
+
+@pytest.mark.parametrize("faithful", [False, True])
+@pytest.mark.parametrize("way", ["closure", "helper"])
+def test_esam(way: str, faithful: bool) -> None:
+    """Against its formulas, with the choices of elements, tensors and samples read from the outside."""
+    model, twin = net(), net()
+    optimizer = piste.ESAM(
+        torch.optim.SGD(model.parameters(), RATE), RHO, 0.6, 0.5, seed=3, faithful=faithful, model=model
+    )
+    for t in range(STEPS):
+        data = batch(t)
+        active = [p.requires_grad for p in model.parameters()]
+        weights = list(twin.parameters())
+        known = {n: b.clone() for n, b in twin.named_buffers()}
+        before = each(twin, data)
+        buffers = {n: b.clone() for n, b in twin.named_buffers()}
+        g = list(torch.autograd.grad(before.mean(), weights))
+        g = [x if on else torch.zeros_like(x) for x, on in zip(g, active, strict=True)]
+        draw = torch.Generator().manual_seed(3 + (t << 20))
+        masks = [torch.ones_like(x) if faithful else torch.empty_like(x).bernoulli_(0.6, generator=draw) for x in g]
+        length = dot(g, g).sqrt() + (1e-7 if faithful else 0.0)
+        moved = copy.deepcopy(twin)
+        with torch.no_grad():
+            for p, m, x in zip(moved.parameters(), masks, g, strict=True):
+                p += RHO / 0.6 * m * x / length
+            rise = each(moved, data) - before
+        order = rise.argsort(descending=True)[: 7 if faithful else 8]
+        moved.load_state_dict({**moved.state_dict(), **buffers})
+        second = torch.autograd.grad(each(moved, (data[0][order], data[1][order])).mean(), list(moved.parameters()))
+        with torch.no_grad():
+            for p, x in zip(weights, second, strict=True):
+                p -= RATE * x
+        assert known.keys() == buffers.keys()
+        if way == "helper":
+            piste.sharpness_step(optimizer, model, each, data)
+        else:
+            optimizer.step(lambda i, d=data: each(model, d if i is None else (d[0][i], d[1][i])))
+    for a, b in zip([*model.parameters(), *model.buffers()], [*twin.parameters(), *twin.buffers()], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+    optimizer.restore()
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_esam_with_everything_is_sam() -> None:
+    one, two = net(), net()
+    first = piste.SAM(inner(one), RHO)
+    second = piste.ESAM(inner(two), RHO, beta=1.0, gamma=1.0)
+    for t in range(4):
+        go("closure", first, one, batch(t))
+        go("halves", second, two, batch(t))
+    for p, q in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13)
+
+
+def test_esam_needs_losses_of_samples() -> None:
+    model = net()
+    optimizer = piste.ESAM(inner(model))
+    before = copy.deepcopy(dict(model.named_parameters()))
+    with pytest.raises(ValueError, match="a loss for each sample"):
+        piste.sharpness_step(optimizer, model, loss_of, batch(0))
+    assert all(torch.equal(before[k], v) for k, v in model.named_parameters())
+
+
 def test_the_radius_of_gsam_follows_the_schedule() -> None:
     model = net()
     base = inner(model)
@@ -482,6 +548,8 @@ def test_ema_beside_it() -> None:
         (lambda p: piste.SAM(p, model=3), TypeError, "model=int"),
         (lambda p: piste.GSAM(p, alpha=2.0), ValueError, "alpha=2.0"),
         (lambda p: piste.GSAM(p, rho_min=-1.0), ValueError, "rho_min=-1.0"),
+        (lambda p: piste.ESAM(p, beta=0.0), ValueError, r"beta=0.0; legal: a number in \(0, 1\]"),
+        (lambda p: piste.ESAM(p, gamma=1.5), ValueError, "gamma=1.5"),
         (lambda p: piste.LookSAM(p, k=0), ValueError, "k=0"),
         (lambda p: piste.LookSAM(p, projection="all"), ValueError, "projection='all'"),
         (lambda p: piste.SAM([nn.Parameter(torch.ones(2))], torch.optim.SGD), TypeError, r"piste.SAM\(torch.optim.SGD"),

@@ -48,6 +48,7 @@ from piste.registry import state_bytes as state_bytes
 from piste.stable_embedding import StableEmbedding as StableEmbedding
 from piste.storage import STATE_FORMATS as STATE_FORMATS
 from piste.storage import WEIGHT_FORMATS as WEIGHT_FORMATS
+from piste.wrappers import ESAM as ESAM
 from piste.wrappers import GSAM as GSAM
 from piste.wrappers import SAM as SAM
 from piste.wrappers import Graft as Graft

@@ -140,6 +140,8 @@ _LEGAL: Mapping[str, tuple[_Check, str]] = {
     "growth_rate": (_growth, "a number > 1, infinity included"),
     "lr_max": (_within(0), "a finite number >= 0"),
     "r": (_within(0), "a finite number >= 0"),
+    "ESAM.beta": (_within(0, 1, open_low=True), "a number in (0, 1]"),
+    "gamma": (_within(0, 1, open_low=True), "a number in (0, 1]"),
     "rho": (_within(0, open_low=True), "a finite number > 0"),
     "rho_min": (_within(0), "a finite number >= 0"),
     "eta": (_within(0), "a finite number >= 0"),

@@ -13,7 +13,7 @@ from piste.ops import Value, absolute, norm, sqrt, square, sum_, total, where
 from piste.slots import Hyper, Part, States, update
 from piste.storage import State
 
-__all__ = ["ASCENTS", "Projection", "projection", "surrogate_gap", "surrogate_gap_of_clean"]
+__all__ = ["ASCENTS", "Projection", "of_some", "projection", "surrogate_gap", "surrogate_gap_of_clean"]
 
 _TINY = 1e-12
 
@@ -42,6 +42,13 @@ def _plain(p: Value, g: Value, hp: Hyper) -> Value:
     """``p + rho g / |g|`` (Foret et al. 2021, eq. 2)."""
     length = sqrt(total(square(g), "ascent"))
     return p + hp.rho / (length + _TINY) * g
+
+
+@update(mask=State("accumulator"))
+def of_some(p: Value, g: Value, st: States, hp: Hyper) -> Value:
+    """SAM's perturbation of a random choice of elements, as much longer as they are fewer (Du et al. 2022, eq. 4)."""
+    length = sqrt(total(square(g), "ascent"))
+    return p + hp.rho / (hp.beta * (length + hp.eps)) * (st.mask * g)
 
 
 #: how weights are perturbed, by what ``adaptive=`` says; ``"ascent"`` is the total that must be finite

@@ -3,9 +3,10 @@
 from piste.wrappers.ema import ModelEMA as ModelEMA
 from piste.wrappers.graft import Graft as Graft
 from piste.wrappers.lookahead import Lookahead as Lookahead
-from piste.wrappers.sharpness import GSAM as GSAM
 from piste.wrappers.sharpness import SAM as SAM
-from piste.wrappers.sharpness import LookSAM as LookSAM
+from piste.wrappers.sharpness_family import ESAM as ESAM
+from piste.wrappers.sharpness_family import GSAM as GSAM
+from piste.wrappers.sharpness_family import LookSAM as LookSAM
 from piste.wrappers.sharpness_loop import sharpness_step as sharpness_step
 
-__all__ = ["GSAM", "SAM", "Graft", "LookSAM", "Lookahead", "ModelEMA", "sharpness_step"]
+__all__ = ["ESAM", "GSAM", "SAM", "Graft", "LookSAM", "Lookahead", "ModelEMA", "sharpness_step"]

@@ -6,7 +6,7 @@ second one finds the gradient that the optimizer inside steps with, from the wei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -16,18 +16,16 @@ from torch import Tensor, nn
 from piste.batchnorm import put_back, statistics_of
 from piste.checkpoint import check_tensor
 from piste.checks import check_choice, check_hyperparameters
-from piste.parts.sharpness import ASCENTS, projection, surrogate_gap, surrogate_gap_of_clean
+from piste.parts.sharpness import ASCENTS
 from piste.roster import real
-from piste.slots import Part
 from piste.storage import State, companion
 from piste.wrappers.arithmetic import formats_of
 from piste.wrappers.base import Wrapper
 
-__all__ = ["GSAM", "SAM", "LookSAM"]
+__all__ = ["SAM", "gradient_of"]
 
 _GRADIENT = State("gradient")
 _STEPS, _PERTURBED = "sharpness.steps", "sharpness.perturbed"
-_TOGETHER, _APART = projection(together=True), projection(together=False)
 
 
 class _Climb:
@@ -161,6 +159,11 @@ class SAM(Wrapper):
         return self.rho
 
     @property
+    def selects(self) -> bool:
+        """Is the second pass made with some samples only? Losses are needed sample by sample then."""
+        return False
+
+    @property
     def needs_two_passes(self) -> bool:
         """Does the next step climb? If not, it is one pass and ``step()``."""
         return (self.steps + 1) % self.interval == 0
@@ -189,7 +192,7 @@ class SAM(Wrapper):
                 "second_step(), or restore() to give up"
             )
         weights = self._with_new_gradients("first_step")
-        gradients = [_gradient(p) for p in weights]
+        gradients = [gradient_of(p) for p in weights]
         climb = _Climb(weights, self._copies(weights), gradients if self.combines else None)
         if self.needs_two_passes:
             total = self._ascend(weights, gradients)
@@ -469,169 +472,8 @@ class SAM(Wrapper):
         self._start()
 
 
-class GSAM(SAM):
-    r"""SAM that also narrows the gap between the loss nearby and the loss here.
-
-    .. math::
-        \rho_t &= \rho_{\min} + (\rho_{\max} - \rho_{\min})
-                  \frac{\eta_t - \eta_{\min}}{\eta_{\max} - \eta_{\min}} \\
-        g_\perp &= g - \frac{\langle g, g_p \rangle}{\lVert g_p \rVert^2}\, g_p, \qquad
-        \text{step with } g_p - \alpha\, g_\perp
-
-    with the gradients :math:`g` here and :math:`g_p` at the perturbed weights; norms and products are over all weights
-    together. :math:`\rho_t` follows the learning rate :math:`\eta_t` of the first group, as its schedule left it.
-
-    **When to use**: where SAM helps and ``alpha`` can be searched (0.4 for vision transformers, 0.01 for ResNets).
-    **When not**: as SAM.
-
-    State: as SAM, and between the passes the first gradient.
-
-    Args:
-        optimizer: any ``torch.optim.Optimizer``.
-        rho: :math:`\rho_{\max}`, above 0.
-        rho_min: :math:`\rho_{\min}`; None for ``rho``, a constant radius.
-        alpha: weight of the gap, in [0, 1].
-        lr_max: the learning rate at which the radius is ``rho``; None for that of the first group when this is made
-            (its ``"initial_lr"``, if a scheduler has been there).
-        lr_min: the learning rate at which it is ``rho_min``.
-        minimize_fp: False steps with :math:`g` and ``alpha`` times what :math:`g_p` has across it, the calmer form of
-            the authors' JAX code.
-        adaptive: as in :class:`SAM`.
-        eta: as in :class:`SAM`.
-        interval: as in :class:`SAM`.
-        model: as in :class:`SAM`.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: as SAM.
-
-    Example:
-        >>> import torch, piste
-        >>> optimizer = piste.GSAM(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1), rho=0.1, rho_min=0.01)
-        >>> optimizer.param_groups[0]["lr"] = 0.05
-        >>> round(optimizer.rho_now, 3)
-        0.055
-
-    Source: Zhuang, Gong, Yuan, Cui, Adam, Dvornek, Tatikonda, Duncan, Liu, "Surrogate gap minimization improves
-    sharpness-aware training" (ICLR 2022, arXiv 2203.08065).
-    """
-
-    combines = True
-
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        rho: float = 0.05,
-        rho_min: float | None = None,
-        alpha: float = 0.4,
-        lr_max: float | None = None,
-        lr_min: float = 0.0,
-        minimize_fp: bool = True,
-        adaptive: bool | str = False,
-        eta: float = 0.01,
-        interval: int = 1,
-        model: nn.Module | None = None,
-    ) -> None:
-        super().__init__(optimizer, rho, adaptive, eta, interval, model)
-        first = self.param_groups[0]
-        self.rho_min = rho if rho_min is None else rho_min
-        self.lr_max = float(first.get("initial_lr", first["lr"]) if lr_max is None else lr_max)
-        self.alpha, self.lr_min, self.minimize_fp = alpha, lr_min, minimize_fp
-        given = {"alpha": alpha, "rho_min": self.rho_min, "lr_min": lr_min, "lr_max": self.lr_max}
-        check_hyperparameters("GSAM", given, given)
-
-    @property
-    def rho_now(self) -> float:
-        span = self.lr_max - self.lr_min
-        share = (float(self.param_groups[0]["lr"]) - self.lr_min) / span if span else 1.0
-        return self.rho_min + (self.rho - self.rho_min) * min(1.0, max(0.0, share))
-
-    def _combine(self, weights: list[Tensor], clean: list[Tensor]) -> None:
-        part = surrogate_gap if self.minimize_fp else surrogate_gap_of_clean
-        _on_gradients(self, part, weights, {"alpha": self.alpha}, clean)
-
-
-class LookSAM(SAM):
-    r"""SAM whose second pass is made in every k-th step only, and remembered in between.
-
-    .. math::
-        t \bmod k = 0:&\quad g_v = g_s - \frac{\langle g_s, g \rangle}{\lVert g \rVert^2}\, g,
-            \quad \text{step with } g_s \\
-        \text{else:}&\quad \text{step with } g + \alpha \frac{\lVert g \rVert}{\lVert g_v \rVert}\, g_v
-
-    with the gradients :math:`g` here and :math:`g_s` at the perturbed weights. This is the paper that some lists call
-    "efficient SAM" (2203.02714); ESAM is another.
-
-    **When to use**: where SAM helps and its second pass costs too much: a step costs :math:`1 + 1/k` passes.
-    **When not**: with learning rates that change much within k steps.
-
-    State: 4 bytes per parameter (:math:`g_v`), saved; and between two passes as SAM, and the first gradient.
-
-    Args:
-        optimizer: any ``torch.optim.Optimizer``.
-        rho: radius, above 0.
-        k: steps from one second pass to the next; 1 is SAM.
-        alpha: how much of :math:`g_v` is added, in [0, 1].
-        projection: ``"global"``, norms and products over all weights together, as in the paper; or ``"tensor"``, for
-            each tensor by itself, as most ports have it.
-        adaptive: as in :class:`SAM`.
-        eta: as in :class:`SAM`.
-        model: as in :class:`SAM`.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: as SAM.
-
-    Example:
-        >>> import torch, piste
-        >>> optimizer = piste.LookSAM(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1), k=5)
-        >>> optimizer.needs_two_passes
-        True
-
-    Source: Liu, Mai, Chen, Hsieh, You, "Towards efficient and scalable sharpness-aware minimization" (CVPR 2022, arXiv
-    2203.02714).
-    """
-
-    combines = True
-
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        rho: float = 0.05,
-        k: int = 5,
-        alpha: float = 0.7,
-        projection: str = "global",
-        adaptive: bool | str = False,
-        eta: float = 0.01,
-        model: nn.Module | None = None,
-    ) -> None:
-        super().__init__(optimizer, rho, adaptive, eta, 1, model)
-        check_hyperparameters("LookSAM", {"k": k, "alpha": alpha}, ("k", "alpha"))
-        check_choice("projection", projection, ("global", "tensor"))
-        self.k, self.alpha, self.projection = k, alpha, projection
-
-    def states(self) -> Mapping[str, State]:
-        return {"across": _GRADIENT}
-
-    @property
-    def needs_two_passes(self) -> bool:
-        return self.steps % self.k == 0 or not self.own
-
-    @property
-    def _parts(self) -> Any:
-        return _TOGETHER if self.projection == "global" else _APART
-
-    def _combine(self, weights: list[Tensor], clean: list[Tensor]) -> None:
-        totals = _on_gradients(self, self._parts.split, weights, {}, clean, self._own(weights))
-        if not torch.isfinite(totals["across"]).item():
-            self.own.clear()  # nothing to go by: the next step climbs again
-
-    def _plain(self, weights: list[Tensor]) -> None:
-        _on_gradients(self, self._parts.reuse, weights, {"alpha": self.alpha}, None, self._own(weights))
-
-    def _own(self, weights: list[Tensor]) -> list[dict[str, Any]]:
-        return [self.own.setdefault(p, {"step": 0}) for p in weights]
-
-
-def _gradient(p: Tensor) -> Tensor:
+def gradient_of(p: Tensor) -> Tensor:
+    """A weight's gradient, which it has."""
     assert p.grad is not None
     return p.grad
 
@@ -650,17 +492,3 @@ def _aligned(weights: list[Tensor], climb: _Climb) -> tuple[list[Tensor], list[T
             p.grad = torch.zeros_like(p)
     both = [*weights, *(p for p in first if p not in set(weights))]
     return both, [first[p] if p in first else torch.zeros_like(p) for p in both]
-
-
-def _on_gradients(
-    wrapper: SAM,
-    part: Part,
-    weights: Sequence[Tensor],
-    numbers: dict[str, float],
-    clean: Sequence[Tensor] | None,
-    states: Iterable[dict[str, Any]] | None = None,
-) -> dict[str, Tensor]:
-    """Run a part on the gradients of weights, as if these were weights; its totals."""
-    gradients = [_gradient(p) for p in weights]
-    own = [{"step": 0} for _ in weights] if states is None else list(states)
-    return wrapper.compute(part, gradients, own, [0] * len(weights), [numbers], clean)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from piste.batchnorm import put_back, statistics_of
 from piste.checks import check_choice
 from piste.wrappers.sharpness import SAM
+from piste.wrappers.sharpness_family import ESAM
 
 __all__ = ["sharpness_step"]
 
@@ -34,7 +35,8 @@ def sharpness_step(
     Args:
         optimizer: the two-pass optimizer.
         model: the model, as it is called in training: under ``DistributedDataParallel`` that wrapper.
-        loss_fn: ``loss_fn(model, batch)`` gives the mean loss of a batch; called once for each pass.
+        loss_fn: ``loss_fn(model, batch)`` gives the mean loss of a batch, or a vector of the losses of its samples, as
+            :class:`piste.ESAM` needs it; called once for each pass.
         batch: the batch; with ``accumulate``, a sequence of micro-batches of equal size.
         scaler: scales both passes by one number; gradients are unscaled once, weights come back whatever was not
             finite, and the scaler is updated once.
@@ -106,6 +108,7 @@ class _Loop:
         self.local = local
         self.average_last = local and optimizer.combines
         self.ready = False
+        self.seen: list[Tensor] = []
 
     def together(self, batches: Sequence[Any]) -> list[Tensor]:
         """One climb for all batches."""
@@ -113,6 +116,8 @@ class _Loop:
         losses = self.backward(batches, quiet=self.average_last or (two and self.local))
         if two and self.climb():
             before = statistics_of(self.model)
+            if self.optimizer.selects:
+                batches = [self.selected(data, seen) for data, seen in zip(batches, self.seen, strict=True)]
             self.backward(batches, quiet=self.average_last)
             put_back(before)
         self.ready = self.optimizer.descend()
@@ -141,15 +146,22 @@ class _Loop:
 
     def backward(self, batches: Sequence[Any], *, quiet: bool) -> list[Tensor]:
         """Gradients of these batches, averaged over processes with the last of them unless ``quiet``."""
-        losses = []
+        self.seen = []
         for i, batch in enumerate(batches):
             silent = self.ddp is not None and (quiet or i < len(batches) - 1)
             with self.ddp.no_sync() if silent and self.ddp else nullcontext(), torch.enable_grad():
                 loss = self.loss_fn(self.model, batch)
-                share = loss / self.of
+                share = loss.mean() / self.of
                 (share if self.scaler is None else self.scaler.scale(share)).backward()  # type: ignore[no-untyped-call]
-            losses.append(loss.detach())
-        return losses
+            self.seen.append(loss.detach())
+        return [loss.mean() for loss in self.seen]
+
+    @torch.no_grad()
+    def selected(self, batch: Any, before: Tensor) -> Any:
+        """The samples of a batch with which the second pass is made."""
+        assert isinstance(self.optimizer, ESAM)
+        index = self.optimizer.chosen(before, self.loss_fn(self.model, batch))
+        return _samples(batch, index, len(before))
 
     def climb(self) -> bool:
         """Climb on all processes, or on none if the gradients of one are not finite."""
@@ -188,3 +200,14 @@ class _Loop:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             torch.distributed.all_reduce(p.grad, torch.distributed.ReduceOp.SUM, group)
             p.grad /= torch.distributed.get_world_size(group)
+
+
+def _samples(batch: Any, index: Tensor, count: int) -> Any:
+    """Of every tensor in a batch that has one entry for each sample, those of some."""
+    if isinstance(batch, Tensor):
+        return batch[index.to(batch.device)] if batch.ndim and len(batch) == count else batch
+    if isinstance(batch, dict):
+        return {key: _samples(value, index, count) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(_samples(value, index, count) for value in batch)
+    return batch
