@@ -50,6 +50,8 @@ from piste.storage import STATE_FORMATS as STATE_FORMATS
 from piste.storage import WEIGHT_FORMATS as WEIGHT_FORMATS
 from piste.wrappers import ESAM as ESAM
 from piste.wrappers import GSAM as GSAM
+from piste.wrappers import MESA as MESA
+from piste.wrappers import SAF as SAF
 from piste.wrappers import SAM as SAM
 from piste.wrappers import Graft as Graft
 from piste.wrappers import Lookahead as Lookahead

@@ -8,5 +8,7 @@ from piste.wrappers.sharpness_family import ESAM as ESAM
 from piste.wrappers.sharpness_family import GSAM as GSAM
 from piste.wrappers.sharpness_family import LookSAM as LookSAM
 from piste.wrappers.sharpness_loop import sharpness_step as sharpness_step
+from piste.wrappers.trajectory import MESA as MESA
+from piste.wrappers.trajectory import SAF as SAF
 
-__all__ = ["ESAM", "GSAM", "SAM", "Graft", "LookSAM", "Lookahead", "ModelEMA", "sharpness_step"]
+__all__ = ["ESAM", "GSAM", "MESA", "SAF", "SAM", "Graft", "LookSAM", "Lookahead", "ModelEMA", "sharpness_step"]

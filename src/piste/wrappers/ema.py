@@ -165,6 +165,20 @@ class ModelEMA:
                 for tensor, before in saved:
                     _write(tensor, before)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The averages and the buffers that belong to them by name, in the model's own precision.
+
+        For ``torch.func.functional_call(model, ema.tensors(), inputs)``, which leaves the model alone. Not copies,
+        where no precision is changed: do not write to them.
+        """
+        averaged, copied = self._sorted()
+        kinds = {name: tensor.dtype for name, tensor in {**averaged, **copied}.items()}
+        return {
+            name: (torch.view_as_complex(value) if kinds[name].is_complex else value).to(kinds[name])
+            for name, value in self._values().items()
+            if name in kinds
+        }
+
     def copy_to(self, model: nn.Module) -> None:
         """Write the averages, and the buffers that belong to them, into another model with the same names.
 
