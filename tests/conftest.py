@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from torchvision_stub import declare_operators
+
+declare_operators()  # before any test imports what imports torchvision
 # compiled kernels are kept beside the checkout, not in the home of whoever runs the tests
 os.environ.setdefault("PISTE_CACHE", str(Path(__file__).parent.parent / ".piste-cache"))
 

@@ -42,7 +42,9 @@ from piste.optimizers import StableAdamW as StableAdamW
 from piste.presets import Preset as Preset
 from piste.presets import presets as presets
 from piste.registry import create as create
+from piste.registry import create_with_schedule as create_with_schedule
 from piste.registry import list_optimizers as list_optimizers
+from piste.registry import list_wrappers as list_wrappers
 from piste.registry import optimizer_info as optimizer_info
 from piste.registry import state_bytes as state_bytes
 from piste.stable_embedding import StableEmbedding as StableEmbedding

@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +22,7 @@ import torch
 from piste import optimizers, schedules
 from piste.checks import near, refuse_unknown
 from piste.optimizer import Optimizer, Options
+from piste.wrappings import WRAPPINGS, Wrapping
 
 __all__ = ["LrPrior", "Preset", "Presets", "Settings", "WeightDecay", "presets"]
 
@@ -102,6 +103,7 @@ class Preset:
         gradient_evaluations: forward-backward passes per step.
         source: where the configuration comes from.
         description: when to take it, in a sentence.
+        wrappings: names of what is put round the optimizer, the outermost first; see :mod:`piste.wrappings`.
 
     Raises:
         TypeError: ``optimizer`` is no optimizer class, or ``lr_prior`` no :class:`LrPrior`.
@@ -126,9 +128,10 @@ class Preset:
     schedule: str = "one_cycle"
     lr_prior: LrPrior = None  # type: ignore[assignment]  # None lasts until __post_init__, which knows the class
     domains: Mapping[str, Mapping[str, Any]] = field(default_factory=Settings)
-    gradient_evaluations: int = 1
+    gradient_evaluations: float = 1
     source: str = ""
     description: str = ""
+    wrappings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not (isinstance(self.optimizer, type) and issubclass(self.optimizer, torch.optim.Optimizer)):
@@ -167,9 +170,22 @@ def _around_default(optimizer: type[torch.optim.Optimizer]) -> LrPrior:
 
 
 class Presets(Settings[Preset]):
-    """Presets by name. ``piste.presets`` is the built-in one."""
+    """Presets by name. ``piste.presets`` is the built-in one.
+
+    ``presets["sam+adamw"]`` is the preset ``adamw`` with SAM round it; :data:`piste.wrappings.WRAPPINGS` has what can
+    stand before a ``+``. Such pairs are made when they are asked for, and are in no list.
+
+        >>> import piste
+        >>> piste.presets["sam+adamw"].gradient_evaluations
+        2
+    """
 
     def __getitem__(self, name: str) -> Preset:
+        outer, _, inner = str(name).partition("+")
+        if inner:
+            if outer not in WRAPPINGS:
+                raise KeyError(f"no wrapper {outer!r}{near(outer, WRAPPINGS)} in {name!r}")
+            return _wrapped(WRAPPINGS[outer], self[inner])
         if name not in self._values:
             raise KeyError(f"no preset {name!r}{near(str(name), self._values)}")
         return self._values[name]
@@ -201,6 +217,18 @@ class Presets(Settings[Preset]):
         Source: ``optimizer_config_mapping`` of the cheat-sheet.
         """
         return Presets({name: _from_entry(name, entry) for name, entry in mapping.items()})
+
+
+def _wrapped(wrapping: Wrapping, inner: Preset) -> Preset:
+    """A preset with a wrapper round it."""
+    return replace(
+        inner,
+        name=f"{wrapping.name}+{inner.name}",
+        gradient_evaluations=wrapping.gradient_evaluations * inner.gradient_evaluations,
+        source=f"{wrapping.source}; {inner.source}",
+        description=f"{wrapping.description} Inside: {inner.description}",
+        wrappings=(wrapping.name, *inner.wrappings),
+    )
 
 
 _ENTRY_KEYS = ("optimizer", "hyperparameters", "wd", "set_betas", "schedule")

@@ -10,22 +10,35 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from inspect import Parameter
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
-from piste import optimizers
+from piste import optimizers, schedules
 from piste.checks import check_choice, refuse_unknown
 from piste.groups import GROUP_OPTIONS, param_groups
 from piste.optimizer import Optimizer
 from piste.presets import Preset, arguments_of, presets
+from piste.wrappings import WRAPPINGS
 
-__all__ = ["OPTIMIZERS", "OptimizerInfo", "create", "list_optimizers", "optimizer_info", "state_bytes"]
+__all__ = [
+    "OPTIMIZERS",
+    "OptimizerInfo",
+    "create",
+    "create_with_schedule",
+    "list_optimizers",
+    "list_wrappers",
+    "optimizer_info",
+    "state_bytes",
+]
 
 logger = logging.getLogger("piste")
 
@@ -139,7 +152,9 @@ def list_optimizers(pattern: str = "*") -> list[str]:
     """The names that :func:`create` takes, in order.
 
     Args:
-        pattern: with ``*`` and ``?``; case, hyphens and underscores make no difference.
+        pattern: with ``*`` and ``?``; case, hyphens and underscores make no difference. ``"*sam+sgd*"`` is every such
+            wrapper round every such preset; without a ``+`` presets alone are meant. An arXiv number is what the
+            sources of presets are searched for.
 
     Returns:
         Names of presets. Every class has one, named like it.
@@ -153,7 +168,38 @@ def list_optimizers(pattern: str = "*") -> list[str]:
     >>> piste.list_optimizers("sgd*")
     ['sgd', 'sgd_momentum', 'sgd_nesterov']
     """
-    return sorted(name for name in presets if fnmatchcase(_key(name), _key(pattern)))
+    *outer, inner = pattern.split("+")
+    found = sorted(name for name in presets if _fits(name, inner, presets[name].source))
+    for part in reversed(outer):
+        found = [f"{name}+{rest}" for name in list_wrappers(part) for rest in found]
+    return found
+
+
+def list_wrappers(pattern: str = "*") -> list[str]:
+    """What may stand before the ``+`` of a name, as in ``"sam+adamw"``.
+
+    Args:
+        pattern: with ``*`` and ``?``; or an arXiv number; or what some list calls the paper, as "efficient sam".
+
+    Returns:
+        Names of wrappers, a wrapper's own name before the labels of others.
+
+    Raises:
+        Nothing: where no name fits, the list is empty.
+
+    >>> import piste
+    >>> piste.list_wrappers("efficient sam"), piste.list_wrappers("2205.14083")
+    (['looksam'], ['saf', 'mesa'])
+    """
+    found = [w.name for w in WRAPPINGS.values() if _fits(w.name, pattern, w.source)]
+    return found or [w.name for w in WRAPPINGS.values() if any(_fits(label, pattern, "") for label in w.labels)]
+
+
+_ARXIV = re.compile(r"\d{4}\.\d{4,5}")
+
+
+def _fits(name: str, pattern: str, source: str) -> bool:
+    return fnmatchcase(_key(name), _key(pattern)) or (_ARXIV.fullmatch(pattern) is not None and pattern in source)
 
 
 def state_bytes(name: str, shape: tuple[int, ...] = (256, 256), state: str = "fp32") -> float:
@@ -186,11 +232,13 @@ def create(name: str | Preset, model_or_params: nn.Module | Iterable[Any], **ove
     """An optimizer on a model, from a preset: its class, its settings, its treatment of norms and biases.
 
     Args:
-        name: a preset's or a class's name, whatever its case, hyphens and underscores; or a :class:`Preset`.
+        name: a preset's or a class's name, whatever its case, hyphens and underscores; or a :class:`Preset`. A wrapper
+            may stand before it, as in ``"sam+adamw"`` or ``"lookahead+sgd_momentum"``; ``piste list`` shows them.
         model_or_params: the model; or what optimizer classes take (tensors, groups, pairs). Bare parameters do not say
             what they are, so all of them are decayed.
-        **overrides: arguments of the class (``lr=``, ``weight_decay=``, ``engine=``, …) and, with a model, those of
-            ``piste.param_groups`` (``layer_decay=``, ``decay_norm_and_bias=``, ``table=``, …), instead of the preset's.
+        **overrides: arguments of the class (``lr=``, ``weight_decay=``, ``engine=``, …), those of a wrapper (``rho=``)
+            and, with a model, those of ``piste.param_groups`` (``layer_decay=``, ``decay_norm_and_bias=``, ``table=``,
+            …), instead of the preset's.
             ``domain="vision" | "nlp" | "rl"`` sets the eps of AdaBelief and RangerAdaBelief for that field.
             Without ``lr=`` the learning rate is the preset's own where it has one (``adamw_no_decay``), else
             ``lr_prior.center``, in the middle of the range where one looks for a good one. That is a start, not an
@@ -217,6 +265,8 @@ def create(name: str | Preset, model_or_params: nn.Module | Iterable[Any], **ove
     Sources: each preset names its own.
     """
     preset = name if isinstance(name, Preset) else _preset(name)
+    if preset.wrappings:
+        return _wrapped(preset, model_or_params, overrides)
     is_model = isinstance(model_or_params, nn.Module)
     settings, grouping = _settled(preset, overrides, is_model)
     if preset.arguments.get("lr") is not None:
@@ -242,13 +292,95 @@ def create(name: str | Preset, model_or_params: nn.Module | Iterable[Any], **ove
     return made
 
 
+def create_with_schedule(
+    name: str | Preset,
+    model_or_params: nn.Module | Iterable[Any],
+    total_steps: int,
+    *,
+    schedule: str | None = None,
+    **overrides: Any,
+) -> tuple[torch.optim.Optimizer, LRScheduler]:
+    """An optimizer and the schedule that goes with it, for a run of known length.
+
+    Optimizers with a schedule of their own (Ranger21) are told ``total_steps`` and get a constant one from outside.
+
+    Args:
+        name: as for :func:`create`.
+        model_or_params: as for :func:`create`.
+        total_steps: optimizer steps of the whole run, 1 or more.
+        schedule: the name of a function in ``piste.schedules``; None for the preset's companion.
+        **overrides: as for :func:`create`.
+
+    Returns:
+        The optimizer and its schedule, to be stepped after every optimizer step.
+
+    Raises:
+        TypeError, ValueError: as :func:`create`; ``schedule`` is unknown, ``total_steps`` is no positive whole number.
+
+    Not for runs of unknown length: take ``piste.schedules.constant`` or ``untuned_warmup``.
+
+    >>> import torch, piste
+    >>> optimizer, schedule = piste.create_with_schedule("ranger21", torch.nn.Linear(4, 2), 1_000, lr=1e-3)
+    >>> optimizer.param_groups[0]["total_steps"], schedule.get_last_lr()
+    (1000, [0.001, 0.001])
+
+    Sources: each preset names its own.
+    """
+    preset = name if isinstance(name, Preset) else _preset(name)
+    chosen = preset.schedule if schedule is None else schedule
+    make = schedules.named(chosen)
+    own = {"total_steps": total_steps} if chosen == "constant" and "total_steps" in preset.arguments else {}
+    optimizer = create(preset, model_or_params, **(own | overrides))
+    return optimizer, make(optimizer, total_steps)
+
+
+def _wrapped(
+    preset: Preset, model_or_params: nn.Module | Iterable[Any], overrides: Mapping[str, Any]
+) -> torch.optim.Optimizer:
+    """What is inside, made first, with the outermost wrapper round it."""
+    wrapping, inner = WRAPPINGS[preset.wrappings[0]], replace(preset, wrappings=preset.wrappings[1:])
+    owner, mine = f"create({preset.name!r})", wrapping.arguments
+    for_inside = [*preset.arguments, *GROUP_OPTIONS, "domain", *_arguments_of_wrappings(inner)]
+    refuse_unknown(owner, overrides, [*mine, *for_inside])
+    for name in overrides:
+        if name in mine and name in for_inside:
+            raise ValueError(
+                f"{owner} got {name}={overrides[name]!r}, which {wrapping.name} and what is inside both take; legal: "
+                f"make the inner one first, and piste.{wrapping.wrapper.__name__}(optimizer, {name}=...) round it"
+            )
+    settings = dict(wrapping.settings) | {k: v for k, v in overrides.items() if k in mine}
+    missing = [name for name, default in mine.items() if default is Parameter.empty and name not in settings]
+    if missing:
+        raise ValueError(f"{owner} needs {' and '.join(f'{name}=' for name in missing)}, for {wrapping.name}")
+    if wrapping.takes_model and isinstance(model_or_params, nn.Module):
+        settings["model"] = model_or_params
+    elif wrapping.name == "mesa":
+        raise ValueError(f"{owner} got bare parameters; legal: the model itself, which {wrapping.name} averages")
+    optimizer = create(inner, model_or_params, **{k: v for k, v in overrides.items() if k not in mine})
+    return wrapping.wrapper(optimizer, **settings)
+
+
+def _arguments_of_wrappings(preset: Preset) -> list[str]:
+    return [name for wrapping in preset.wrappings for name in WRAPPINGS[wrapping].arguments]
+
+
 def _preset(name: str) -> Preset:
     if not isinstance(name, str):
         raise TypeError(f"name is a {type(name).__name__}; legal: the name of an optimizer, or a Preset")
+    *outer, inner = name.split("+")
     by_key = {_key(known): preset for known, preset in presets.items()}
-    if _key(name) not in by_key:
-        raise ValueError(f"no optimizer {name!r}{_near(name, presets)}; piste.list_optimizers() has all names")
-    return by_key[_key(name)]
+    if _key(inner) not in by_key:
+        raise ValueError(f"no optimizer {inner!r}{_near(inner, presets)}; piste.list_optimizers() has all names")
+    return presets["+".join([*map(_wrapping, outer), by_key[_key(inner)].name])]
+
+
+def _wrapping(name: str) -> str:
+    """A wrapper's name as it is spelt here; a label of some list's, if it means one wrapper alone."""
+    found = [known for known in WRAPPINGS if _key(known) == _key(name)]
+    found = found or [w.name for w in WRAPPINGS.values() if _key(name) in map(_key, w.labels)]
+    if len(found) != 1:
+        raise ValueError(f"no wrapper {name!r}{_near(name, WRAPPINGS)}; legal: {', '.join(WRAPPINGS)}")
+    return found[0]
 
 
 def _key(name: str) -> str:

@@ -84,17 +84,12 @@ def make_optimizer(
     if contender.optimizer.startswith(_TORCH):
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         optimizer = _torch_class(contender.optimizer)(weights, lr=lr)  # type: ignore[call-arg]
-    else:
-        # Some presets have settings of their own for a field of application (the eps of AdaBelief).
-        field = {"domain": domain} if domain in piste.presets[contender.optimizer].domains else {}
-        optimizer = piste.create(contender.optimizer, model, lr=lr, **field, **_own_schedule(contender, total_steps))
-    return optimizer, getattr(piste.schedules, contender.schedule)(optimizer, total_steps)
-
-
-def _own_schedule(contender: Contender, total_steps: int) -> dict[str, int]:
-    """Optimizers that bring a schedule of their own follow it where no other one is asked for."""
-    arguments = piste.presets[contender.optimizer].arguments
-    return {"total_steps": total_steps} if contender.schedule == "constant" and "total_steps" in arguments else {}
+        return optimizer, getattr(piste.schedules, contender.schedule)(optimizer, total_steps)
+    # Some presets have settings of their own for a field of application (the eps of AdaBelief).
+    field = {"domain": domain} if domain in piste.presets[contender.optimizer].domains else {}
+    return piste.create_with_schedule(
+        contender.optimizer, model, total_steps, schedule=contender.schedule, lr=lr, **field
+    )
 
 
 def _names(pattern: str) -> list[str]:
