@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from torchvision_stub import declare_operators
 
 declare_operators()  # before any test imports what imports torchvision
