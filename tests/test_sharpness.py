@@ -49,6 +49,8 @@ def dot(a: Vectors, b: Vectors) -> Tensor:
 
 
 def ascent(kind: str, w: Vectors, g: Vectors, names: list[str], rho: float) -> Vectors:
+    if kind == "relative":
+        return [rho * x.norm() * y / y.norm() for x, y in zip(w, g, strict=True)]
     if kind == "gsam":
         return [rho * x.abs() * y / dot(g, g).sqrt() for x, y in zip(w, g, strict=True)]
     scale = {
@@ -136,7 +138,7 @@ def by_hand(kind: str, combine: Any, rho: Callable[[int], float], interval: int 
 CASES: dict[str, tuple[Any, Any]] = {
     **{
         kind: (lambda o, m, kind=kind: piste.SAM(o, RHO, adaptive=kind, model=m), (kind, sam, lambda t: RHO))
-        for kind in ("sam", "asam", "elementwise", "layerwise", "gsam")
+        for kind in ("sam", "asam", "elementwise", "layerwise", "gsam", "relative")
     },
     "interval": (lambda o, m: piste.SAM(o, RHO, interval=3, model=m), ("sam", sam, lambda t: RHO, 3)),
     "GSAM": (lambda o, m: piste.GSAM(o, RHO, alpha=0.4, model=m), ("sam", gsam(0.4), lambda t: RHO)),
@@ -145,6 +147,10 @@ CASES: dict[str, tuple[Any, Any]] = {
         ("sam", gsam_of_clean(0.4), lambda t: RHO),
     ),
     "LookSAM": (lambda o, m: piste.LookSAM(o, RHO, k=4, model=m), ("sam", looksam(4, 0.7, False), lambda t: RHO)),
+    "Look-LayerSAM": (
+        lambda o, m: piste.LookSAM(o, RHO, k=4, layerwise=True, model=m),
+        ("relative", looksam(4, 0.7, False), lambda t: RHO),
+    ),
     "LookSAM by tensor": (
         lambda o, m: piste.LookSAM(o, RHO, k=4, projection="tensor", model=m),
         ("sam", looksam(4, 0.7, True), lambda t: RHO),
@@ -552,6 +558,11 @@ def test_ema_beside_it() -> None:
         (lambda p: piste.ESAM(p, gamma=1.5), ValueError, "gamma=1.5"),
         (lambda p: piste.LookSAM(p, k=0), ValueError, "k=0"),
         (lambda p: piste.LookSAM(p, projection="all"), ValueError, "projection='all'"),
+        (
+            lambda p: piste.LookSAM(p, layerwise=True, adaptive="asam"),
+            ValueError,
+            "layerwise=True with adaptive='asam'",
+        ),
         (lambda p: piste.SAM([nn.Parameter(torch.ones(2))], torch.optim.SGD), TypeError, r"piste.SAM\(torch.optim.SGD"),
         (lambda p: piste.sharpness_step(p, nn.Linear(1, 1), loss_of, 0), TypeError, "legal: piste.SAM"),
         (

@@ -89,6 +89,14 @@ WRAPPINGS: Mapping[str, Wrapping] = {
             labels=("efficient sam",),
         ),
         Wrapping(
+            "looklayersam",
+            wrappers.LookSAM,
+            "LookSAM that moves every tensor by a share of its own norm: batches of thousands.",
+            _LOOKSAM,
+            1.2,
+            {"layerwise": True},
+        ),
+        Wrapping(
             "esam",
             wrappers.ESAM,
             "SAM that perturbs some weights and makes its second pass with some samples.",

@@ -18,6 +18,11 @@ __all__ = ["ASCENTS", "Projection", "of_some", "projection", "surrogate_gap", "s
 _TINY = 1e-12
 
 
+def _share(x: Value, y: Value) -> Value:
+    """``x / y``, and 0 where there is nothing to be a share of."""
+    return where(y > 0, x / y, 0.0)
+
+
 def _ascent(operator: Callable[[Value, Hyper], Value]) -> Part:
     """``p + rho T^2 g / |T g|``, with an operator T that scales with the weights (Kwon et al. 2021, eq. 9)."""
 
@@ -44,6 +49,13 @@ def _plain(p: Value, g: Value, hp: Hyper) -> Value:
     return p + hp.rho / (length + _TINY) * g
 
 
+@update
+def _relative(p: Value, g: Value, hp: Hyper) -> Value:
+    """Each tensor by ``rho`` of its own norm, LAMB's trust ratio on the way up (Liu et al. 2022, layer-wise SAM)."""
+    total(square(g), "ascent")  # for whoever has to know whether it is finite
+    return p + hp.rho * _share(norm(p), norm(g)) * g
+
+
 @update(mask=State("accumulator"))
 def of_some(p: Value, g: Value, st: States, hp: Hyper) -> Value:
     """SAM's perturbation of a random choice of elements, as much longer as they are fewer (Du et al. 2022, eq. 4)."""
@@ -58,12 +70,8 @@ ASCENTS = {
     "elementwise": _ascent(lambda p, hp: absolute(p)),
     "layerwise": _ascent(lambda p, hp: norm(p)),
     "gsam": _scaled_direction,
+    "relative": _relative,
 }
-
-
-def _share(x: Value, y: Value) -> Value:
-    """``x / y``, and 0 where there is nothing to be a share of."""
-    return where(y > 0, x / y, 0.0)
 
 
 @update

@@ -55,9 +55,11 @@ class SAM(Wrapper):
     * ``"elementwise"``: :math:`T = |p|` for all, as ``davda54/sam`` does it; its author takes a ``rho`` of 2. Weights
       that are zero, biases as a rule, are never moved;
     * ``"layerwise"``: :math:`T = \lVert p \rVert_2` of each tensor;
-    * ``"gsam"``: :math:`\epsilon = \rho\,|p|\,g / \lVert g \rVert_2`, what GSAM's JAX code calls adaptive.
+    * ``"gsam"``: :math:`\epsilon = \rho\,|p|\,g / \lVert g \rVert_2`, what GSAM's JAX code calls adaptive;
+    * ``"relative"``: :math:`\epsilon = \rho\,\lVert p \rVert_2\,g / \lVert g \rVert_2` of each tensor by itself, the
+      layer-wise SAM of :class:`LookSAM`'s paper: every tensor moves by the same share of its own norm.
 
-    The norm is one over all weights of all groups, and under FSDP2 over all shards. :math:`T` is no part of the
+    Otherwise the norm is one over all weights of all groups, and under FSDP2 over all shards. :math:`T` is no part of the
     gradient that the optimizer sees; neither is weight decay part of the ascent.
 
     Three ways to use it, with the same numbers. ``step(closure)`` calls the closure twice: it clears nothing, computes

@@ -129,9 +129,12 @@ class LookSAM(SAM):
         adaptive: as in :class:`SAM`.
         eta: as in :class:`SAM`.
         model: as in :class:`SAM`.
+        layerwise: Look-LayerSAM, for batches of thousands: the same as ``adaptive="relative"``, so that ``rho`` is the
+            share of its norm by which each tensor moves. Ports differ in a further factor, a power of the gradient's
+            norm; here there is none, and the way up does not depend on the scale of the loss.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as SAM.
+        TypeError, ValueError, RuntimeError: as SAM; ``layerwise`` beside another ``adaptive``.
 
     Example:
         >>> import torch, piste
@@ -155,8 +158,13 @@ class LookSAM(SAM):
         adaptive: bool | str = False,
         eta: float = 0.01,
         model: nn.Module | None = None,
+        layerwise: bool = False,
     ) -> None:
-        super().__init__(optimizer, rho, adaptive, eta, 1, model)
+        if layerwise and adaptive not in (False, "relative"):
+            raise ValueError(
+                f"LookSAM got layerwise=True with adaptive={adaptive!r}; legal: one of them, as layerwise is 'relative'"
+            )
+        super().__init__(optimizer, rho, "relative" if layerwise else adaptive, eta, 1, model)
         check_hyperparameters("LookSAM", {"k": k, "alpha": alpha}, ("k", "alpha"))
         check_choice("projection", projection, ("global", "tensor"))
         self.k, self.alpha, self.projection = k, alpha, projection
