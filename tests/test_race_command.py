@@ -70,7 +70,7 @@ def test_show_tells_all_of_one_preset() -> None:
 def test_show_of_an_unknown_name_says_which_is_near() -> None:
     result = run("show", "adamx")
     assert result.exit_code == 1
-    assert "no preset 'adamx' (did you mean" in result.output
+    assert "no preset or wrapper 'adamx' (did you mean" in result.output
 
 
 @pytest.mark.parametrize(

@@ -60,5 +60,6 @@ from piste.wrappers import Lookahead as Lookahead
 from piste.wrappers import LookSAM as LookSAM
 from piste.wrappers import ModelEMA as ModelEMA
 from piste.wrappers import sharpness_step as sharpness_step
+from piste.wrappings import WRAPPINGS as WRAPPINGS
 
 __version__ = "0.1.0"

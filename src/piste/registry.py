@@ -206,12 +206,14 @@ def state_bytes(name: str, shape: tuple[int, ...] = (256, 256), state: str = "fp
     """Bytes of state per weight that a preset keeps, measured: by taking steps on a float32 weight.
 
     Args:
-        name: of a preset, as :func:`create` takes it.
+        name: of a preset, as :func:`create` takes it. A wrapper's tensors count, the copies of weights between the two
+            passes of SAM among them.
         shape: of the weight. Rules that keep rows and columns keep less the larger it is.
         state: how moments are stored: "fp32", "bf16", "8bit" or "4bit".
 
     Raises:
-        ValueError: there is no such preset, or its rule keeps no moments that could be stored so.
+        ValueError: there is no such preset, or its rule keeps no moments that could be stored so; or its wrapper needs
+            more than weights (SAF, MESA).
 
     Not the memory of training: weights, gradients and what a step needs for a moment come on top.
 
@@ -223,8 +225,12 @@ def state_bytes(name: str, shape: tuple[int, ...] = (256, 256), state: str = "fp
     optimizer = create(name, [weight], weight_decay=0.0, engine="reference", state=state)
     for _ in range(_STEPS_TO_ALL_STATES):
         weight.grad = torch.ones(shape)
+        if getattr(optimizer, "needs_two_passes", False):
+            optimizer.first_step()  # type: ignore[attr-defined]
+            weight.grad = torch.ones(shape)
         optimizer.step()
-    kept = [x for x in optimizer.state[weight].values() if isinstance(x, torch.Tensor)]
+    saved = (x for entries in optimizer.state_dict()["state"].values() for x in entries.values())
+    kept = [x for x in (*saved, *getattr(optimizer, "buffers", lambda: ())()) if isinstance(x, torch.Tensor)]
     return sum(x.numel() * x.element_size() for x in kept) / weight.numel()
 
 

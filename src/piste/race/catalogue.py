@@ -1,9 +1,10 @@
-"""What ``piste list`` and ``piste show`` say of presets."""
+"""What ``piste list`` and ``piste show`` say of presets and wrappers."""
 
 from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -14,8 +15,9 @@ from rich.text import Text
 import piste
 from piste import Preset
 
-__all__ = ["show_list", "show_preset"]
+__all__ = ["find", "show", "show_list"]
 
+_WRAPPER_HEADINGS = ("name", "class", "more state", "passes")
 _HEADINGS = ("name", "class", *piste.STATE_FORMATS, "passes", "schedule", "lr prior")
 #: reStructuredText that a terminal has no use for: roles and double backquotes round a name, the directive for formulas
 _ROLES = re.compile(r":[a-z]+:`~?([^`]+)`")
@@ -23,38 +25,66 @@ _LITERALS = re.compile(r"``([^`]+)``")
 _FORMULA = re.compile(r"^\.\. math::\n", re.MULTILINE)
 
 
-def show_list(console: Console, names: list[str]) -> None:
-    """One line for each preset, with what it is and where it comes from below."""
-    rows = [_HEADINGS, *map(_row, names)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        line = "  ".join(map(str.ljust, row, widths)).rstrip()
-        heading = row is _HEADINGS
-        console.print(line, style="dim" if heading else "bold", markup=False, highlight=False, soft_wrap=True)
-        if not heading:
-            preset = piste.presets[row[0]]
-            console.print(Padding(Text(preset.description), (0, 0, 0, 4)))
-            console.print(Padding(Text(f"Source: {preset.source}", style="dim"), (0, 0, 0, 4)))
-    console.print(
-        Text(
-            "fp32 to 4bit: bytes of state per float32 weight under state=, measured on a matrix; -: no such state; "
-            "passes: gradient evaluations a step",
-            style="dim",
+def find(name: str) -> tuple[list[str], list[str]]:
+    """Presets and wrappers that a name, a pattern, an arXiv number or some list's label means."""
+    return piste.list_optimizers(name), [] if "+" in name else piste.list_wrappers(name)
+
+
+def show_list(console: Console, names: list[str], wrappers: list[str]) -> None:
+    """One line for each preset and each wrapper, with what it is and where it comes from below."""
+    if names:
+        _table(console, [_HEADINGS, *map(_row, names)], names)
+        console.print(
+            Text(
+                "fp32 to 4bit: bytes of state per float32 weight under state=, measured on a matrix; -: no such state; "
+                "passes: gradient evaluations a step",
+                style="dim",
+            )
         )
-    )
+    if names and wrappers:
+        console.print()
+    if wrappers:
+        _table(console, [_WRAPPER_HEADINGS, *map(_wrapper_row, wrappers)], wrappers)
+        console.print(
+            Text(
+                'to stand before any of those names, as in piste.create("sam+adamw", model); more state: bytes per '
+                "float32 weight beside that of the optimizer inside, measured",
+                style="dim",
+            )
+        )
+
+
+def _table(console: Console, rows: list[tuple[str, ...]], names: list[str]) -> None:
+    """Rows under their heading, each with description and source of its name below."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    console.print(lines[0], style="dim", markup=False, highlight=False, soft_wrap=True)
+    for line, name in zip(lines[1:], names, strict=True):
+        wrapping = piste.WRAPPINGS.get(name)
+        about = piste.presets[name] if wrapping is None else wrapping
+        labels = f", “{wrapping.labels[0]}” in some lists" if wrapping is not None and wrapping.labels else ""
+        console.print(line, style="bold", markup=False, highlight=False, soft_wrap=True)
+        console.print(Padding(Text(about.description), (0, 0, 0, 4)))
+        console.print(Padding(Text(f"Source: {about.source}{labels}", style="dim"), (0, 0, 0, 4)))
+
+
+def _wrapper_row(name: str) -> tuple[str, ...]:
+    wrapping = piste.WRAPPINGS[name]
+    more = _bytes(f"{name}+sgd", "fp32")
+    return f"{name}+…", wrapping.wrapper.__name__, more, f"{wrapping.gradient_evaluations:g}"
 
 
 def _row(name: str) -> tuple[str, ...]:
     preset = piste.presets[name]
     sizes = [_bytes(name, state) for state in piste.STATE_FORMATS]
-    passes = str(preset.gradient_evaluations)
+    passes = f"{preset.gradient_evaluations:g}"
     return name, preset.optimizer.__name__, *sizes, passes, preset.schedule, _range(preset)
 
 
 def _bytes(name: str, state: str) -> str:
     try:
         return f"{piste.state_bytes(name, state=state):.3g}"
-    except ValueError:
+    except (ValueError, RuntimeError):  # no such state; or a step needs more than a gradient
         return "-"
 
 
@@ -64,20 +94,59 @@ def _range(preset: Preset) -> str:
     return f"{low:.2g} … {high:.2g}"
 
 
-def show_preset(console: Console, name: str) -> None:
+def show(console: Console, name: str) -> None:
+    """Everything about a preset, or about a wrapper."""
+    if name in piste.WRAPPINGS:
+        _show_wrapper(console, name)
+    else:
+        _show_preset(console, name)
+
+
+def _show_wrapper(console: Console, name: str) -> None:
+    wrapping, more = piste.WRAPPINGS[name], _bytes(f"{name}+sgd", "fp32")
+    console.print(Text.assemble((name, "bold"), f"  piste.{wrapping.wrapper.__name__}, round any optimizer"))
+    console.print(Text(wrapping.description))
+    console.print()
+    facts = {
+        "in a name": f'piste.create("{name}+adamw", model)',
+        "more state": "" if more == "-" else f"{more} bytes per float32 weight, measured on a matrix",
+        "gradient evaluations": f"{wrapping.gradient_evaluations:g} a step",
+        "needs": wrapping.needs,
+        "in other lists": ", ".join(f"“{label}”" for label in wrapping.labels),
+        "source": wrapping.source,
+        "not to be confused with": ", ".join(
+            f"{other.name} ({other.source}), which some lists call “{name}”"
+            for other in piste.WRAPPINGS.values()
+            if name in other.labels
+        ),
+    }
+    console.print(_grid({label: value for label, value in facts.items() if value}))
+    console.print()
+    defaults = {k: v for k, v in wrapping.arguments.items() if v is not inspect.Parameter.empty}
+    console.print(_arguments(wrapping.arguments, defaults, wrapping.settings))
+    console.print()
+    console.print(Text(_plain(inspect.getdoc(wrapping.wrapper) or "")))
+
+
+def _show_preset(console: Console, name: str) -> None:
     """Everything about one preset: what it costs, its settings against its class's, equations and advice."""
     preset = piste.presets[name]
     console.print(Text.assemble((name, "bold"), f"  {preset.optimizer.__module__}.{preset.optimizer.__name__}"))
     console.print(Text(preset.description))
     console.print()
-    facts = Table.grid(padding=(0, 2))
-    for label, value in _facts(name, preset).items():
-        facts.add_row(Text(label, style="dim"), Text(value))
-    console.print(facts)
+    console.print(_grid(_facts(name, preset)))
     console.print()
-    console.print(_settings(preset))
+    own = _own_arguments(preset.optimizer)
+    console.print(_arguments(own, own, preset.hyperparameters))
     console.print()
     console.print(Text(_plain(inspect.getdoc(preset.optimizer) or "")))
+
+
+def _grid(facts: Mapping[str, str]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for label, value in facts.items():
+        table.add_row(Text(label, style="dim"), Text(value))
+    return table
 
 
 def _facts(name: str, preset: Preset) -> dict[str, str]:
@@ -85,26 +154,27 @@ def _facts(name: str, preset: Preset) -> dict[str, str]:
     facts = {
         "state": ", ".join(f"{state} {_bytes(name, state)}" for state in piste.STATE_FORMATS)
         + " bytes per float32 weight, measured on a matrix",
-        "gradient evaluations": f"{preset.gradient_evaluations} a step",
+        "gradient evaluations": f"{preset.gradient_evaluations:g} a step",
         "weight decay": f"{'decoupled' if preset.wd.true_wd else 'L2'}, {norms}",
         "schedule": preset.schedule,
         "learning rate": f"{preset.lr_prior.center:g} to start with; races look in {_range(preset)}",
         "source": preset.source,
     }
+    for wrapping in preset.wrappings:
+        facts[f"{wrapping}+"] = f"piste show {wrapping}"
     for domain, settings in preset.domains.items():
         facts[f'domain="{domain}"'] = ", ".join(f"{k}={v!r}" for k, v in settings.items())
     return facts
 
 
-def _settings(preset: Preset) -> Table:
-    """Every argument of the class itself, with what the preset makes of it."""
+def _arguments(names: Iterable[str], defaults: Mapping[str, Any], settings: Mapping[str, Any]) -> Table:
+    """Every argument of a class itself, with what the name it goes by here makes of it."""
     table = Table(box=None, pad_edge=False)
     for heading in ("argument", "class", "preset"):
         table.add_column(heading, header_style="dim")
-    for argument, default in _own_arguments(preset.optimizer).items():
-        ours = preset.hyperparameters.get(argument, default)
-        changed = argument in preset.hyperparameters
-        table.add_row(argument, repr(default), Text(repr(ours), style="bold") if changed else "")
+    for name in names:
+        default = repr(defaults[name]) if name in defaults else "to be given"
+        table.add_row(name, default, Text(repr(settings[name]), style="bold") if name in settings else "")
     return table
 
 

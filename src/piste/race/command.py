@@ -17,7 +17,7 @@ from rich.console import Console
 
 import piste
 from piste.race import footprint, report
-from piste.race.catalogue import show_list, show_preset
+from piste.race.catalogue import find, show, show_list
 from piste.race.contenders import ContenderError, make_contenders
 from piste.race.executor import ExecutorError
 from piste.race.record import StudyResult
@@ -247,25 +247,38 @@ def _memory(
 @command.command(name="list", short_help="List the names that piste.create takes.")
 @click.argument("pattern", default="*")
 def _list(pattern: str) -> None:
-    """List presets whose name fits PATTERN (with * and ?; case and hyphens make no difference), with their sources."""
-    names = piste.list_optimizers(pattern)
-    if not names:
+    """List presets and wrappers that fit PATTERN, with their sources.
+
+    PATTERN is a name with * and ? (case and hyphens make no difference), an arXiv number, or a name that other lists
+    have, such as "efficient sam".
+    """
+    names, wrappers = find(pattern)
+    if not (names or wrappers):
         click.echo(f"piste: no name fits {pattern!r}; piste list shows all", err=True)
         sys.exit(1)
-    show_list(Console(), names)
+    show_list(Console(), names, wrappers)
 
 
 @command.command(name="show", short_help="Show one of those names: equations, settings, advice.")
 @click.argument("name")
 def _show_one(name: str) -> None:
-    """Show preset NAME (case and hyphens make no difference): its cost, settings, equations, when to use it."""
-    found = piste.list_optimizers(name)
-    if len(found) != 1:
-        similar = difflib.get_close_matches(name.lower(), piste.list_optimizers(), n=3)
+    """Show what NAME means: its cost, settings, equations, when to use it.
+
+    NAME is that of a preset or a wrapper (case and hyphens make no difference), an arXiv number, or a name that other
+    lists have.
+    """
+    names, wrappers = find(name)
+    found = [*names, *wrappers]
+    if not found or any(mark in name for mark in "*?"):
+        similar = difflib.get_close_matches(name.lower(), [*piste.list_optimizers(), *piste.list_wrappers()], n=3)
         hint = f" (did you mean {' or '.join(similar)}?)" if similar else ""
-        click.echo(f"piste: no preset {name!r}{hint}; piste list shows all", err=True)
+        click.echo(f"piste: no preset or wrapper {name!r}{hint}; piste list shows all", err=True)
         sys.exit(1)
-    show_preset(Console(), found[0])
+    console = Console()
+    for number, each in enumerate(found):
+        if number:
+            console.rule()
+        show(console, each)
 
 
 @command.command(name="report", short_help="Write the report of a race again.")

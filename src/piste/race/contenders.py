@@ -96,11 +96,27 @@ def _names(pattern: str) -> list[str]:
     """The presets that a name or a pattern means, spelt as they are in ``piste.presets``."""
     if pattern.startswith(_TORCH):
         return [pattern]
+    *outer, inner = pattern.split("+")
     found = piste.list_optimizers(pattern)
     if not found:
-        near = _near(pattern.lower(), sorted(piste.presets))
-        raise ContenderError(f"no optimizer {pattern!r}{near}; piste list shows them all")
+        wrong = next((part for part in outer if not piste.list_wrappers(part)), None)
+        if wrong is not None:
+            near = _near(wrong.lower(), piste.list_wrappers())
+            raise ContenderError(f"no wrapper {wrong!r}{near} in {pattern!r}; piste list shows them all")
+        raise ContenderError(
+            f"no optimizer {inner!r}{_near(inner.lower(), sorted(piste.presets))}; piste list shows them all"
+        )
+    _refuse_needs(found)
     return found
+
+
+def _refuse_needs(names: Sequence[str]) -> None:
+    """A task gives one loss for a batch; wrappers that need more cannot race."""
+    for name in names:
+        for wrapping in piste.presets[name].wrappings:
+            needs = piste.WRAPPINGS[wrapping].needs
+            if needs:
+                raise ContenderError(f"{name} cannot race: {wrapping} needs {needs}, and a task gives one loss a batch")
 
 
 def _with_schedules(optimizer: str, schedules: Sequence[str]) -> list[Contender]:

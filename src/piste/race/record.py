@@ -96,8 +96,9 @@ class Cost:
 
     Args:
         step_seconds: median wall time of a whole step (forward, backward, optimizer); nan if no step was timed.
-        optimizer_seconds: median wall time of ``optimizer.step()`` alone; nan if no step was timed.
-        state_bytes: bytes of all tensors in the optimizer's state.
+        optimizer_seconds: median wall time of what a step does beyond one gradient evaluation: ``optimizer.step()``,
+            and the second pass of optimizers that make one; nan if no step was timed.
+        state_bytes: bytes of all tensors that the optimizer keeps from step to step.
         peak_bytes: on CUDA the peak of allocated device memory; on CPU the peak resident memory of the whole
             process during the run, Python and torch included. 0 where it could not be measured.
         gradient_evaluations: forward-backward passes made in the whole run.

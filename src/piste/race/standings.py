@@ -267,7 +267,7 @@ def _notes(plan: Plan, records: Records, used: list[RunRecord], missing: int, wo
             f"Step times were taken while {workers} runs went side by side: compare them with each other, "
             "not with those of an idle machine."
         )
-    notes += _search_notes(plan, records)
+    notes += [*_search_notes(plan, records), *_passes_notes(used)]
     lost = [record for record in used if record.key.phase == CONFIRM and record.status != FINISHED]
     if lost:
         notes.append(
@@ -277,6 +277,21 @@ def _notes(plan: Plan, records: Records, used: list[RunRecord], missing: int, wo
     if len({tuple(sorted(record.machine.items())) for record in used}) > 1:
         notes.append("The runs come from more than one machine: their times cannot be compared.")
     return notes
+
+
+def _passes_notes(used: list[RunRecord]) -> list[str]:
+    """Whose steps make more gradient evaluations than others': they were given equal steps, not equal evaluations."""
+    finished = [record for record in used if record.status == FINISHED and record.key.steps]
+    passes = {record.key.contender: record.cost.gradient_evaluations / record.key.steps for record in finished}
+    fewest = min(passes.values(), default=0)
+    more = {name: many for name, many in sorted(passes.items()) if many > fewest}
+    if not more:
+        return []
+    words = listing([f"{name} {many:.3g}" for name, many in more.items()], _NAMED)
+    return [
+        f"Gradient evaluations a step: {words}, the others {fewest:.3g}. All were given equal steps; what the others "
+        "do with as many evaluations, a race with more --steps tells."
+    ]
 
 
 def _search_notes(plan: Plan, records: Records) -> list[str]:

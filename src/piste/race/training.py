@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+import piste
 from piste.race import environment, record
 from piste.race.contenders import Contender, make_optimizer
 from piste.race.data import Split, Splits, evaluation_batches, to_device, training_batches
@@ -123,8 +124,10 @@ def evaluate(task: Task, model: nn.Module, split: Split, device: torch.device) -
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all tensors in the optimizer's state, each counted once."""
-    found = {id(tensor): tensor for tensor in _tensors(optimizer.state.values())}
+    """Bytes of all tensors that an optimizer keeps from step to step, each counted once."""
+    saved = (value for key, value in optimizer.state_dict().items() if key != "param_groups")
+    unsaved = getattr(optimizer, "buffers", lambda: ())()  # SAM's copies of the weights
+    found = {id(tensor): tensor for tensor in (*_tensors(saved), *unsaved)}
     return sum(tensor.numel() * tensor.element_size() for tensor in found.values())
 
 
@@ -195,10 +198,11 @@ class _Attempt:
         timed = self.device.type == "cpu" or number % _CUDA_CHECK_EVERY == 0
         start = self._clock(timed)
         optimizer.zero_grad()
-        loss = self.task.loss(model, to_device(next(batches), self.device))
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.gradient_evaluations += 1
+        batch = to_device(next(batches), self.device)
+        loss = self._evaluate_gradient(model, batch)
         before = self._clock(timed)
+        if isinstance(optimizer, piste.SAM) and optimizer.needs_two_passes and optimizer.first_step():
+            self._evaluate_gradient(model, batch)
         optimizer.step()
         after = self._clock(timed)
         schedule.step()
@@ -208,6 +212,12 @@ class _Attempt:
         loss = loss.detach()
         if number == 1:
             self.curve.train_loss[0] = float(loss)
+        return loss
+
+    def _evaluate_gradient(self, model: nn.Module, batch: Any) -> Tensor:
+        loss = self.task.loss(model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.gradient_evaluations += 1
         return loss
 
     def _check(self, number: int, loss: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,6 +57,18 @@ class Wrapper(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add weights to the inner optimizer."""
         self.optimizer.add_param_group(param_group)
+
+    def train(self) -> None:
+        """Make the weights those to train with, where the inner optimizer knows two kinds (Schedule-Free)."""
+        getattr(self.optimizer, "train", lambda: None)()
+
+    def eval(self) -> None:
+        """Make the weights those to evaluate, where the inner optimizer knows two kinds."""
+        getattr(self.optimizer, "eval", lambda: None)()
+
+    def buffers(self) -> Iterator[Tensor]:
+        """Tensors that are held from step to step and are in no state dictionary, of what is inside, too."""
+        yield from getattr(self.optimizer, "buffers", lambda: ())()
 
     def inner_step(
         self, closure: Callable[[], float] | None, optimizer: torch.optim.Optimizer | None = None

@@ -59,8 +59,8 @@ class SAM(Wrapper):
     * ``"relative"``: :math:`\epsilon = \rho\,\lVert p \rVert_2\,g / \lVert g \rVert_2` of each tensor by itself, the
       layer-wise SAM of :class:`LookSAM`'s paper: every tensor moves by the same share of its own norm.
 
-    Otherwise the norm is one over all weights of all groups, and under FSDP2 over all shards. :math:`T` is no part of the
-    gradient that the optimizer sees; neither is weight decay part of the ascent.
+    Otherwise the norm is one over all weights of all groups, and under FSDP2 over all shards. :math:`T` is no part of
+    the gradient that the optimizer sees; neither is weight decay part of the ascent.
 
     Three ways to use it, with the same numbers. ``step(closure)`` calls the closure twice: it clears nothing, computes
     the loss, calls ``backward()`` and returns the loss; ``step`` returns the first. Or ``backward()``,
@@ -152,6 +152,11 @@ class SAM(Wrapper):
 
     def states(self) -> Mapping[str, State]:
         return {}
+
+    def buffers(self) -> Iterator[Tensor]:
+        yield from super().buffers()
+        yield from (x for copies in self._buffers.values() for x in copies)
+        yield from (x for entries in self._scratch.values() for x in entries.values() if isinstance(x, Tensor))
 
     # what members of the family do otherwise -------------------------------------------------------------------------
 
