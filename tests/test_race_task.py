@@ -134,6 +134,16 @@ def test_what_is_wrong_is_said(tmp_path: Path, text: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_labels_are_wrong_in_training_alone() -> None:
+    clean, noisy = (load_data(load_task(name).task) for name in ("digits", "digits_noise"))
+    assert torch.equal(clean.train[0], noisy.train[0])
+    wrong = (clean.train[1] != noisy.train[1]).float().mean()
+    assert 0.35 < wrong < 0.45
+    assert set(noisy.train[1].tolist()) == set(range(10))
+    for split in ("valid", "report"):
+        assert torch.equal(getattr(clean, split)[1], getattr(noisy, split)[1])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -370,6 +370,25 @@ def test_gradients_are_never_taken_twice() -> None:
         optimizer.step(lambda: torch.zeros(()))
 
 
+@pytest.mark.parametrize("base", ["piste", "torch", "wrapped"])
+def test_nobody_else_steps_the_optimizer_inside(base: str) -> None:
+    model = net()
+    inside: Any = torch.optim.SGD(model.parameters(), RATE) if base == "torch" else inner(model)
+    inside = piste.Lookahead(inside) if base == "wrapped" else inside
+    optimizer = copy.deepcopy(piste.SAM(inside, RHO))  # a copy guards its own
+    model.load_state_dict(net().state_dict())
+    for p, q in zip(optimizer.param_groups[0]["params"], model.parameters(), strict=True):
+        p.grad = torch.ones_like(q)
+    before = copy.deepcopy(optimizer.param_groups[0]["params"])
+    with pytest.raises(RuntimeError, match="inside of SAM: step that one"):
+        optimizer.optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(optimizer.param_groups[0]["params"], before, strict=True))
+    inside, _ = optimizer.optimizer, optimizer.load_state_dict(optimizer.state_dict())
+    del optimizer, _
+    inside.step()  # it is on its own again
+    assert not any(torch.equal(p, q) for p, q in zip(inside.param_groups[0]["params"], before, strict=True))
+
+
 def test_an_error_in_the_second_pass_leaves_the_weights() -> None:
     model = net()
     optimizer = piste.SAM(inner(model), RHO)

@@ -101,11 +101,12 @@ def _race(
     new: Path | None,
     debug: bool,
 ) -> None:
-    """Race optimizers on TASK: a built-in one (char_transformer, digits, digits_vit), or a file of your own.
+    """Race optimizers on TASK: a built-in one or a file of your own.
 
-    Every contender tries the same number of learning rates around its own prior; its best is trained again on fresh
-    seeds and scored on data used for nothing else. Without TASK, two built-in tasks are raced. Finished runs are kept:
-    the same command goes on where it was stopped.
+    Built in are char_transformer, digits, digits_noise and digits_vit. Every contender tries the same number of
+    learning rates around its own prior; its best is trained again on fresh seeds and scored on data used for nothing
+    else. Without TASK, two built-in tasks are raced. Finished runs are kept: the same command goes on where it was
+    stopped.
     """
     given = [name for name in _ASKED if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
     if new is not None:

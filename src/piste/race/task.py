@@ -23,6 +23,7 @@ from piste.race.words import single_line
 BUILT_IN = {
     "char_transformer": "piste.race.tasks.char_transformer",
     "digits": "piste.race.tasks.digits",
+    "digits_noise": "piste.race.tasks.digits",
     "digits_vit": "piste.race.tasks.digits",
 }
 

@@ -6,12 +6,14 @@ second one finds the gradient that the optimizer inside steps with, from the wei
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from piste.batchnorm import put_back, statistics_of
 from piste.checkpoint import check_tensor
@@ -113,6 +115,7 @@ class SAM(Wrapper):
     name = "sharpness"
     #: does a step combine the gradients of both passes?
     combines: ClassVar[bool] = False
+    _guard: RemovableHandle | None = None
 
     def __init__(
         self,
@@ -141,6 +144,9 @@ class SAM(Wrapper):
         self._start()
 
     def _start(self) -> None:
+        if self._guard is not None:
+            self._guard.remove()
+        self._guard, self._stepping = _guard(self), False
         self._climb: _Climb | None = None
         self._skip = self._returned = False
         self._finished = True
@@ -328,6 +334,15 @@ class SAM(Wrapper):
         self._returned, self._skip, self._finished = False, False, True
         self._used = {p: (p.grad, p.grad._version) for p in self._weights() if p.grad is not None}
 
+    def inner_step(
+        self, closure: Callable[[], float] | None, optimizer: torch.optim.Optimizer | None = None
+    ) -> tuple[float | None, bool]:
+        self._stepping = True
+        try:
+            return super().inner_step(closure, optimizer)
+        finally:
+            self._stepping = False
+
     @contextmanager
     def _given_up_on_error(self) -> Iterator[None]:
         try:
@@ -458,6 +473,8 @@ class SAM(Wrapper):
 
     def __getstate__(self) -> dict[str, Any]:
         transient = (
+            "_guard",
+            "_stepping",
             "_climb",
             "_skip",
             "_returned",
@@ -477,6 +494,21 @@ class SAM(Wrapper):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._start()
+
+
+def _guard(wrapper: SAM) -> RemovableHandle:
+    """Let nobody else step the optimizer inside, which would go from perturbed weights, or without a second pass."""
+    owner = weakref.ref(wrapper)
+
+    def check(inner: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        outer = owner()
+        if outer is not None and outer.optimizer is inner and not outer._stepping:
+            raise RuntimeError(
+                f"{type(inner).__name__}.step() was called from outside, and this optimizer is inside of "
+                f"{type(outer).__name__}: step that one; to go on without it, delete it first. Nothing was changed"
+            )
+
+    return wrapper.optimizer.register_step_pre_hook(check)
 
 
 def gradient_of(p: Tensor) -> Tensor:

@@ -13,12 +13,14 @@ from piste.race.task import Task
 
 CLASSES = 10
 _HELD_OUT = 360  # images in each of the two parts that are not trained on
+_WRONG = 0.4  # of the training labels of digits_noise
 _PATCH = 2
 _WIDTH = 32
 _TOKENS = (8 // _PATCH) ** 2
 
 
-def _data() -> Splits:
+def _parts() -> list[tuple[Tensor, Tensor]]:
+    """Images and labels to train with, to validate and to report."""
     from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 
     images, labels = load_digits(return_X_y=True)
@@ -26,8 +28,28 @@ def _data() -> Splits:
     y = torch.tensor(labels)
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     parts = torch.split(order, [len(y) - 2 * _HELD_OUT, _HELD_OUT, _HELD_OUT])
-    train, valid, report = ((x[part], y[part]) for part in parts)
+    return [(x[part], y[part]) for part in parts]
+
+
+def _data() -> Splits:
+    train, valid, report = _parts()
     return Splits(train=train, valid=valid, report=report)
+
+
+def _noisy_data() -> Splits:
+    """The same images; four in ten labels to train with are another digit, the ones to be scored with are right."""
+    (images, labels), valid, report = _parts()
+    draw = torch.Generator().manual_seed(1)
+    wrong = torch.rand(len(labels), generator=draw) < _WRONG
+    shift = torch.randint(1, CLASSES, (len(labels),), generator=draw)
+    noisy = torch.where(wrong, (labels + shift) % CLASSES, labels)
+    return Splits(train=(images, noisy), valid=valid, report=report)
+
+
+def _mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)
+    )
 
 
 def _cnn() -> nn.Module:
@@ -87,6 +109,20 @@ digits = Task(
     batch_size=32,
     domain="vision",
     description="a small CNN reads handwritten digits (1,797 images of 8x8)",
+)
+
+digits_noise = Task(
+    name="digits_noise",
+    model=_mlp,
+    data=_noisy_data,
+    loss=_loss,
+    metric=_accuracy,
+    metric_name="accuracy",
+    higher_is_better=True,
+    steps=1_000,
+    batch_size=32,
+    domain="vision",
+    description="an MLP that could learn 1,077 digits by heart, four in ten of them labelled wrongly",
 )
 
 digits_vit = Task(
