@@ -85,6 +85,10 @@ def estimate_memory(
     >>> cost.state / cost.parameters, cost.moved / cost.parameters
     (2.046875, 16.09375)
     """
+    if "+" in optimizer:
+        raise ValueError(
+            f"optimizer={optimizer!r} has a wrapper; legal: what is inside, and piste list for the wrapper"
+        )
     twin = _without_memory(model)
     made = create(optimizer, twin, state=state, weights=weights, **overrides)
     if not isinstance(made, Optimizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -111,30 +112,19 @@ digits = Task(
     description="a small CNN reads handwritten digits (1,797 images of 8x8)",
 )
 
-digits_noise = Task(
+digits_noise = replace(
+    digits,
     name="digits_noise",
     model=_mlp,
     data=_noisy_data,
-    loss=_loss,
-    metric=_accuracy,
-    metric_name="accuracy",
-    higher_is_better=True,
     steps=1_000,
-    batch_size=32,
-    domain="vision",
     description="an MLP that could learn 1,077 digits by heart, four in ten of them labelled wrongly",
 )
 
-digits_vit = Task(
+digits_vit = replace(
+    digits,
     name="digits_vit",
     model=VisionTransformer,
-    data=_data,
-    loss=_loss,
-    metric=_accuracy,
-    metric_name="accuracy",
-    higher_is_better=True,
     steps=400,
-    batch_size=32,
-    domain="vision",
     description="a small ViT reads handwritten digits (1,797 images of 8x8)",
 )
