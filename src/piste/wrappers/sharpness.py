@@ -213,6 +213,7 @@ class SAM(Wrapper):
                 self._put_back(climb)
                 self._climb, self._skip = _Climb([], [], None), True
                 return False
+            torch.clear_autocast_cache()  # casts of the weights that autocast keeps for a loop inside of it
         self._climb, self._returned = climb, False
         self._statistics = [] if self.model is None else statistics_of(self.model)
         for p in weights:
@@ -317,7 +318,8 @@ class SAM(Wrapper):
         if not (climbed or plain or self._returned):
             raise RuntimeError(
                 f"{type(self).__name__}.step() without a closure is the second half of a step: call backward(), "
-                "first_step(), backward() again before it; or step(closure), or piste.sharpness_step"
+                "first_step(), backward() again before it; or step(closure), or piste.sharpness_step. For a framework's "
+                "trainer see piste.integrations"
             )
         self._unscale()
         if self._returned or self.descend():
@@ -421,6 +423,7 @@ class SAM(Wrapper):
         for p, kept in zip(climb.weights, climb.kept, strict=True):
             for tensor, before in zip(self._belonging(p), kept, strict=True):
                 tensor.copy_(before)
+        torch.clear_autocast_cache()
 
     def _belonging(self, p: Tensor) -> list[Tensor]:
         rest = self.optimizer.state[p].get(companion("p")) if p in self.optimizer.state else None
