@@ -69,7 +69,7 @@ def sharpness_step(
     if not isinstance(sharpness, piste.SAM):
         had = type(optimizer).__name__ if sharpness is None else f"{type(sharpness).__name__}, prepared"
         raise TypeError(
-            f"sharpness_step got optimizer={had}; legal: what accelerator.prepare makes of piste.SAM and its descendants"
+            f"sharpness_step got optimizer={had}; legal: what accelerator.prepare makes of piste.SAM and the like"
         )
     check_processes("sharpness_step", accelerator)
     if not accelerator.sync_gradients:

@@ -14,16 +14,19 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 import piste
-from piste.integrations.accelerate import check_processes
 from piste.integrations.framework import framework
 
 with framework("transformers"):
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
+    from piste.integrations.accelerate import check_processes
+
 __all__ = ["SharpnessTrainer", "trainer_kwargs"]
 
 logger = logging.getLogger("piste")
 
+#: our names of what both sides have
+_SETTINGS = {"lr": "learning_rate", "weight_decay": "weight_decay"}
 #: arguments of training that name a schedule, and those that a Trainer ignores where it is handed an optimizer
 _OF_SCHEDULES = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
 _OF_ITS_OPTIMIZERS = ("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon")
@@ -80,6 +83,8 @@ def trainer_kwargs(
         )
     if not isinstance(args, TrainingArguments):
         raise TypeError(f"trainer_kwargs got args={type(args).__name__}; legal: the TrainingArguments of the trainer")
+    if schedule is not None:
+        piste.schedules.named(schedule)  # refuses unknown names now rather than when training begins
     title = name if isinstance(name, str) else name.name
     touched = _touched(args)
     said = {ours: touched[theirs] for ours, theirs in _SETTINGS.items() if theirs in touched}
@@ -95,11 +100,8 @@ def trainer_kwargs(
     if schedule is None and touched.keys() & set(_OF_SCHEDULES):
         logger.info("trainer_kwargs(%r): the schedule is the trainer's, %s", title, args.lr_scheduler_type)
         return {"optimizers": (optimizer, None), "callbacks": list(callbacks)}
-    later = _Later(name, optimizer, schedule)
+    later = _Later(name, schedule)
     return {"optimizers": (optimizer, later), "callbacks": [*callbacks, later]}
-
-
-_SETTINGS = {"lr": "learning_rate", "weight_decay": "weight_decay"}
 
 
 def _touched(args: TrainingArguments) -> dict[str, Any]:
@@ -113,13 +115,13 @@ class _Later(TrainerCallback):
     It stands in the schedule's place, which the trainer fills before it knows, and is told as a callback.
     """
 
-    def __init__(self, name: str | piste.Preset, optimizer: torch.optim.Optimizer, schedule: str | None) -> None:
-        self.name, self.optimizer, self.chosen = name, optimizer, schedule
+    def __init__(self, name: str | piste.Preset, schedule: str | None) -> None:
+        self.name, self.chosen = name, schedule
         self.made: LRScheduler | None = None
         self.saved: dict[str, Any] | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.made = piste.schedule_for(self.name, self.optimizer, state.max_steps, schedule=self.chosen)
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.made = piste.schedule_for(self.name, kwargs["optimizer"], state.max_steps, schedule=self.chosen)
         if self.saved is not None:
             self.made.load_state_dict(self.saved)
             self.saved = None
