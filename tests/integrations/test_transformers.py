@@ -195,6 +195,8 @@ def test_a_schedule_of_the_arguments_counts(said: dict[str, Any], tmp_path: Path
 
 
 def test_arguments_that_say_nothing_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer_kwargs("adamw", net(), TrainingArguments(str(tmp_path)))
+    assert not caplog.records
     trainer_kwargs("adamw", net(), arguments(tmp_path, adam_beta2=0.95))
     assert [record.levelname for record in caplog.records if "adam_beta2" in record.message] == ["WARNING"]
 
@@ -245,7 +247,8 @@ def test_resuming_goes_on_bit_by_bit(name: str, options: dict[str, Any], tmp_pat
     assert logged(first, "learning_rate")[3:] == logged(second, "learning_rate")[3:]
 
 
-def test_schedule_free_evaluates_the_average(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["schedulefreeadamw", "sam+schedulefreeadamw"])
+def test_schedule_free_evaluates_the_average(name: str, tmp_path: Path) -> None:
     seen = []
 
     class Modes(TrainerCallback):
@@ -256,8 +259,8 @@ def test_schedule_free_evaluates_the_average(tmp_path: Path) -> None:
 
     model = net()
     args = arguments(tmp_path, eval_strategy="steps", eval_steps=3, label_names=["y"])
-    keywords = trainer_kwargs("schedulefreeadamw", model, args, callbacks=[Modes()])
-    trainer = train(model, args, Trainer, eval_dataset=data(), **keywords)
+    keywords = trainer_kwargs(name, model, args, callbacks=[Modes()])
+    trainer = train(model, args, SharpnessTrainer, eval_dataset=data(), **keywords)
     assert [mode for mode, _ in seen] == [False, False]
     assert logged(trainer, "eval_loss") == pytest.approx([loss for _, loss in seen])
     before = weights(model)
@@ -353,6 +356,22 @@ def test_the_family_does_what_a_loop_does(name: str, options: dict[str, Any], tm
     for a, b in zip(model.state_dict().values(), mine.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
     assert model.layers[1].num_batches_tracked == 6  # BatchNorm moves in the first pass only
+
+
+def test_before_a_trainer_of_ones_own(tmp_path: Path) -> None:
+    class Doubled(Trainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return super().compute_loss(*args, **kwargs) * 2
+
+    class Mine(SharpnessTrainer, Doubled):
+        pass
+
+    models = []
+    for kind, lr in ((Mine, 0.1), (SharpnessTrainer, 0.2)):  # SAM's way is as long whatever the loss is multiplied by
+        model, args = net(), arguments(tmp_path)
+        train(model, args, kind, **trainer_kwargs("sam+sgd", model, args, lr=lr))
+        models.append(model)
+    assert_close(*models)
 
 
 def test_statistics_of_a_sam_that_was_not_told_its_model(tmp_path: Path) -> None:
