@@ -358,6 +358,20 @@ def test_the_family_does_what_a_loop_does(name: str, options: dict[str, Any], tm
     assert model.layers[1].num_batches_tracked == 6  # BatchNorm moves in the first pass only
 
 
+def test_what_takes_labels_out_of_a_batch_finds_them_again(tmp_path: Path) -> None:
+    class Taking(SharpnessTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            y = inputs.pop("y")
+            return (model(**inputs, y=y)["out"] - y).square().mean()
+
+    models = []
+    for kind in (Taking, SharpnessTrainer):
+        model, args = net(), arguments(tmp_path)
+        train(model, args, kind, **trainer_kwargs("sam+sgd", model, args))
+        models.append(model)
+    assert_close(*models)
+
+
 def test_before_a_trainer_of_ones_own(tmp_path: Path) -> None:
     class Doubled(Trainer):
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -436,6 +450,7 @@ def test_a_pass_that_overflows_is_skipped_by_a_scaler(broken: int, name: str, tm
             piste.sharpness_step(optimizer, mine, lambda model, batch: model(**batch)["loss"], batch)
     assert_close(model, mine, 1e-9)
     assert scaler.get_scale() == 512.0
+    assert trainer.lr_scheduler.state_dict()["last_epoch"] == 2  # a step that was skipped is none of the schedule's
 
 
 @pytest.mark.parametrize("broken", [1, 2])
@@ -476,12 +491,10 @@ def test_esam_needs_a_loss_for_each_sample(tmp_path: Path) -> None:
 def test_sharded_models_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, args = net(), arguments(tmp_path)
     trainer = SharpnessTrainer(model=model, args=args, train_dataset=data(), **trainer_kwargs("sam+sgd", model, args))
-    trainer.accelerator.state.distributed_type = type(trainer.accelerator.distributed_type).FSDP
-    try:
-        with pytest.raises(ValueError, match="FSDP, in which two passes were not tried"):
-            trainer.create_optimizer()
-    finally:
-        trainer.accelerator.state.distributed_type = type(trainer.accelerator.distributed_type).NO
+    state, kind = trainer.accelerator.state, type(trainer.accelerator.distributed_type)
+    monkeypatch.setattr(state, "distributed_type", kind.FSDP)
+    with pytest.raises(ValueError, match="FSDP, in which two passes were not tried"):
+        trainer.create_optimizer()
 
 
 def test_a_schedule_without_its_callback_says_what_is_missing(tmp_path: Path) -> None:

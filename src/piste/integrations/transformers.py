@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -197,7 +196,7 @@ class SharpnessTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         if self._sharpness is not None:
-            self._batches.append(copy.copy(inputs))  # what computes the loss may take labels out
+            self._batches.append(inputs)
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self._sharpness is not None and self.accelerator.sync_gradients:
             batches, self._batches = self._batches, []
