@@ -238,6 +238,32 @@ def test_the_mark_survives_saving():
     assert again.param_groups[0]["momentum"] == 0.9
 
 
+@pytest.mark.parametrize("name", ["ranger21", "sam+ranger21"])
+def test_a_schedule_of_its_own_is_told_the_length_of_the_run(name):
+    optimizer, schedule = piste.create_with_schedule(name, small_model(), 20)
+    known = [(group["total_steps"], group["epochs"], group["batches_per_epoch"]) for group in optimizer.param_groups]
+    assert set(known) == {(20, 1, 20)}
+    assert schedule.state_dict()["curve"]["name"] == "Constant"
+    piste.schedule_for(name, optimizer, 30)  # a second run is longer
+    assert {group["total_steps"] for group in optimizer.param_groups} == {30}
+    outer, _ = piste.create_with_schedule(name, small_model(), 20, schedule="flat_cosine")
+    assert {group["total_steps"] for group in outer.param_groups} == {None}
+
+
+def test_epochs_that_were_given_have_to_fit_the_length_of_the_run():
+    epochs = {"epochs": 4, "batches_per_epoch": 5}
+    optimizer, _ = piste.create_with_schedule("ranger21", small_model(), 20, use_cheb=True, **epochs)
+    assert {group["epochs"] for group in optimizer.param_groups} == {4}
+    with pytest.raises(ValueError, match="total_steps=21 with epochs=4 and batches_per_epoch=5"):
+        piste.schedule_for("ranger21", optimizer, 21)
+    assert "initial_lr" in optimizer.param_groups[0]
+    fresh = piste.create("ranger21", small_model(), **epochs)
+    for steps, message in ((21, "their product"), (0, "total_steps")):
+        with pytest.raises(ValueError, match=message):
+            piste.schedule_for("ranger21", fresh, steps)
+    assert all("initial_lr" not in group for group in fresh.param_groups)
+
+
 @pytest.mark.parametrize("name", ["sgd", "sgd_momentum", "sgd_nesterov", "rmsprop"])
 def test_betas_are_refused_by_name(name):
     with pytest.raises(ValueError, match=r"betas=\(0.9, 0.99\).*set_betas=False"):

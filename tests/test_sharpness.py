@@ -462,6 +462,47 @@ def test_grad_scaler_by_hand(bad: int) -> None:
         scaler.step(optimizer, closure_of(model, batch(0)))
 
 
+@pytest.mark.parametrize("cleared", [True, False])
+def test_a_closure_by_way_of_a_scaler(cleared: bool) -> None:
+    """Torch refuses ``closure=`` but not its place; whatever gradients there are, nothing is taken unscaled."""
+    model = net()
+    optimizer = piste.SAM(inner(model), rho=RHO)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**7)
+    piste.sharpness_step(optimizer, model, loss_of, batch(0), scaler=scaler)
+
+    def closure() -> Tensor:
+        loss = loss_of(model, batch(1))
+        scaler.scale(loss).backward()
+        return loss
+
+    if cleared:
+        optimizer.zero_grad()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"cannot be given to GradScaler\.step"):
+        scaler.step(optimizer, closure)
+    assert all(a.equal(b) for a, b in zip(before, model.parameters(), strict=True))
+    piste.sharpness_step(optimizer, model, loss_of, batch(1), scaler=scaler)
+    assert optimizer.steps == 2
+
+
+def test_autocast_round_both_passes() -> None:
+    """Autocast keeps casts of the weights until it ends; the second pass must not see those of before the climb."""
+    found = []
+    for outside in (True, False):
+        model = net().float()
+
+        def loss_fn(model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return loss_of(model, data)
+
+        optimizer = piste.SAM(inner(model, "reference"), rho=RHO)
+        data = tuple(x.float() for x in batch(0))
+        with torch.autocast("cpu", torch.bfloat16, enabled=outside):
+            piste.sharpness_step(optimizer, model, loss_fn, data)
+        found.append([p.detach().clone() for p in model.parameters()])
+    assert all(a.equal(b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("kind", ["SAM", "GSAM", "LookSAM"])
 def test_accumulation_equals_the_whole_batch(kind: str) -> None:
     """Without BatchNorm, whose statistics are those of each micro-batch."""

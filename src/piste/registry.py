@@ -26,6 +26,7 @@ from piste import optimizers, schedules
 from piste.checks import check_choice, refuse_unknown
 from piste.groups import GROUP_OPTIONS, param_groups
 from piste.optimizer import Optimizer
+from piste.optimizers.ranger21_schedule import told
 from piste.presets import Preset, arguments_of, presets
 from piste.wrappings import WRAPPINGS
 
@@ -37,6 +38,7 @@ __all__ = [
     "list_optimizers",
     "list_wrappers",
     "optimizer_info",
+    "schedule_for",
     "state_bytes",
 ]
 
@@ -332,12 +334,49 @@ def create_with_schedule(
 
     Sources: each preset names its own.
     """
+    optimizer = create(name, model_or_params, **overrides)
+    return optimizer, schedule_for(name, optimizer, total_steps, schedule=schedule)
+
+
+def schedule_for(
+    name: str | Preset, optimizer: torch.optim.Optimizer, total_steps: int, *, schedule: str | None = None
+) -> LRScheduler:
+    """The schedule that goes with an optimizer, for trainers that know the length of a run later than the optimizer.
+
+    Args:
+        name: what :func:`create` made the optimizer from.
+        optimizer: what it made, or a framework's wrapper round it. If it has a schedule of its own (Ranger21) and gets
+            a constant one from outside, it is told ``total_steps``.
+        total_steps: optimizer steps of the whole run, 1 or more.
+        schedule: the name of a function in ``piste.schedules``; None for the preset's companion.
+
+    Returns:
+        The schedule, to be stepped after every optimizer step.
+
+    Raises:
+        TypeError: ``name`` is neither text nor a preset.
+        ValueError: ``name`` or ``schedule`` is unknown; ``total_steps`` is no positive whole number, or not the product
+            of the ``epochs=`` and ``batches_per_epoch=`` that Ranger21 was given.
+
+    Not needed where the length is known at once: :func:`create_with_schedule` makes both.
+
+    >>> import torch, piste
+    >>> optimizer = piste.create("ranger21", torch.nn.Linear(4, 2), lr=1e-3)
+    >>> schedule = piste.schedule_for("ranger21", optimizer, 1_000)
+    >>> optimizer.param_groups[0]["total_steps"]
+    1000
+
+    Sources: each preset names its own.
+    """
     preset = name if isinstance(name, Preset) else _preset(name)
-    chosen = preset.schedule if schedule is None else schedule
-    make = schedules.named(chosen)
-    own = {"total_steps": total_steps} if chosen == "constant" and "total_steps" in preset.arguments else {}
-    optimizer = create(preset, model_or_params, **(own | overrides))
-    return optimizer, make(optimizer, total_steps)
+    chosen = schedules.named(preset.schedule if schedule is None else schedule)
+    lengths: list[Mapping[str, Any]] = [{} for _ in optimizer.param_groups]
+    if chosen is schedules.constant and issubclass(preset.optimizer, optimizers.Ranger21):
+        lengths = [told(group, total_steps) for group in optimizer.param_groups]
+    made = chosen(optimizer, total_steps)
+    for group, length in zip(optimizer.param_groups, lengths, strict=True):
+        group.update(length)
+    return made
 
 
 def _wrapped(

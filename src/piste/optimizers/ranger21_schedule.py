@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-__all__ = ["START", "check_schedule", "length", "refuse_another", "runs", "scheduled", "warmdown", "warmup"]
+__all__ = ["START", "check_schedule", "length", "refuse_another", "runs", "scheduled", "told", "warmdown", "warmup"]
 
 Group = Mapping[str, Any]
 
@@ -25,6 +25,16 @@ def length(total_steps: int | None, epochs: int | None, batches_per_epoch: int |
     if epochs is None or batches_per_epoch is None:
         return given | ({} if total_steps is None else {"epochs": 1, "batches_per_epoch": total_steps})
     return given | {"total_steps": epochs * batches_per_epoch}
+
+
+def told(group: Group, total_steps: int) -> dict[str, int | None]:
+    """The lengths of a group whose run turns out to take so many steps."""
+    if group["total_steps"] == total_steps:
+        return {}
+    if group["epochs"] not in (None, 1):
+        had = f"epochs={group['epochs']!r} and batches_per_epoch={group['batches_per_epoch']!r}"
+        raise ValueError(f"Ranger21 got total_steps={total_steps!r} with {had}; legal: their product, or neither")
+    return length(total_steps, None, None)
 
 
 def check_schedule(group: Group) -> None:

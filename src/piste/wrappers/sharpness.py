@@ -213,6 +213,7 @@ class SAM(Wrapper):
                 self._put_back(climb)
                 self._climb, self._skip = _Climb([], [], None), True
                 return False
+            torch.clear_autocast_cache()  # casts of the weights that autocast keeps for a loop inside of it
         self._climb, self._returned = climb, False
         self._statistics = [] if self.model is None else statistics_of(self.model)
         for p in weights:
@@ -292,6 +293,7 @@ class SAM(Wrapper):
                 "had: call zero_grad() before, or first_step() and second_step() for gradients that you made"
             )
         if hasattr(self, "found_inf"):
+            del self.found_inf, self.grad_scale  # after an error nobody else does
             raise RuntimeError(
                 f"{type(self).__name__}.step(closure) cannot be given to GradScaler.step(), which unscales no "
                 "gradient that a closure is yet to make: use piste.sharpness_step(..., scaler=scaler)"
@@ -317,7 +319,8 @@ class SAM(Wrapper):
         if not (climbed or plain or self._returned):
             raise RuntimeError(
                 f"{type(self).__name__}.step() without a closure is the second half of a step: call backward(), "
-                "first_step(), backward() again before it; or step(closure), or piste.sharpness_step"
+                "first_step(), backward() again before it; or step(closure), or piste.sharpness_step; for trainers see "
+                "piste.integrations"
             )
         self._unscale()
         if self._returned or self.descend():
@@ -371,8 +374,13 @@ class SAM(Wrapper):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Between the passes GradScaler has to come here even if it found an overflow, for weights to be restored."""
-        return self._climb is not None or super()._step_supports_amp_scaling
+        """Has GradScaler to come here whatever it found?
+
+        Between the passes it has to, for weights to be restored; and where there is nothing that it could have
+        unscaled, for only a closure can be what it brings, and that is refused.
+        """
+        waits = self._finished and not any(_is_new(p, self._used) for p in self._weights())
+        return self._climb is not None or waits or super()._step_supports_amp_scaling
 
     def _overflowed(self) -> bool:
         found = getattr(self, "found_inf", None)
@@ -421,6 +429,7 @@ class SAM(Wrapper):
         for p, kept in zip(climb.weights, climb.kept, strict=True):
             for tensor, before in zip(self._belonging(p), kept, strict=True):
                 tensor.copy_(before)
+        torch.clear_autocast_cache()
 
     def _belonging(self, p: Tensor) -> list[Tensor]:
         rest = self.optimizer.state[p].get(companion("p")) if p in self.optimizer.state else None
