@@ -20,7 +20,7 @@ environment = @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help race environment-race environment test test-all test-fast test-slow lint format bench precision gallery clean
+.PHONY: help race environment-race environment test test-all test-fast test-slow lint format bench precision sharpness gallery clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -59,6 +59,9 @@ bench: environment  ## speed and memory against torch's optimizers and other lib
 precision: environment  ## the measurements behind docs/precision.md (an hour)
 	$(VENV)/bin/python -m scripts.precision maps
 	$(VENV)/bin/python -m scripts.precision training
+
+sharpness: environment  ## the measurement behind docs/sharpness.md (ten minutes)
+	$(VENV)/bin/python -m scripts.sharpness
 
 gallery: environment  ## draw the ways of all optimizers down three hills, into docs/gallery
 	$(VENV)/bin/python -m scripts.gallery $(ARGS)
