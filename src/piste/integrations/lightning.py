@@ -16,19 +16,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from piste.checks import check_choice
+import piste
 from piste.integrations.framework import framework
-from piste.registry import create_with_schedule
-from piste.storage import companion
-from piste.wrappers.ema import ModelEMA
-from piste.wrappers.sharpness import SAM
-from piste.wrappers.sharpness_loop import Passes
 
 with framework("lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -39,7 +34,8 @@ with framework("lightning"):
 
 __all__ = ["ModelEMACallback", "PisteModule", "configure"]
 
-_TRAINING = "piste.training_weights"
+_TRAINING = "piste.training_weights"  # in a checkpoint
+_ENDLESS = ("constant", "untuned_warmup")  # schedules that need no length
 
 
 def configure(
@@ -65,8 +61,8 @@ def configure(
 
     Raises:
         TypeError: the optimizer needs more than Lightning gives it, and ``module`` is no :class:`PisteModule`.
-        ValueError: as :func:`piste.create_with_schedule`; above all a schedule of steps where the trainer has neither
-            ``max_steps`` nor ``max_epochs`` with data of known length.
+        ValueError: as :func:`piste.create_with_schedule`; or the trainer has neither ``max_steps`` nor ``max_epochs``
+            with data of known length, and ``schedule`` is neither "constant" nor "untuned_warmup".
 
     Not for several optimizers in manual optimization: call :func:`piste.create` for each.
 
@@ -82,8 +78,18 @@ def configure(
     ...         return configure(self, "ranger21", lr=1e-3)
     """
     steps = module.trainer.estimated_stepping_batches if total_steps is None else total_steps
-    known = None if total_steps is None and not 1 <= steps < float("inf") else steps
-    optimizer, curve = create_with_schedule(name, module, known, schedule=schedule, **overrides)  # type: ignore[arg-type]
+    if total_steps is not None or 1 <= steps < float("inf"):
+        optimizer, curve = piste.create_with_schedule(
+            name, module, total_steps or int(steps), schedule=schedule, **overrides
+        )
+    elif schedule in _ENDLESS:
+        optimizer = piste.create(name, module, **overrides)
+        curve = piste.schedules.named(schedule)(optimizer)
+    else:
+        raise ValueError(
+            f"configure({name!r}) got schedule={schedule!r} for a trainer that cannot tell how many steps there will "
+            f"be; legal: total_steps=, max_steps= or max_epochs= of the Trainer, or one of {', '.join(_ENDLESS)}"
+        )
     needs = _modes(optimizer) is not None or (module.automatic_optimization and _two_pass(optimizer) is not None)
     if needs and not isinstance(module, PisteModule):
         raise TypeError(
@@ -162,9 +168,8 @@ class PisteModule(LightningModule):
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
             return
         self._check(two_pass, inner)
-        passes = _TrainerPasses(self, two_pass)
-        loss = passes.both(optimizer_closure)
-        if passes.ready or passes.scaler is not None:
+        loss, ready = self._both_passes(two_pass, optimizer_closure)
+        if ready or _scaler(self.trainer) is not None:
             super().optimizer_step(epoch, batch_idx, optimizer, lambda: loss)
         two_pass.finish()
 
@@ -172,6 +177,56 @@ class PisteModule(LightningModule):
         """As in Lightning, but what a second pass would log is dropped: its loss is not that of the weights."""
         if not self.second_pass:
             super().log(*args, **kwargs)
+
+    def _both_passes(self, optimizer: piste.SAM, closure: Callable[[], Any]) -> tuple[Any, bool]:
+        """The last micro-batch of the first pass, and the second; ``p.grad`` becomes what the optimizer steps with.
+
+        Returns:
+            The loss of that micro-batch at the weights themselves; and False if the step is to be skipped.
+        """
+        kept, strategy = self._micro_batches(), self.trainer.strategy
+        apart = self.perturbation == "local" and optimizer.combines  # gradients are averaged after they were combined
+        two = optimizer.needs_two_passes
+        if optimizer.model is None:
+            optimizer.model = self  # whose running statistics move in the first pass only
+        try:
+            with _unsynchronized(self.trainer, apart or (two and self.perturbation == "local")):
+                loss = closure()
+            if loss is None:  # training_step says that this batch does not count
+                kept.drop_last()
+            if not any(p.grad is not None for p in _weights(optimizer)):
+                return loss, False
+            if two:
+                climbed = optimizer.first_step()
+                if strategy.reduce_boolean_decision(climbed):
+                    self._second_pass(optimizer, kept.batches, apart)
+                elif climbed:
+                    optimizer.give_up()
+            ready = optimizer.descend()
+        except BaseException:
+            optimizer.restore()
+            raise
+        finally:
+            kept.batches = []
+        if ready and apart:
+            for p in _weights(optimizer):
+                p.grad = strategy.reduce(torch.zeros_like(p) if p.grad is None else p.grad, reduce_op="mean")
+        elif not ready:
+            for p in _weights(optimizer)[:1]:  # where a scaler finds it
+                p.grad = torch.full_like(p, torch.inf)
+        return loss, ready
+
+    def _second_pass(self, optimizer: piste.SAM, batches: list[tuple[Any, ...]], apart: bool) -> None:
+        """Gradients of the micro-batches at the perturbed weights, made by the trainer's own means."""
+        trainer = self.trainer
+        with self._in_second_pass(), torch.enable_grad():
+            for i, arguments in enumerate(batches):
+                with _unsynchronized(trainer, apart or i < len(batches) - 1):
+                    output = trainer.strategy.training_step(*arguments)
+                    loss = output["loss"] if isinstance(output, Mapping) else output
+                    if not isinstance(loss, Tensor):
+                        raise RuntimeError(f"training_step() returned {loss!r} in the second pass, a loss in the first")
+                    trainer.strategy.backward(loss / trainer.accumulate_grad_batches, optimizer)
 
     @contextmanager
     def _in_second_pass(self) -> Iterator[None]:
@@ -197,10 +252,13 @@ class PisteModule(LightningModule):
             )
         return found[0]
 
-    def _check(self, two_pass: SAM, optimizer: torch.optim.Optimizer) -> None:
+    def _check(self, two_pass: piste.SAM, optimizer: torch.optim.Optimizer) -> None:
         """Refuse, before anything is changed, what two passes cannot be made of."""
         name, strategy = type(two_pass).__name__, self.trainer.strategy
-        check_choice("perturbation", self.perturbation, ("local", "averaged"))
+        if self.perturbation not in ("local", "averaged"):
+            raise ValueError(
+                f"{type(self).__name__} has perturbation={self.perturbation!r}; legal: 'local', 'averaged'"
+            )
         if two_pass is not optimizer:
             raise ValueError(f"{name} is inside of {type(optimizer).__name__}; legal in Lightning: {name} outermost")
         if two_pass.selects:
@@ -218,52 +276,6 @@ class PisteModule(LightningModule):
             )
 
 
-class _TrainerPasses(Passes):
-    """Both passes of a step of which the trainer has made the first, but for the last micro-batch."""
-
-    def __init__(self, module: PisteModule, optimizer: SAM) -> None:
-        trainer = module.trainer
-        self.module, self.strategy = module, trainer.strategy
-        super().__init__(
-            optimizer,
-            self.strategy.model or module,
-            self._loss,
-            getattr(trainer.precision_plugin, "scaler", None),
-            of=trainer.accumulate_grad_batches,
-            local=module.perturbation == "local",
-        )
-
-    def both(self, closure: Callable[[], Any]) -> Any:
-        """Finish the first pass, make the second; the loss of the last micro-batch at the weights themselves."""
-        kept = self.module._micro_batches()
-        try:
-            with self.ddp.no_sync() if self.ddp is not None and self.quiet_first else nullcontext():
-                loss = closure()
-            if loss is None:  # training_step says that this batch does not count
-                kept.drop_last()
-            if any(p.grad is not None for p in self.weights):
-                with self.module._in_second_pass():
-                    self.descend(kept.batches)
-                self.settle()
-        except BaseException:
-            self.optimizer.restore()
-            raise
-        finally:
-            kept.batches = []
-        return loss
-
-    def _loss(self, model: nn.Module, arguments: Any) -> Tensor:
-        """Of a batch, by ``training_step``, which the strategy calls through the model."""
-        output = self.strategy.training_step(*arguments)
-        loss = output["loss"] if isinstance(output, Mapping) else output
-        if not isinstance(loss, Tensor):
-            raise RuntimeError(f"training_step() returned {loss!r} in the second pass, and a loss in the first")
-        return loss
-
-    def differentiate(self, loss: Tensor) -> None:
-        self.strategy.backward(loss, self.optimizer)
-
-
 class _MicroBatches(Callback):
     """Keeps the batches of which the next step is made, as arguments of ``training_step``, if it has two passes."""
 
@@ -273,9 +285,10 @@ class _MicroBatches(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:  # where Lightning clears gradients
             self.batches = []
-        if pl_module.automatic_optimization and any(isinstance(each, SAM) for each in trainer.optimizers):
+        if pl_module.automatic_optimization and any(isinstance(each, piste.SAM) for each in trainer.optimizers):
             numbered = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
-            self.batches.append((batch, batch_idx) if numbered else (batch,))
+            same = copy.copy(batch)  # a training_step may take labels out
+            self.batches.append((same, batch_idx) if numbered else (same,))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -289,8 +302,7 @@ class _MicroBatches(Callback):
 
 
 class _OtherWeights(Callback):
-    """Evaluates other weights than it trains, and puts both into checkpoints. The run does not notice: they come back
-    bit by bit."""
+    """Other weights are evaluated than are trained, and both are saved. Those in training come back bit by bit."""
 
     def __init__(self) -> None:
         self._kept: list[tuple[Tensor, Tensor]] | None = None  # what is in training, while the others are in its place
@@ -328,8 +340,8 @@ class _OtherWeights(Callback):
         """Refuse checkpoints that Lightning saves without asking callbacks."""
         if any(getattr(callback, "save_weights_only", False) for callback in trainer.checkpoint_callbacks):
             raise ValueError(
-                "ModelCheckpoint has save_weights_only=True, which would save the weights in training and not those that "
-                "are validated; legal here: save_weights_only=False"
+                "ModelCheckpoint has save_weights_only=True, and would save the weights in training instead of those "
+                "that are validated; legal here: save_weights_only=False"
             )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -378,9 +390,12 @@ class _Modes(_OtherWeights):
     def tensors(self, trainer: Trainer, module: LightningModule) -> list[Tensor]:
         found: list[Tensor] = []
         for optimizer in filter(None, map(_modes, trainer.optimizers)):
-            for p in (p for group in optimizer.param_groups for p in group["params"]):
-                rest = optimizer.state[p].get(companion("p")) if p in optimizer.state else None
-                found += [p] if rest is None else [p, rest]
+            for p in _weights(optimizer):
+                states = optimizer.state.get(p, {})
+                found += [
+                    p,
+                    *(x for key, x in states.items() if str(key).startswith("p.")),
+                ]  # rests of a bfloat16 weight
         return found
 
     def put(self, trainer: Trainer, module: LightningModule) -> None:
@@ -401,7 +416,7 @@ class ModelEMACallback(_OtherWeights):
     """Keeps a :class:`piste.ModelEMA` of the module, which is validated, saved, and in the module after ``fit``.
 
     It is updated once for each optimizer step, whatever the accumulation, with the weights after the whole step of a
-    two-pass optimizer. Checkpoints have the averages as ``state_dict``, which ``load_from_checkpoint`` and
+    two-pass optimizer; steps that a gradient scaler skips count too. Checkpoints have the averages as ``state_dict``, which ``load_from_checkpoint`` and
     ``trainer.test(ckpt_path=...)`` take; ``fit(ckpt_path=...)`` goes on with the weights in training, bit by bit.
 
     **When not**: with schedule-free optimizers, which average by themselves.
@@ -427,13 +442,13 @@ class ModelEMACallback(_OtherWeights):
     def __init__(self, decay: float = 0.999, warmup: bool = True, buffers: str = "copy") -> None:
         super().__init__()
         self.decay, self.warmup, self.buffers = decay, warmup, buffers
-        self.ema: ModelEMA | None = None
+        self.ema: piste.ModelEMA | None = None
         self._step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self.ema = ModelEMA(pl_module, self.decay, self.warmup, self.buffers)  # type: ignore[arg-type]
+            self.ema = piste.ModelEMA(pl_module, self.decay, self.warmup, self.buffers)  # type: ignore[arg-type]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.check(trainer)
@@ -470,6 +485,20 @@ class ModelEMACallback(_OtherWeights):
             self.ema.load_state_dict(state_dict)
 
 
+def _weights(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _scaler(trainer: Trainer) -> Any:
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def _unsynchronized(trainer: Trainer, quiet: bool) -> AbstractContextManager[None]:
+    """Where ``quiet``, processes keep their gradients for themselves."""
+    strategy = trainer.strategy
+    return strategy.block_backward_sync() if quiet and isinstance(strategy, DDPStrategy) else nullcontext()
+
+
 def _copied(value: Any) -> Any:
     """What a metric may change in place, once more."""
     return value.detach().clone() if isinstance(value, Tensor) else list(value) if isinstance(value, list) else value
@@ -482,10 +511,11 @@ def _inside(optimizer: Any) -> Iterator[Any]:
         optimizer = getattr(optimizer, "optimizer", None)
 
 
-def _two_pass(optimizer: torch.optim.Optimizer) -> SAM | None:
-    return next((each for each in _inside(optimizer) if isinstance(each, SAM)), None)
+def _two_pass(optimizer: torch.optim.Optimizer) -> piste.SAM | None:
+    return next((each for each in _inside(optimizer) if isinstance(each, piste.SAM)), None)
 
 
 def _modes(optimizer: torch.optim.Optimizer) -> Any:
-    """The optimizer inside that evaluates other weights than it trains."""
-    return next((o for o in _inside(optimizer) if all(callable(getattr(o, n, None)) for n in ("train", "eval"))), None)
+    """The optimizer inside of all wrappers, which pass such calls on, if it evaluates other weights than it trains."""
+    *_, innermost = _inside(optimizer)
+    return innermost if all(callable(getattr(innermost, name, None)) for name in ("train", "eval")) else None
