@@ -14,6 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MeanMetric
@@ -402,6 +403,21 @@ def test_the_two_halves_on_lightning_s_own_wrapper_are_refused() -> None:
         fit(network(), "sam+adamw", module=Halves)
 
 
+def test_the_learning_rate_finder_runs_two_passes(tmp_path: Path) -> None:
+    """It takes callbacks away for a while."""
+
+    class Finds(Module):
+        lr = RATE
+
+    made = Finds().build(network(), "sam+sgd", rho=0.3)
+    made.on_train_batch_end = lambda *arguments: None
+    tuner = Tuner(trainer(default_root_dir=tmp_path))
+    found = tuner.lr_find(made, loader(4), num_training=6, update_attr=False, early_stop_threshold=None)
+    assert found is not None
+    assert len(found.results["loss"]) == 6
+    assert_same(made.net, network())
+
+
 # averages ------------------------------------------------------------------------------------------------------------
 
 
@@ -536,12 +552,18 @@ def test_what_cannot_be_made_right_is_refused(tmp_path: Path) -> None:
         def configure_callbacks(self) -> Any:
             return []
 
+    class Deaf(Module):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            pass
+
     class Iterates(Module):
         def training_step(self, dataloader_iter: Iterator[Any]) -> Any:
             return loss_of(self.net, next(dataloader_iter)[0])
 
     with pytest.raises(RuntimeError, match=r"configure_callbacks\(\) leaves out"):
         fit(network(), "adamw", module=Alone)
+    with pytest.raises(RuntimeError, match=r"on_train_batch_start\(\) does not call super"):
+        fit(network(), "sam+adamw", module=Deaf)
     with pytest.raises(RuntimeError, match="dataloader_iter"):
         fit(network(), "sam+adamw", module=Iterates)
     with pytest.raises(ValueError, match="gamma=1"):

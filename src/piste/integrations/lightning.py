@@ -123,7 +123,7 @@ class PisteModule(LightningModule):
 
     Raises:
         RuntimeError: in the first step, before weights move: another strategy than one device or DDP,
-            ``dataloader_iter``, ``configure_callbacks`` overridden without ``super()``.
+            ``dataloader_iter``; ``configure_callbacks`` or ``on_train_batch_start`` overridden without ``super()``.
         ValueError: likewise: a two-pass optimizer inside of another wrapper, ESAM with ``gamma < 1``, an unknown
             ``perturbation``; ``save_weights_only=True`` beside a schedule-free optimizer.
 
@@ -147,11 +147,22 @@ class PisteModule(LightningModule):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._companions: tuple[Callback, Callback] = (_MicroBatches(), _Modes())
+        self._modes = _Modes()
+        self._batches: list[tuple[Any, ...]] = []  # arguments of training_step, of which the next step is made
 
     def configure_callbacks(self) -> list[Callback]:
-        """Callbacks of this class's own. Add yours to what ``super()`` returns."""
-        return [*super().configure_callbacks(), *self._companions]  # type: ignore[misc]
+        """Lightning's hook: a callback of this class's own. Add yours to what ``super()`` returns."""
+        return [*super().configure_callbacks(), self._modes]  # type: ignore[misc]
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        """Lightning's hook: micro-batches are kept for a second pass."""
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:  # where Lightning clears gradients
+            self._batches = []
+        if self.automatic_optimization and any(isinstance(each, piste.SAM) for each in self.trainer.optimizers):
+            numbered = is_param_in_hook_signature(self.training_step, "batch_idx", min_args=2)
+            same = copy.copy(batch)  # a training_step may take labels out
+            self._batches.append((same, batch_idx) if numbered else (same,))
+        return super().on_train_batch_start(batch, batch_idx)
 
     def optimizer_step(
         self,
@@ -161,8 +172,9 @@ class PisteModule(LightningModule):
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
         """Lightning's hook: both passes, for optimizers that have two."""
-        self._micro_batches()
         inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        if not self._modes.attached:
+            raise RuntimeError(f"{type(self).__name__}.configure_callbacks() leaves out what super() returns; add it")
         two_pass = _two_pass(inner)
         if two_pass is None or optimizer_closure is None:
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
@@ -184,7 +196,8 @@ class PisteModule(LightningModule):
         Returns:
             The loss of that micro-batch at the weights themselves; and False if the step is to be skipped.
         """
-        kept, strategy = self._micro_batches(), self.trainer.strategy
+        batches, self._batches = self._batches, []
+        strategy = self.trainer.strategy
         apart = self.perturbation == "local" and optimizer.combines  # gradients are averaged after they were combined
         two = optimizer.needs_two_passes
         if optimizer.model is None:
@@ -192,22 +205,18 @@ class PisteModule(LightningModule):
         try:
             with _unsynchronized(self.trainer, apart or (two and self.perturbation == "local")):
                 loss = closure()
-            if loss is None:  # training_step says that this batch does not count
-                kept.drop_last()
             if not any(p.grad is not None for p in _weights(optimizer)):
-                return loss, False
+                return loss, False  # training_step returned None: nothing in these batches counts
             if two:
                 climbed = optimizer.first_step()
                 if strategy.reduce_boolean_decision(climbed):
-                    self._second_pass(optimizer, kept.batches, apart)
+                    self._second_pass(optimizer, batches, apart)
                 elif climbed:
                     optimizer.give_up()
             ready = optimizer.descend()
         except BaseException:
             optimizer.restore()
             raise
-        finally:
-            kept.batches = []
         if ready and apart:
             for p in _weights(optimizer):
                 p.grad = strategy.reduce(torch.zeros_like(p) if p.grad is None else p.grad, reduce_op="mean")
@@ -224,9 +233,8 @@ class PisteModule(LightningModule):
                 with _unsynchronized(trainer, apart or i < len(batches) - 1):
                     output = trainer.strategy.training_step(*arguments)
                     loss = output["loss"] if isinstance(output, Mapping) else output
-                    if not isinstance(loss, Tensor):
-                        raise RuntimeError(f"training_step() returned {loss!r} in the second pass, a loss in the first")
-                    trainer.strategy.backward(loss / trainer.accumulate_grad_batches, optimizer)
+                    if loss is not None:
+                        trainer.strategy.backward(loss / trainer.accumulate_grad_batches, optimizer)
 
     @contextmanager
     def _in_second_pass(self) -> Iterator[None]:
@@ -242,15 +250,6 @@ class PisteModule(LightningModule):
             self.second_pass = False
             for states, own in zip(metrics, before, strict=True):
                 states.update(own)
-
-    def _micro_batches(self) -> _MicroBatches:
-        found = [callback for callback in self.trainer.callbacks if isinstance(callback, _MicroBatches)]  # type: ignore[attr-defined]
-        if not found:
-            raise RuntimeError(
-                f"{type(self).__name__}.configure_callbacks() leaves out those of PisteModule; legal: return "
-                "[*super().configure_callbacks(), ...]"
-            )
-        return found[0]
 
     def _check(self, two_pass: piste.SAM, optimizer: torch.optim.Optimizer) -> None:
         """Refuse, before anything is changed, what two passes cannot be made of."""
@@ -274,31 +273,8 @@ class PisteModule(LightningModule):
                 f"{name} needs every batch twice, and training_step(dataloader_iter) takes them itself; legal: "
                 "training_step(batch, batch_idx)"
             )
-
-
-class _MicroBatches(Callback):
-    """Keeps the batches of which the next step is made, as arguments of ``training_step``, if it has two passes."""
-
-    def __init__(self) -> None:
-        self.batches: list[tuple[Any, ...]] = []
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if batch_idx % trainer.accumulate_grad_batches == 0:  # where Lightning clears gradients
-            self.batches = []
-        if pl_module.automatic_optimization and any(isinstance(each, piste.SAM) for each in trainer.optimizers):
-            numbered = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
-            same = copy.copy(batch)  # a training_step may take labels out
-            self.batches.append((same, batch_idx) if numbered else (same,))
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if not outputs:
-            self.drop_last()
-
-    def drop_last(self) -> None:
-        """Forget the last batch, which has made no gradient."""
-        self.batches = self.batches[:-1]
+        if not self._batches:
+            raise RuntimeError(f"{type(self).__name__}.on_train_batch_start() does not call super(), and has to")
 
 
 class _OtherWeights(Callback):
@@ -384,6 +360,14 @@ class _OtherWeights(Callback):
 class _Modes(_OtherWeights):
     """Calls ``train()`` and ``eval()`` of optimizers that have them."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.attached = False  # to a trainer that fits
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self.attached = self.attached or stage == "fit"
+
     def applies(self, trainer: Trainer) -> bool:
         return any(_modes(optimizer) is not None for optimizer in trainer.optimizers)
 
@@ -416,8 +400,9 @@ class ModelEMACallback(_OtherWeights):
     """Keeps a :class:`piste.ModelEMA` of the module, which is validated, saved, and in the module after ``fit``.
 
     It is updated once for each optimizer step, whatever the accumulation, with the weights after the whole step of a
-    two-pass optimizer; steps that a gradient scaler skips count too. Checkpoints have the averages as ``state_dict``, which ``load_from_checkpoint`` and
-    ``trainer.test(ckpt_path=...)`` take; ``fit(ckpt_path=...)`` goes on with the weights in training, bit by bit.
+    two-pass optimizer; steps that a gradient scaler skips count too. Checkpoints have the averages as ``state_dict``,
+    which ``load_from_checkpoint`` and ``trainer.test(ckpt_path=...)`` take; ``fit(ckpt_path=...)`` goes on with the
+    weights in training, bit by bit.
 
     **When not**: with schedule-free optimizers, which average by themselves.
 
