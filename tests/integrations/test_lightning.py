@@ -17,7 +17,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torchmetrics import MeanMetric
+from torchmetrics import Metric
 
 import piste
 from integrations.lightning_process import process
@@ -61,6 +61,22 @@ def loader(size: int) -> DataLoader[Any]:
 
 def loss_of(net: nn.Module, batch: Any) -> Tensor:
     return nn.functional.mse_loss(net(batch[0]), batch[1])
+
+
+class Sum(Metric):
+    """Changes what it keeps in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(()))
+        self.add_state("parts", [])
+
+    def update(self, value: Tensor) -> None:
+        self.total.add_(value.detach())
+        self.parts.append(value.detach())
+
+    def compute(self) -> Tensor:
+        return self.total + torch.stack(self.parts).sum()
 
 
 class _Steps:
@@ -273,15 +289,18 @@ def test_an_optimizer_may_unscale_by_itself() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # torch's, of any skipped first step
-@pytest.mark.parametrize("bad_pass", [1, 2])
-def test_an_overflow_in_either_pass_skips_the_step(bad_pass: int) -> None:
+@pytest.mark.parametrize(("bad_pass", "factor"), [(1, 1e38), (2, 1e38), (1, 1e20)])
+def test_an_overflow_in_either_pass_skips_the_step(bad_pass: int, factor: float) -> None:
+    """At 1e20 gradients are finite, and the square of their norm is not."""
+
     class Overflows(Module):
         calls = 0
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             self.calls += 1
-            loss = super().training_step(batch, batch_idx)
-            return loss * 1e30 if self.calls == bad_pass else loss
+            with torch.autocast("cpu", enabled=False):
+                loss = super().training_step(batch, batch_idx)
+            return loss * factor if self.calls == bad_pass else loss
 
     limits, scaler = scaled(max_epochs=1, limit_train_batches=1)
     before = state(smooth_network())
@@ -289,6 +308,18 @@ def test_an_overflow_in_either_pass_skips_the_step(bad_pass: int) -> None:
     assert_same(made.net, before)
     assert scaler.get_scale() == 2.0**9
     assert made.trainer.optimizers[0].steps == 1
+
+
+def test_an_optimizer_made_by_hand_moves_running_statistics_once() -> None:
+    class ByHand(Module):
+        def configure_optimizers(self) -> Any:
+            return piste.SAM(torch.optim.SGD(self.parameters(), lr=RATE), rho=0.3)
+
+    mine = network()
+    optimizer = piste.SAM(torch.optim.SGD(mine.parameters(), lr=RATE), rho=0.3)
+    for batch in loader(4):
+        piste.sharpness_step(optimizer, mine, loss_of, batch)
+    assert_same(fit(network(), "", module=ByHand, trainer={"max_epochs": 1}).net, mine, rtol=1e-6, atol=1e-7)
 
 
 def test_a_gradient_that_is_not_finite_makes_no_step_without_a_scaler_either() -> None:
@@ -308,22 +339,21 @@ def test_a_gradient_that_is_not_finite_makes_no_step_without_a_scaler_either() -
 def test_metrics_and_hooks_of_the_second_pass_count_nothing() -> None:
     class Counts(Module):
         def build(self, *args: Any, **settings: Any) -> Any:
-            self.mean = MeanMetric()
+            self.sum = Sum()
             self.passes: list[bool] = []
             return super().build(*args, **settings)
 
         def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
             loss = loss_of(self.net, batch)
-            self.mean(loss)
-            self.log("mean", self.mean, on_step=False, on_epoch=True)
+            self.sum(loss)
+            self.log("sum", self.sum, on_step=False, on_epoch=True)
             self.passes.append(self.second_pass)
             return {"loss": loss}
 
     made = fit(network(), "sam+sgd", module=Counts, lr=RATE, rho=0.3, trainer={"max_epochs": 1})
     _, losses = by_hand(network(), "sam+sgd", epochs=1, lr=RATE, rho=0.3)
     assert made.passes == [False, True] * 4
-    assert float(made.trainer.callback_metrics["mean"]) == pytest.approx(float(torch.stack(losses).mean()))
-    assert isinstance(made.mean, MeanMetric)
+    assert float(made.trainer.callback_metrics["sum"]) == pytest.approx(2 * float(torch.stack(losses).sum()))
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`", "ignore:Detected call of `lr_scheduler.step")
