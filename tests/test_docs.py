@@ -61,6 +61,9 @@ def page_name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
+@pytest.mark.filterwarnings("ignore:The '.*dataloader' does not have many workers")  # advice of Lightning's
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*deprecated")  # Lightning 2.6 with torch 2.13
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")  # likewise advice
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=page_name)
 def test_python_blocks_run(page: Path) -> None:
     """The blocks of a page are one program, run from top to bottom."""

@@ -636,3 +636,25 @@ def test_what_makes_no_sense_is_refused(make: Any, error: type[Exception], words
     base = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
     with pytest.raises(error, match=words):
         make(base)
+
+
+def test_after_descend_a_closure_only_tells_the_loss() -> None:
+    """Frameworks have to hand one to ``step``; both gradients are there already."""
+    mine, theirs = net(), net()
+    a, b = (piste.GSAM(inner(model), RHO) for model in (mine, theirs))
+    told: list[float] = []
+
+    def closure() -> float:
+        told.append(1.5)
+        return 1.5
+
+    for t in range(3):
+        piste.sharpness_step(b, theirs, loss_of, batch(t))
+        a.zero_grad()
+        loss_of(mine, batch(t)).backward()
+        a.first_step()
+        loss_of(mine, batch(t)).backward()
+        a.descend()
+        assert a.step(closure) == 1.5
+    assert told == [1.5] * 3
+    assert all(torch.equal(p, q) for p, q in zip(mine.parameters(), theirs.parameters(), strict=True))

@@ -282,11 +282,18 @@ class SAM(Wrapper):
             closure: computes the loss of a batch, calls ``backward()`` and returns the loss. It is called twice (once
                 in steps that do not climb), on cleared gradients and with gradients on.
 
+        After :meth:`descend` both gradients have been made: a closure is called once, for what it returns.
+
         Returns:
             What the closure returned the first time.
         """
         if closure is None:
             return self._step_without_closure()
+        if self._returned:
+            loss = closure()
+            self._step_without_closure()
+            return loss
+        _refuse_lightning(type(self).__name__, closure)
         if any(_is_new(p, self._used) for p in self._weights()) and self._climb is None:
             raise RuntimeError(
                 f"{type(self).__name__}.step(closure) makes both gradients itself, and there are some that no step has "
@@ -518,6 +525,22 @@ def _guard(wrapper: SAM) -> RemovableHandle:
             )
 
     return wrapper.optimizer.register_step_pre_hook(check)
+
+
+def _refuse_lightning(owner: str, closure: Callable[[], Any]) -> None:
+    """Refuse the closure of Lightning's automatic optimization, which clips, logs and accumulates in each of its calls.
+
+    That of manual optimization is the user's own. Neither package is imported for this.
+    """
+    made_by = getattr(getattr(closure, "func", None), "__module__", None) or ""
+    if made_by.partition(".")[0] not in ("lightning", "pytorch_lightning"):
+        return
+    if any(getattr(argument, "automatic_optimization", False) for argument in getattr(closure, "args", ())):
+        raise RuntimeError(
+            f"{owner} under Lightning's automatic optimization: derive the module from "
+            "piste.integrations.lightning.PisteModule instead of LightningModule, and call super().optimizer_step() "
+            "where that is overridden: it makes both passes right under accumulation, clipping and scaling"
+        )
 
 
 def gradient_of(p: Tensor) -> Tensor:
