@@ -22,6 +22,7 @@ from conformance.subjects import (
     assert_weights,
     frozen,
     train,
+    unless_built,
     weights_of,
 )
 from piste.registry import optimizer_info
@@ -75,10 +76,13 @@ def resume_elsewhere(subject: Subject, engine: str) -> None:
 
 @promise("loading keeps state dtypes and bits")
 def load_keeps_dtypes(subject: Subject, engine: str) -> None:
-    """bf16 weights keep float32 state; torch's own loader would cast it down to bf16."""
-    params = weights_of(DENSE, torch.bfloat16)
+    """bf16 weights keep float32 state; torch's own loader would cast it down to bf16.
+
+    States are allocated alike for every engine."""
+    problem = unless_built(engine, DENSE, SMALL)
+    params = weights_of(problem, torch.bfloat16)
     optimizer = subject.make(params, engine)
-    train(params, optimizer, DENSE, range(MIDDLE))
+    train(params, optimizer, problem, range(MIDDLE))
     saved = optimizer.state_dict()
     shaped = [v for s in saved["state"].values() for v in s.values() if isinstance(v, torch.Tensor) and v.dim()]
     assert {v.dtype for v in shaped} == {torch.float32}

@@ -23,6 +23,10 @@ PROBLEM = random_problem(seed=21, missing=GAPS)
 DENSE = random_problem(seed=22)
 # Two weights: one that centralization touches, one that it leaves alone.
 SMALL = random_problem([SHAPES["linear"], SHAPES["vector"]], seed=23)
+# The same two kinds, one of which begins late while the other rests once.
+FEW = random_problem(
+    [SHAPES["linear"], SHAPES["vector"]], seed=24, missing=(*((t, 1) for t in range(3)), *((t, 0) for t in (4, 5, 6)))
+)
 
 # Settings under which an optimizer keeps every state it can keep. A class that is not named here runs with defaults.
 FULL_STATE: dict[str, dict[str, Any]] = {
@@ -139,6 +143,15 @@ def subjects() -> list[Subject]:
     wrapped = replace(_subject("AdamW", piste.AdamW), name=WRAPPED, wrapped=True)
     grafted = Subject(GRAFTED, piste.Adam, {"lr": 0.05}, wrapped=True)
     return [*plain, *map(_centralization_turned, plain), wrapped, grafted]
+
+
+def unless_built(engine: str, problem: Problem, small: Problem) -> Problem:
+    """The problem, or the small one where each rank of a weight and each option is a kernel to be compiled for itself.
+
+    For promises about what happens to every element, whatever stands beside it: that kernels get every rank right is
+    what `parity` (float64), `engines_agree` (float32) and `bfloat16` hold them to.
+    """
+    return small if engine in ("cpp", "compile") else problem
 
 
 # --- running ------------------------------------------------------------------------------------------------------

@@ -165,9 +165,8 @@ def _host_text(sym: Sym, names: Mapping[Sym, str], hyper: Sequence[str]) -> str:
 
 
 def coded(one: Pass, codecs: Mapping[str, Codec]) -> dict[str, Codec]:
-    """The homes of a pass that are stored as codes."""
-    used = {*one.writes, *one.loads.values()}
-    return {home: codec for home, codec in codecs.items() if home in used}
+    """The homes of a pass that are stored as codes, in the order of its columns."""
+    return {str(c.key): codecs[str(c.key)] for c in one.columns if c.source == "home" and c.key in codecs}
 
 
 def all_columns(one: Pass, codecs: Mapping[str, Codec]) -> list[Column]:

@@ -53,8 +53,12 @@ class Pass:
 
     @cached_property
     def columns(self) -> list[Column]:
-        """Its tensors, in the order in which a kernel takes them."""
-        homes = sorted({*(home for home in self.loads.values() if home != "value"), *self.writes})
+        """Its tensors, in the order in which a kernel takes them.
+
+        That is the order of their first use, whatever they are called: two plans that differ in nothing but which
+        state plays which part (positive-negative momentum takes turns) share one kernel.
+        """
+        homes = dict.fromkeys([*(home for home in self.loads.values() if home != "value"), *self.writes])
         return [
             *(Column("home", home) for home in homes),
             *(Column("value", sym) for sym, home in self.loads.items() if home == "value"),
