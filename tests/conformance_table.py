@@ -31,8 +31,8 @@ INTRODUCTION = """\
 # Conformance
 
 Every optimizer of piste keeps the promises below. Each is a test of `tests/conformance/`, run for every optimizer of
-the registry, with and without gradient centralization, and for the wrappers `Lookahead` round AdamW and `Graft` of Adam
-and SGD. A new optimizer joins the table by joining the registry.
+the registry, with and without gradient centralization where that can play a part, and for the wrappers `Lookahead`
+round AdamW and `Graft` of Adam and SGD. A new optimizer joins the table by joining the registry.
 
 **R** kept on the reference engine · **F** on foreach · **N** on cpp (native code) · **C** on compile, where it is tried
 (each shape costs seconds) · **✓** kept, and the engine plays no part · **✗** broken · — does not apply (see below the
@@ -57,7 +57,7 @@ def _engines(promise: Promise) -> tuple[str, ...]:
 
 def cells() -> list[tuple[Promise, Subject, str]]:
     """Everything there is to run, distribution apart."""
-    return [(p, s, e) for p in promises() for s in subjects() if p.applies(s) for e in _engines(p)]
+    return [(p, s, e) for p in promises() for s in subjects() if p.applies(s) for e in p.engines_for(s)]
 
 
 def all_kept() -> dict[Cell, bool]:
@@ -70,7 +70,9 @@ def _mark(results: Results, promise: Promise, column: str) -> str:
     rows = [s for s in subjects() if s.name == column and promise.applies(s)]
     if not rows:
         return "—"
-    held = {e: all(results[promise.name, s.id, e] for s in rows) for e in _engines(promise)}
+    held = {
+        e: all(results[promise.name, s.id, e] for s in rows if e in promise.engines_for(s)) for e in _engines(promise)
+    }
     if not all(held.values()):
         return "✗ " + " ".join(LETTERS[e] for e, fine in held.items() if not fine)
     return "✓" if promise.engines == ("reference",) else " ".join(LETTERS[e] for e in held)

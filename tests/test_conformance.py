@@ -41,7 +41,8 @@ def cells(compiled: bool = False) -> list[Any]:
         for promise in PROMISES
         for subject in SUBJECTS
         if promise.applies(subject)
-        for engine in (("compile",) * promise.compiled if compiled else promise.engines)
+        for engine in promise.engines_for(subject)
+        if (engine == "compile") == compiled
     ]
 
 

@@ -744,7 +744,10 @@ def problems(draw: st.DrawFn) -> Problem:
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(data=st.data())
 def test_any_problem_any_numbers(name: str, data: st.DataObject) -> None:
-    """Both engines against the formula on whatever Hypothesis draws.
+    """The engines against the formula on whatever Hypothesis draws; one problem in four goes to the cpp engine as well.
+
+    Nearly every one is a kernel of its own, which takes longer to compile than all else here. It is written from the
+    same plan, and the options that are drawn stand one by one, with every rank, in the cases above.
 
     1e-9 instead of 1e-12: centred RMSprop and AdaBelief subtract nearly equal numbers, and drawn scales let such a
     cancellation cost three digits. The absolute part follows the size of the numbers for the same reason.
@@ -753,7 +756,8 @@ def test_any_problem_any_numbers(name: str, data: st.DataObject) -> None:
     numbers = data.draw(st.fixed_dictionaries(COMMON | DRAWN[name]))
     expected = by_formula(FORMULAS[name], problem, numbers)
     size = max(float(np.abs(w).max()) for row in expected for w in row)
-    for engine in ENGINES:
+    built = data.draw(st.sampled_from([True, False, False, False]))
+    for engine in ENGINES if built else ENGINES[:2]:
         actual = by_optimizer(lambda p, engine=engine: getattr(piste, name)(p, engine=engine, **numbers), problem)
         assert_same(actual, expected, rtol=1e-9, atol=1e-11 * max(size, 1.0))
 

@@ -261,7 +261,7 @@ def hooks(subject: Subject, engine: str) -> None:
     assert len(seen) == 6
 
 
-@promise("last_step: norms and whether it was skipped")
+@promise("last_step: norms and whether it was skipped", gc=False)
 def last_step(subject: Subject, engine: str) -> None:
     """Against the norms of the gradients given and of the change seen."""
     params = weights_of(SMALL)

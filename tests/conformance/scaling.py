@@ -60,7 +60,7 @@ def grad_scaler(subject: Subject, engine: str) -> None:
     _assert_scaled_run_equals_plain(subject, engine)
 
 
-@promise("GradScaler, unscaling inside the step")
+@promise("GradScaler, unscaling inside the step", gc=False)
 def amp_unscale(subject: Subject, engine: str) -> None:
     """The fused protocol: p.grad stays scaled, an overflow advances nothing, an explicit unscale_ is respected."""
     params = weights_of(SMALL, torch.float32)
@@ -86,7 +86,7 @@ def amp_unscale(subject: Subject, engine: str) -> None:
     assert_identical([p.detach() for p in explicit], [p.detach() for p in plain])
 
 
-@promise("clip_norm= sees unscaled gradients")
+@promise("clip_norm= sees unscaled gradients", gc=False)
 def clip_under_scaling(subject: Subject, engine: str) -> None:
     """The limit bites (norms here are near 3), and means the same under a scale of 1024."""
     scaled, plain = weights_of(SMALL, torch.float32), weights_of(SMALL, torch.float32)

@@ -43,7 +43,7 @@ def parity(subject: Subject, engine: str) -> None:
         assert_weights(params, run.weights, RTOL, ATOL)
 
 
-@promise("engines agree", engines=tuple(e for e in ENGINES if e != "reference"), compiled=True)
+@promise("engines agree", engines=tuple(e for e in ENGINES if e != "reference"), compiled=True, compiled_turned=True)
 def engines_agree(subject: Subject, engine: str) -> None:
     """Float32, against the reference. One float32 ulp is 1.2e-7; fourteen steps of a dozen operations stay within
     some tens of ulps of the largest number involved, and 2e-5 is the smallest bound that leaves room for division
