@@ -943,10 +943,12 @@ def test_learning_rate_zero_moves_nothing(name: str, engine: str) -> None:
     assert_same(actual[-1:], [DENSE.weights], rtol=1e-15, atol=0)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", FORMULAS)
-def test_solves_a_convex_problem(name: str, engine: str) -> None:
-    """A random strongly convex quadratic falls by 1e6 under a learning rate that decays to zero."""
+def test_solves_a_convex_problem(name: str) -> None:
+    """A random strongly convex quadratic falls by 1e6 under a learning rate that decays to zero.
+
+    That is a property of the rule, on the engine that a user gets; engines are held to each other step by step above.
+    """
     generator = torch.Generator().manual_seed(5)
     a = torch.randn(20, 20, generator=generator, dtype=torch.float64)
     curvature, best = a @ a.T / 20 + torch.eye(20, dtype=torch.float64), torch.randn(20, generator=generator).double()
@@ -965,14 +967,13 @@ def test_solves_a_convex_problem(name: str, engine: str) -> None:
     }.get(name, 0.1)
     # its slow average would go on for ten thousand steps
     extra = {"betas": (0.9, 0.999, 0.99), "alpha": 1.0} if name == "AdEMAMix" else {}
-    optimizer = getattr(piste, name)([p], lr=start, weight_decay=0.0, engine=engine, **extra)
+    optimizer = getattr(piste, name)([p], lr=start, weight_decay=0.0, **extra)
     losses = []
     steps = 1500
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = start * (1 - step / steps) ** 2
-        loss = 0.5 * (p - best) @ curvature @ (p - best)
-        losses.append(float(loss.detach()))
-        optimizer.zero_grad()
-        loss.backward()
+        apart = p.detach() - best
+        p.grad = curvature @ apart
+        losses.append(0.5 * apart @ p.grad)
         optimizer.step()
     assert losses[-1] < 1e-6 * losses[0]
