@@ -268,6 +268,19 @@ def test_sharded_weights_beside_whole_ones() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.parametrize("options", [{}, {"state": "8bit"}], ids=["plain", "codes"])
+def test_states_that_take_turns_share_a_kernel(options: dict[str, Any]) -> None:
+    """Odd and even steps of positive-negative momentum differ in nothing but which buffer is which."""
+    p = torch.nn.Parameter(torch.ones(5000))
+    optimizer = piste.PNM([p], engine="cpp", **options)
+    for _ in range(2):
+        p.grad = torch.ones(5000)
+        optimizer.step()
+    parts = [part for layout in optimizer._roster.layouts.values() for part in layout]
+    assert len({part.seats.plan for part in parts}) == 2
+    assert len({part.seats.kept["cpp"].lowered.source for part in parts}) == 1
+
+
 def test_nothing_grows_over_thousands_of_steps() -> None:
     params = [torch.nn.Parameter(torch.ones(16)) for _ in range(4)]
     optimizer = piste.Ranger(params, engine="cpp")
