@@ -11,6 +11,7 @@ but the output channel, for a matrix and a convolution alike. Results keep reduc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -248,15 +249,15 @@ def _factored(x: Sym, keep: Sequence[int]) -> tuple[Sym, Callable[[Value], Value
         rest, back, early = _factored(x.args[0], keep)
         if rest is not x.args[0]:
             return square(rest), lambda result: back(back(result)), early
-    if x.op == "mul":
-        for rest, factor in (x.args, x.args[::-1]):
-            if rest.kind == x.kind and common(factor):
-                rest, back, early = _factored(rest, keep)
-                return rest, lambda result: back(result) * factor, early or _waits(factor)
-    if x.op == "div" and x.args[0].kind == x.kind and common(x.args[1]):
-        rest, back, early = _factored(x.args[0], keep)
-        return rest, lambda result: back(result) / x.args[1], early or _waits(x.args[1])
+    ways = [x.args, x.args[::-1]] if x.op == "mul" else [x.args] if x.op == "div" else []
+    for inside, factor in (way for way in ways if way[0].kind == x.kind and common(way[1])):
+        rest, back, early = _factored(inside, keep)
+        return rest, partial(_with_factor, x.op, back, factor), early or _waits(factor)
     return x, lambda result: result, False
+
+
+def _with_factor(op: str, back: Callable[[Value], Value], factor: Sym, result: Value) -> Value:
+    return nary(op, back(result), factor)
 
 
 def _gathered(x: Sym, keep: Sequence[int]) -> tuple[Value, bool]:
@@ -317,8 +318,8 @@ def total(x: Value, name: str) -> Value:
     """The sum of ``x`` over every weight of every group.
 
     Weights that follow different rules add to the same number when they use the same ``name``. A weight whose rule asks
-    for the sum and makes no use of it adds to it all the same. As from :func:`sum_`, factors that would have to be waited
-    for come out of a weight's share.
+    for the sum and makes no use of it adds to it all the same. Factors that would have to be waited for come out of a
+    weight's share, as from :func:`sum_`.
     """
     if not isinstance(x, Sym):
         raise LanguageError(f"total({name!r}) spans every weight and exists only inside an optimizer's step")

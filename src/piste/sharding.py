@@ -27,7 +27,7 @@ class Spread(NamedTuple):
     placements: tuple[Any, ...]
 
     def groups(self, kept: Sequence[int], over: Sequence[int] | None = None) -> list[Any]:
-        """The groups of processes that have to add up what was reduced: all axes, or those ``over``, but not ``kept``."""
+        """The groups of processes that have to add up what was reduced over all axes, or these, but not those kept."""
         return [
             self.mesh.get_group(dim)
             for dim, placement in enumerate(self.placements)
