@@ -202,12 +202,12 @@ ALGORITHMS = (
         _bytes(2),
         _torch("RMSprop", **MOMENTUM) | _timm("rmsprop_tf", "RMSpropTF", **MOMENTUM),
     ),
-    # centralization, unit norms and the gradient's deviation each need a pass before the next; sigma needs all weights,
-    # Lookahead every fifth step: read g and p, g, g, then v; write p
+    # sums of rows first (g, p, and v, whose mean follows from them), then the gradient's deviation (g), then the rest;
+    # of the two momenta one is read only; Lookahead every fifth step
     Algorithm(
         "Ranger21",
         _ours("Ranger21", **LR),
-        _bytes(4, again=4 + 4 + 8 + 8 / 5),
+        _bytes(4, again=4 + 4 + 4 + 4 - 4 + 8 / 5),
         _pytorch_optimizer("Ranger21", num_iterations=1_000_000, **LR),
         2.5,
     ),
@@ -266,7 +266,7 @@ ALGORITHMS = (
     Algorithm(
         "StableAdamW",
         _ours("StableAdamW", **LR),
-        _bytes(2, again=4 + 8 + 8),
+        _bytes(2, again=4 + 4),  # gradient and v tell the surprise first
         _optimi("StableAdamW", **LR) | _pytorch_optimizer("StableAdamW", **LR),
         2.5,
     ),
@@ -280,7 +280,7 @@ ALGORITHMS = (
     Algorithm(
         "Prodigy",
         _ours("Prodigy"),
-        _bytes(3, again=4 + 4 + 8),  # x0 and the gradient give the estimate, then both moments and the weight once more
+        _bytes(3, again=4 + 4 + 4),  # g, s, x0 and p give the estimate; then g and p once more, with both moments
         {"prodigyopt": _package("prodigyopt", "Prodigy")},
         2.5,
     ),

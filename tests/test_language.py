@@ -15,7 +15,7 @@ from piste.parts.prepare import clip_norm
 from piste.parts.standard import standard
 from piste.slots import Pipeline, after, direction, prepare, scale, update
 from piste.storage import State, anchor, moment, second_moment
-from piste.symbol import MATRIX, TENSOR, LanguageError, reduced, traces_made
+from piste.symbol import FULL, MATRIX, TENSOR, LanguageError, reduced, traces_made
 
 # Inductor's import warns of torch's own use of a deprecated decorator
 inductor = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
@@ -194,6 +194,31 @@ def test_totals_span_groups_rules_and_stages(engine: str) -> None:
     torch.testing.assert_close(a.detach(), before[0] - 0.1 * factor * ga, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(b.detach(), before[1] - 0.1 * factor * gb, rtol=1e-12, atol=1e-12)
     assert optimizer.last_step.gradient_norm == pytest.approx(float((ga.square().sum() + gb.square().sum()).sqrt()))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_total_of_an_average_waits_for_no_pass(engine: str) -> None:
+    """Its new end has a factor that is known late; the sums of both ends are ready before, and are all that is."""
+
+    @direction(v=second_moment)
+    def rule(g: Any, st: Any, t: Any) -> Any:
+        v = ops.lerp(st.v, ops.square(g / (ops.norm(g) + 1)), 0.25)
+        return g / ops.sqrt(ops.total(v / (1 - 0.75**t), "everything")), {"v": v}
+
+    params = weights([(3, 4), (5,)])
+    expected, v = [p.detach().clone() for p in params], [torch.zeros_like(p.detach()) for p in params]
+    optimizer = optimizer_of(Pipeline(direction=rule))(params, engine=engine)
+    for t, given in enumerate(run(optimizer, params, 3), 1):
+        v = [x + 0.25 * ((g / (g.norm() + 1)).square() - x) for x, g in zip(v, given, strict=True)]
+        size = (sum(x.sum() for x in v) / (1 - 0.75**t)).sqrt()
+        expected = [p - 0.1 * g / size for p, g in zip(expected, given, strict=True)]
+    for p, e, x in zip(params, expected, v, strict=True):
+        torch.testing.assert_close(p.detach(), e, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(optimizer.state[p]["v"], x, rtol=1e-12, atol=1e-12)
+    ((part,),) = optimizer._roster.layouts.values()
+    plan = part.seats.plan
+    assert [len([s for s in stage.loads if s.kind == FULL]) for stage in plan.stages] == [2, 0, 3], plan.text()
+    assert [list(stage.writes) for stage in plan.stages] == [[], [], ["state.v", "p"]]
 
 
 @pytest.mark.parametrize("engine", ENGINES)

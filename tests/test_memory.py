@@ -85,12 +85,18 @@ def test_traffic_is_that_of_the_sheet(name: str, moved: int) -> None:
     assert cost.extra == 0
 
 
-def test_lookahead_is_counted_when_it_comes() -> None:
-    """Ranger: AdamW's 28, the gradient once more for its mean, and the slow weights at every sixth step."""
+@pytest.mark.parametrize(
+    ("name", "moved"),
+    [
+        ("ranger", 28 + 4 + 8 / 6),  # AdamW's, the gradient once more for its mean, slow weights at every sixth step
+        ("prodigy", 20 + 28),  # g, s, x0 and p for the estimate, then as AdamW
+    ],
+)
+def test_several_passes_are_counted(name: str, moved: float) -> None:
     with torch.device("meta"):
         model = nn.Linear(4096, 4096, bias=False)
-    cost = piste.estimate_memory(model, "ranger")
-    assert cost.moved / cost.parameters == pytest.approx(28 + 4 + 8 / 6, rel=1e-3)
+    cost = piste.estimate_memory(model, name)
+    assert cost.moved / cost.parameters == pytest.approx(moved, rel=1e-3)
 
 
 def test_nothing_is_allocated() -> None:

@@ -107,7 +107,14 @@ def _complete_reductions(buckets: list[Bucket], totals: dict[str, Tensor]) -> No
     for bucket in buckets:
         for sym, partial in bucket.partials.items():
             if bucket.seats.spread is not None:
-                partial = complete(partial, "peak" if sym.op == "peak" else "sum", bucket.seats.spread, sym.kind.keep)
+                of = sym.args[0].kind
+                partial = complete(
+                    partial,
+                    "peak" if sym.op == "peak" else "sum",
+                    bucket.seats.spread,
+                    kept=sym.kind.keep,
+                    over=of.keep if of.level == 2 else None,
+                )
             if sym.kind == ALL:
                 shares.setdefault(sym.attr, []).extend(partial)
             else:

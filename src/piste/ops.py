@@ -11,12 +11,13 @@ but the output channel, for a matrix and a convolution alike. Results keep reduc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from piste.symbol import ALL, FULL, HOST, Kind, LanguageError, Sym, host_node, nary, reduced
+from piste.symbol import ALL, FULL, HOST, Kind, LanguageError, Sym, host_node, nary, reduced, topological
 
 __all__ = [
     "EVALUATE",
@@ -232,29 +233,50 @@ def _reduce(op: str, x: Value, keep: Sequence[int]) -> Value:
     return nary(op, x, attr=tuple(sorted(keep)), kind=reduced(keep))
 
 
-def _factored(x: Sym, keep: Sequence[int]) -> tuple[Sym, Value]:
-    """``x`` as a value and a factor that is the same for everything a reduction to ``keep`` combines (None for 1)."""
+def _waits(x: Sym) -> bool:
+    """Does it depend on a reduction over a weight, or on an opaque function?"""
+    return any(sym.op in ("sum", "peak", "total", "opaque") for sym in topological([x]))
+
+
+def _factored(x: Sym, keep: Sequence[int]) -> tuple[Sym, Callable[[Value], Value], bool]:
+    """``x`` without what is the same for everything a reduction to ``keep`` combines, how that is put back on the
+    result, and whether the reduction would have had to wait for it."""
+
+    def common(factor: Sym) -> bool:
+        return factor.kind.level <= 2 and set(factor.kind.keep) <= set(keep)
+
     if x.op == "square":
-        rest, factor = _factored(x.args[0], keep)
-        return (x, None) if factor is None else (square(rest), square(factor))
-    if x.op == "mul":
-        for rest, factor in (x.args, x.args[::-1]):
-            if rest.kind == x.kind and factor.kind.level <= 2 and set(factor.kind.keep) <= set(keep):
-                rest, further = _factored(rest, keep)
-                return rest, factor if further is None else factor * further
-    return x, None
+        rest, back, early = _factored(x.args[0], keep)
+        if rest is not x.args[0]:
+            return square(rest), lambda result: back(back(result)), early
+    ways = [x.args, x.args[::-1]] if x.op == "mul" else [x.args] if x.op == "div" else []
+    for inside, factor in (way for way in ways if way[0].kind == x.kind and common(way[1])):
+        rest, back, early = _factored(inside, keep)
+        return rest, partial(_with_factor, x.op, back, factor), early or _waits(factor)
+    return x, lambda result: result, False
+
+
+def _with_factor(op: str, back: Callable[[Value], Value], factor: Sym, result: Value) -> Value:
+    return nary(op, back(result), factor)
+
+
+def _gathered(x: Sym, keep: Sequence[int]) -> tuple[Value, bool]:
+    """The sum of ``x``, and whether it is ready earlier than ``x`` is."""
+    rest, back, early = _factored(x, keep)
+    if rest.op == "lerp" and rest.args[2].kind == HOST and all(end.kind == FULL for end in rest.args[:2]):
+        (start, before), (end, later) = (_gathered(each, keep) for each in rest.args[:2])
+        if before or later:
+            return back(lerp(start, end, rest.args[2])), True
+    return back(_reduce("sum", rest, keep)), early
 
 
 def sum_(x: Value, keep: Sequence[int] = ()) -> Value:
     """The sum over all axes but ``keep``.
 
     In a rule that piste reads, common factors come out of it, so that it does not have to wait for them: the mean of a
-    clipped gradient is ready as early as that of the gradient.
+    clipped gradient is ready as early as that of the gradient. So do those of the two ends of an average.
     """
-    if not isinstance(x, Sym) or x.kind != FULL:
-        return _reduce("sum", x, keep)
-    rest, factor = _factored(x, keep)
-    return _reduce("sum", rest, keep) if factor is None else _reduce("sum", rest, keep) * factor
+    return _gathered(x, keep)[0] if isinstance(x, Sym) and x.kind == FULL else _reduce("sum", x, keep)
 
 
 def peak(x: Value, keep: Sequence[int] = ()) -> Value:
@@ -296,11 +318,13 @@ def total(x: Value, name: str) -> Value:
     """The sum of ``x`` over every weight of every group.
 
     Weights that follow different rules add to the same number when they use the same ``name``. A weight whose rule asks
-    for the sum and makes no use of it adds to it all the same.
+    for the sum and makes no use of it adds to it all the same. Factors that would have to be waited for come out of a
+    weight's share, as from :func:`sum_`.
     """
     if not isinstance(x, Sym):
         raise LanguageError(f"total({name!r}) spans every weight and exists only inside an optimizer's step")
-    return nary("total", x, attr=name, kind=ALL)
+    share, early = _gathered(x, ()) if x.kind == FULL else (x, False)
+    return nary("total", share if early else x, attr=name, kind=ALL)
 
 
 def tally(x: Value, name: str) -> Value:

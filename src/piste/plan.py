@@ -5,7 +5,8 @@ before the next stage begins; between the two, partial results are combined (and
 
 What crosses a cut is settled here, once for every engine:
 
-* a new state or weight is stored in the stage that computes it, and read back, as stored, in later ones;
+* a new state or weight is stored in the stage that computes it, and read back, as stored, in later ones; or it is
+  computed again and stored in a later one, where less is moved in this way;
 * any other value is computed again from inputs that have not changed. A write is put off while an old value is needed;
 * what a rule puts in ``scratch`` and what opaque functions take and give is kept in buffers that the plan declares.
 """
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from piste.symbol import HOST, HostFunction, Sym, compile_host, topological
+from piste.symbol import FULL, HOST, HostFunction, Sym, compile_host, topological
 from piste.variants import Graph
 
 __all__ = ["Plan", "Stage", "build"]
@@ -105,11 +106,37 @@ def build(graph: Graph, floors: Mapping[str, int] | None = None) -> Plan:
     nodes = topological(graph.outputs.values())
     ready = _ready(nodes, floors or {})
     due = {target: ready[sym] for target, sym in graph.outputs.items() if not target.startswith("watch.")}
+    stages = _settled(graph, nodes, ready, due)
+    if len(stages) == 1:
+        return Plan(graph, stages)
+    starts = due, dict.fromkeys(due, len(stages) - 1)
+    return Plan(graph, min((_improved(graph, nodes, ready, start) for start in starts), key=_moved))
+
+
+def _improved(graph: Graph, nodes: list[Sym], ready: Mapping[Sym, int], due: dict[str, int]) -> list[Stage]:
+    """The stages with each write, one after the other, moved to where the least is moved."""
+    stages = _settled(graph, nodes, ready, due)
+    for target in due:
+        for when in range(ready[graph.outputs[target]], len(stages)):
+            other = _settled(graph, nodes, ready, due | {target: when})
+            if _moved(other) < _moved(stages):
+                due, stages = due | {target: when}, other
+    return stages
+
+
+def _settled(graph: Graph, nodes: list[Sym], ready: Mapping[Sym, int], due: Mapping[str, int]) -> list[Stage]:
+    """The stages under these dates of writing, or the next later ones that are possible."""
     while True:
         late, stages = _stages(graph, nodes, ready, due)
         if not late:
-            return Plan(graph, stages)
-        due.update(late)
+            return stages
+        due = {**due, **late}
+
+
+def _moved(stages: list[Stage]) -> int:
+    """How many tensors as large as the weight are read and written."""
+    values = (sym for stage in stages for sym in (*stage.loads, *stage.writes.values(), *stage.kept))
+    return sum(sym.kind == FULL for sym in values)
 
 
 def _ready(nodes: list[Sym], floors: Mapping[str, int]) -> dict[Sym, int]:

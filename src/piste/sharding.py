@@ -26,12 +26,12 @@ class Spread(NamedTuple):
     mesh: Any
     placements: tuple[Any, ...]
 
-    def groups(self, kept: Sequence[int]) -> list[Any]:
-        """The groups of processes that have to add up what was reduced over all axes but those ``kept``."""
+    def groups(self, kept: Sequence[int], over: Sequence[int] | None = None) -> list[Any]:
+        """The groups of processes that have to add up what was reduced over all axes, or these, but not those kept."""
         return [
             self.mesh.get_group(dim)
             for dim, placement in enumerate(self.placements)
-            if placement.is_shard() and placement.dim not in kept
+            if placement.is_shard() and placement.dim not in kept and (over is None or placement.dim in over)
         ]
 
 
@@ -119,7 +119,9 @@ def first_element(weight: Tensor) -> int:
     return first * math.prod(weight.shape[1:])
 
 
-def complete(parts: Sequence[Tensor], op: str, spread: Spread, kept: Sequence[int] = ()) -> list[Tensor]:
+def complete(
+    parts: Sequence[Tensor], op: str, spread: Spread, kept: Sequence[int] = (), over: Sequence[int] | None = None
+) -> list[Tensor]:
     """Results of reductions over the parts of weights as results over the weights, the same on every process.
 
     Args:
@@ -127,8 +129,9 @@ def complete(parts: Sequence[Tensor], op: str, spread: Spread, kept: Sequence[in
         op: ``"sum"`` or ``"peak"``, the largest.
         spread: how these weights lie on processes.
         kept: the axes over which was not reduced.
+        over: the axes that what was reduced had; None for all of the weight's. Along others each process had all of it.
     """
-    groups = spread.groups(kept)
+    groups = spread.groups(kept, over)
     if not groups or not parts:
         return list(parts)
     flat = torch.cat([part.reshape(-1) for part in parts])

@@ -12,7 +12,7 @@ is decoded into a small buffer that stays in the cache, and what it wrote there 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from piste.codecs import Codec
 from piste.engines.cpp_codecs import code_offset, cpp_types, definitions, phase, rest_offset
 from piste.engines.kernel import Column, Pass, host_roots, is_small
 from piste.plan import Plan
-from piste.symbol import ALL, FULL, HOST, Sym, topological
+from piste.symbol import ALL, FULL, HOST, Sym, host_node, topological
 
 __all__ = ["FIXED_COLUMNS", "TYPES", "all_columns", "hyper_names", "write"]
 
@@ -112,7 +112,8 @@ def write(
         homes: how the numbers in each home are stored.
         codecs: by home, where they are stored as codes.
     """
-    numbers = host_roots(plan)
+    inverses = _inverses(passes.values())
+    numbers = [*host_roots(plan), *inverses.values()]
     types = {home: TYPES[dtype] for home, dtype in homes.items()} | dict.fromkeys(codecs, "float")
     return "\n".join(
         [
@@ -126,12 +127,22 @@ def write(
             *(
                 line
                 for name, one in passes.items()
-                for line in _Writer(name, one, numbers, types, codecs, by_shape=plan.graph.by_shape).lines()
+                for line in _Writer(name, one, numbers, inverses, types, codecs, by_shape=plan.graph.by_shape).lines()
             ),
             "}  // namespace piste",
             "",
         ]
     )
+
+
+def _inverses(passes: Iterable[Pass]) -> dict[Sym, Sym]:
+    """One over each host number that something is divided by: a division costs as much as ten products."""
+    found = {sym.args[1]: None for one in passes for sym in one.compute if _by_number(sym)}
+    return {divisor: host_node("div", 1.0, divisor) for divisor in found}
+
+
+def _by_number(sym: Sym) -> bool:
+    return sym.op == "div" and sym.args[1].kind == HOST
 
 
 def _literal(value: float) -> str:
@@ -190,6 +201,7 @@ class _Writer:
         name: str,
         one: Pass,
         numbers: Sequence[Sym],
+        inverses: Mapping[Sym, Sym],
         types: Mapping[str, str],
         codecs: Mapping[str, Codec],
         *,
@@ -198,6 +210,7 @@ class _Writer:
         self.name, self.one, self.types, self.by_shape = name, one, types, by_shape
         self.coded = coded(one, codecs)
         self.numbers = {sym: i for i, sym in enumerate(numbers)}
+        self.inverses = inverses
         self.axes = one.axes
         self.columns = all_columns(one, codecs)
         self.widest = FIXED_COLUMNS + len(self.columns)
@@ -315,7 +328,8 @@ class _Writer:
         return ("i" if self.meets(sym) == _IN else f"i * s[{self.axes.index(sym.kind.keep)}]"), False
 
     def compute(self, sym: Sym) -> None:
-        text = _ELEMENT[sym.op].format(*(self.argument(a) for a in sym.args))
+        op, args = ("mul", (sym.args[0], self.inverses[sym.args[1]])) if _by_number(sym) else (sym.op, sym.args)
+        text = _ELEMENT[op].format(*map(self.argument, args))
         name = self.names[sym] = f"x{len(self.names)}"
         lines = self.before if is_small(sym.kind) else self.inside
         lines.append(f"const {'bool' if sym.op in _COMPARISONS else 'R'} {name} = {text};")

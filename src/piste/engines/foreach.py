@@ -127,7 +127,7 @@ class Foreach:
             homes = [bucket.homes[h][chunk] for h in lowered.homes]
             values = [bucket.values[s] if s.kind == ALL else bucket.values[s][chunk] for s in lowered.inputs]
             shares: list[Tensors] = []
-            split = lowered.divisible and bucket.device.type == "cpu"
+            split = lowered.divisible and homes and bucket.device.type == "cpu"
             for piece in _pieces(homes, limit) if split else [homes]:
                 count = len(bucket.row_of[chunk])
                 partials, keeps = lowered.function(count, columns, bucket.dtype, *piece, *values)

@@ -95,7 +95,7 @@ def normalize(g: Value, hp: Hyper, ndim: int) -> Value:
     if n <= 2:
         return g
     around = g if hp.use_gc and _centers(hp, ndim) else g - mean(g)
-    return g / (sqrt(sum_(square(around)) / (n - 1)) + 1e-8)
+    return g * (1 / (sqrt(sum_(square(around)) / (n - 1)) + 1e-8))
 
 
 @prepare(v=second_moment)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from piste.ops import Value, lerp, maximum, mean, minimum, rsqrt, sqrt, square
+from piste.ops import Value, lerp, maximum, mean, minimum, rsqrt, scratch, sqrt, square
 from piste.slots import Hyper, Part, States, update
 from piste.storage import kept_over, moment, second_moment
 
@@ -46,7 +46,9 @@ def _factored(
     row = lerp(st.row, mean(size, keep=rows), weight)
     col = lerp(st.col, mean(size, keep=columns), weight)
     shared = tuple(axis for axis in rows if axis in columns)
-    u = g * rsqrt(row / mean(row, keep=shared)) * rsqrt(col)
+    # one root for each row and column, in the place of two for each number
+    by_row = scratch(rsqrt(row / mean(row, keep=shared)), "by_row")
+    u = g * by_row * scratch(rsqrt(col), "by_column")
     p, new = _step(u, p, st, hp, t)
     return p, new | {"row": row, "col": col}
 
