@@ -35,9 +35,11 @@ __all__ = [
     "OptimizerInfo",
     "create",
     "create_with_schedule",
+    "decoupled",
     "list_optimizers",
     "list_wrappers",
     "optimizer_info",
+    "preset_of",
     "schedule_for",
     "state_bytes",
 ]
@@ -272,7 +274,7 @@ def create(name: str | Preset, model_or_params: nn.Module | Iterable[Any], **ove
 
     Sources: each preset names its own.
     """
-    preset = name if isinstance(name, Preset) else _preset(name)
+    preset = preset_of(name)
     if preset.wrappings:
         return _wrapped(preset, model_or_params, overrides)
     is_model = isinstance(model_or_params, nn.Module)
@@ -292,7 +294,7 @@ def create(name: str | Preset, model_or_params: nn.Module | Iterable[Any], **ove
         params = list(model_or_params)
         _warn_of_lost_distinction(preset, params, decay)
     decays = any(weight_decay != 0 for weight_decay in _decays(params, decay))
-    optimizer, decoupling = _decoupled(preset.optimizer, preset.wd.true_wd, needed=decays)
+    optimizer, decoupling = decoupled(preset.optimizer, preset.wd.true_wd, needed=decays)
     made: torch.optim.Optimizer = optimizer(params, **(decoupling | settings))
     if not preset.set_betas:
         for group in made.param_groups:
@@ -368,7 +370,7 @@ def schedule_for(
 
     Sources: each preset names its own.
     """
-    preset = name if isinstance(name, Preset) else _preset(name)
+    preset = preset_of(name)
     chosen = schedules.named(preset.schedule if schedule is None else schedule)
     lengths: list[Mapping[str, Any]] = [{} for _ in optimizer.param_groups]
     if chosen is schedules.constant and issubclass(preset.optimizer, optimizers.Ranger21):
@@ -409,7 +411,21 @@ def _arguments_of_wrappings(preset: Preset) -> list[str]:
     return [name for wrapping in preset.wrappings for name in WRAPPINGS[wrapping].arguments]
 
 
-def _preset(name: str) -> Preset:
+def preset_of(name: str | Preset) -> Preset:
+    """The preset that :func:`create` makes of a name.
+
+    Args:
+        name: as for :func:`create`; a :class:`Preset` is returned as it is.
+
+    Raises:
+        TypeError, ValueError: as :func:`create`.
+
+    >>> from piste.registry import preset_of
+    >>> preset_of("Efficient SAM+AdamW").name
+    'looksam+adamw'
+    """
+    if isinstance(name, Preset):
+        return name
     if not isinstance(name, str):
         raise TypeError(f"name is a {type(name).__name__}; legal: the name of an optimizer, or a Preset")
     *outer, inner = name.split("+")
@@ -491,8 +507,25 @@ _TORCH_DECOUPLED = {"AdamW", "Muon", "Adafactor"}
 _TORCH_L2 = {"SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "ASGD", "Rprop"}
 
 
-def _decoupled(optimizer: type[torch.optim.Optimizer], wanted: bool, *, needed: bool) -> tuple[Any, dict[str, Any]]:
-    """The class, and the arguments with which its weight decay is (or is not) decoupled, as wanted."""
+def decoupled(optimizer: type[torch.optim.Optimizer], wanted: bool, *, needed: bool) -> tuple[Any, dict[str, Any]]:
+    """The class, and the arguments with which its weight decay is (or is not) decoupled, as wanted.
+
+    Args:
+        optimizer: any optimizer class.
+        wanted: decoupled, or as an L2 term in the gradient?
+        needed: is there going to be any decay?
+
+    Returns:
+        The class, or that of piste which has its name; and arguments for it.
+
+    Raises:
+        ValueError: it is needed and cannot be had.
+
+    >>> import torch
+    >>> from piste.registry import decoupled
+    >>> decoupled(torch.optim.SGD, True, needed=True)
+    (<class 'piste.optimizers.sgd.SGD'>, {'decoupled_weight_decay': True})
+    """
     arguments = arguments_of(optimizer)
     for keyword in ("decoupled_weight_decay", "weight_decouple", "decoupled_decay"):
         if keyword in arguments:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from numbers import Integral
 from typing import Any, TypeVar, final
@@ -30,7 +30,16 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from piste.checks import near
 
-__all__ = ["Schedule", "constant", "flat_cosine", "named", "one_cycle", "untuned_warmup", "warmup_stable_decay"]
+__all__ = [
+    "Schedule",
+    "constant",
+    "flat_cosine",
+    "named",
+    "one_cycle",
+    "set_momentum",
+    "untuned_warmup",
+    "warmup_stable_decay",
+]
 
 Group = dict[str, Any]
 Number = TypeVar("Number", float, Tensor)
@@ -180,19 +189,35 @@ class Schedule(LRScheduler):
 
     def _set_momentum(self) -> None:
         momentum = self.curve.momentum(self.last_epoch)
-        if momentum is None:
-            return
-        groups = self.optimizer.param_groups
-        for group in groups:
-            # A preset with set_betas=False marks its groups, and a group added later follows the first. Zero momentum
-            # means that the algorithm has none to cycle.
-            if not group.get("cycle_momentum", groups[0].get("cycle_momentum", True)):
-                continue
-            if "betas" in group and group["betas"][0] != 0:
-                beta1, *others = group["betas"]
-                group["betas"] = (_filled(beta1, momentum), *others)
-            elif "momentum" in group and group["momentum"] != 0:
-                _put(group, "momentum", momentum)
+        if momentum is not None:
+            set_momentum(self.optimizer.param_groups, momentum)
+
+
+def set_momentum(groups: Sequence[Group], momentum: float) -> None:
+    """Set the momentum of parameter groups that have one to cycle: ``betas[0]``, or else ``momentum``.
+
+    Args:
+        groups: of one optimizer, all of them or some.
+        momentum: the new value, in (0, 1).
+
+    Groups marked ``cycle_momentum=False`` (by presets whose ``set_betas`` is False) stay, and so does a momentum of 0.
+
+    >>> from piste.schedules import set_momentum
+    >>> groups = [{"betas": (0.9, 0.99)}, {"momentum": 0.9, "cycle_momentum": False}]
+    >>> set_momentum(groups, 0.85)
+    >>> groups
+    [{'betas': (0.85, 0.99)}, {'momentum': 0.9, 'cycle_momentum': False}]
+    """
+    for group in groups:
+        # A preset with set_betas=False marks its groups, and a group added later follows the first. Zero momentum
+        # means that the algorithm has none to cycle.
+        if not group.get("cycle_momentum", groups[0].get("cycle_momentum", True)):
+            continue
+        if "betas" in group and group["betas"][0] != 0:
+            beta1, *others = group["betas"]
+            group["betas"] = (_filled(beta1, momentum), *others)
+        elif "momentum" in group and group["momentum"] != 0:
+            _put(group, "momentum", momentum)
 
 
 def _copied(value: Any) -> Any:

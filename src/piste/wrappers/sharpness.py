@@ -259,9 +259,12 @@ class SAM(Wrapper):
         return True
 
     def give_up(self) -> None:
-        """Skip the step that has begun, for a reason of the loop's: another process cannot take it."""
+        """Skip the step that has begun, for a reason of the loop's: a scaler's, or that another process cannot take it.
+
+        A closure may call it, in either pass.
+        """
         self.restore()
-        self._climb, self._skip = _Climb([], [], None), True
+        self._climb, self._skip, self._finished = _Climb([], [], None), True, False
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -310,7 +313,7 @@ class SAM(Wrapper):
         climbs = self.needs_two_passes
         with torch.enable_grad():
             loss = closure()
-        if climbs and self.first_step():
+        if climbs and not self._skip and self.first_step():
             with self._given_up_on_error(), torch.enable_grad():
                 closure()
         self._step_without_closure()
