@@ -506,6 +506,20 @@ def test_two_passes_with_one_cycle_freezing_and_lr_find(learner: Any) -> None:
     assert not same(before, learn.model)
 
 
+def test_two_passes_inside_of_another_wrapper(learner: Any) -> None:
+    learn = learner("lookahead+sam+sgd", PisteCallback)
+    learn.fit(1, RATE)
+
+    def make(model: nn.Module) -> piste.SAM:
+        return piste.SAM(piste.SGD(model.parameters(), lr=RATE))
+
+    close(learn.model, by_hand(make, 1))  # four steps: Lookahead looks back after six
+    learn.fit(1, RATE)
+    assert learn.opt.two_pass.steps == 8
+    with pytest.raises(AssertionError):
+        close(learn.model, by_hand(make, 2))
+
+
 # optimizers that want to know the loop --------------------------------------------------------------------------------
 
 

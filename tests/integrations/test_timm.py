@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ pytest.importorskip("timm")
 
 import timm
 from timm.models import resume_checkpoint
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.optim._optim_factory import default_registry
 from timm.scheduler import CosineLRScheduler
 from timm.utils import NativeScaler
@@ -181,6 +182,13 @@ def test_layer_decay_under_timms_schedulers(name: str) -> None:
     assert moved == pytest.approx(expected, rel=1e-2)
     scheduler.step(5)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(RATE / 2 * optimizer.param_groups[0]["lr_scale"])
+
+
+def test_arguments_of_timms_own_script() -> None:
+    said = Namespace(opt="piste.ranger21", lr=RATE, weight_decay=0.05, momentum=0.9, opt_eps=1e-6, opt_betas=None)
+    optimizer = create_optimizer_v2(net(), **optimizer_kwargs(said), total_steps=100)
+    group = optimizer.param_groups[0]
+    assert (type(optimizer), group["lr"], group["eps"], group["total_steps"]) == (piste.Ranger21, RATE, 1e-6, 100)
 
 
 def test_our_groups() -> None:
