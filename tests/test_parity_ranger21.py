@@ -178,6 +178,40 @@ def test_the_position_is_saved() -> None:
         assert torch.equal(a, b)
 
 
+def test_begin_starts_the_schedule_anew_and_nothing_else() -> None:
+    """For a second run with the same optimizer, of another length and at another rate."""
+    p = torch.nn.Parameter(torch.ones(4))
+    optimizer = piste.Ranger21([p], lr=1.0, warmup_steps=4)
+    optimizer.begin(total_steps=10)
+    rates = []
+    for run in (10, 20):
+        for group in optimizer.param_groups:
+            group["lr"] = 10.0 / run
+        optimizer.begin(total_steps=run)
+        for _ in range(run):
+            p.grad = torch.tensor([1.0, 2.0, 3.0, 4.0])
+            optimizer.step()
+            rates.append(optimizer.param_groups[0]["current_lr"])
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[10:14] == [0.125, 0.25, 0.375, 0.5]
+    assert rates[9] == rates[29] == pytest.approx(3e-5)
+    assert optimizer.state[p]["step"] == 30
+    optimizer.begin()
+    assert optimizer.param_groups[0]["total_steps"] is None
+    with pytest.raises(ValueError, match="legal: total_steps alone"):
+        optimizer.begin(10, epochs=2, batches_per_epoch=5)
+
+
+def test_begin_where_weights_count_for_the_schedule() -> None:
+    p = torch.nn.Parameter(torch.ones(4))
+    optimizer = piste.Ranger21([p], faithful=True)
+    optimizer.begin(total_steps=10)
+    p.grad = torch.ones(4)
+    optimizer.step()
+    with pytest.raises(ValueError, match="faithful=True after the first step; legal: a new optimizer"):
+        optimizer.begin(total_steps=10)
+
+
 def test_a_step_without_gradients_is_none() -> None:
     p, optimizer = _optimizer(lr=1e-2, total_steps=20)
     optimizer.step()

@@ -531,3 +531,13 @@ def test_the_registry_names_the_state_of_a_class(info):
     optimizer.step()
     optimizer.step()
     assert {name for weight in weights for name in optimizer.state[weight]} == {"step", *info.state}
+
+
+def test_with_decay_takes_a_class_that_can_do_it() -> None:
+    sgd = Preset("sgd", torch.optim.SGD)
+    assert (sgd.wd.true_wd, sgd.with_decay().optimizer) == (True, piste.SGD)
+    assert sgd.with_decay(true_wd=False).optimizer is torch.optim.SGD  # whose decay is L2
+    assert sgd.with_decay(true_wd=False).wd.true_wd is False
+    assert piste.presets["sam+adamw"].with_decay(true_wd=False).wrappings == ("sam",)
+    with pytest.raises(ValueError, match=r"true_wd=True cannot be had of torch.optim.*Rprop"):
+        Preset("rprop", torch.optim.Rprop).with_decay()

@@ -46,6 +46,7 @@ from piste.registry import create_with_schedule as create_with_schedule
 from piste.registry import list_optimizers as list_optimizers
 from piste.registry import list_wrappers as list_wrappers
 from piste.registry import optimizer_info as optimizer_info
+from piste.registry import preset_of as preset_of
 from piste.registry import schedule_for as schedule_for
 from piste.registry import state_bytes as state_bytes
 from piste.stable_embedding import StableEmbedding as StableEmbedding

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,9 @@ from piste.checks import near, refuse_unknown
 from piste.optimizer import Optimizer, Options
 from piste.wrappings import WRAPPINGS, Wrapping
 
-__all__ = ["LrPrior", "Preset", "Presets", "Settings", "WeightDecay", "presets"]
+__all__ = ["LrPrior", "Preset", "Presets", "Settings", "WeightDecay", "decoupled", "presets"]
+
+logger = logging.getLogger("piste")
 
 T = TypeVar("T")
 
@@ -152,6 +155,26 @@ class Preset:
         """Every argument of the class but ``params``, with its default (None for options that default to nothing)."""
         return arguments_of(self.optimizer)
 
+    def with_decay(self, true_wd: bool | None = None) -> Preset:
+        """The same preset for weights that are decayed, now or later: of a class that can do it as it should be.
+
+        Args:
+            true_wd: what decay means, as in :class:`WeightDecay`; None for what the preset says.
+
+        Raises:
+            ValueError: neither its class nor one of piste with the same name can.
+
+        Not needed for :func:`piste.create`, which sees whether there is any decay.
+
+            >>> import torch
+            >>> from piste.presets import Preset
+            >>> Preset("sgd", torch.optim.SGD).with_decay().optimizer
+            <class 'piste.optimizers.sgd.SGD'>
+        """
+        wd = self.wd if true_wd is None else replace(self.wd, true_wd=true_wd)
+        optimizer, _ = decoupled(self.optimizer, wd.true_wd, needed=True)
+        return replace(self, wd=wd, optimizer=optimizer)
+
 
 def arguments_of(optimizer: type[torch.optim.Optimizer]) -> dict[str, Any]:
     """The keyword arguments of an optimizer class with their defaults, the options of piste's classes included."""
@@ -159,6 +182,49 @@ def arguments_of(optimizer: type[torch.optim.Optimizer]) -> dict[str, Any]:
     named = {p.name: p.default for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     options = dict.fromkeys(sorted(Options.__optional_keys__)) if issubclass(optimizer, Optimizer) else {}
     return options | named
+
+
+#: torch's classes that take weight decay in one way only, which their signature does not tell
+_TORCH_DECOUPLED = {"AdamW", "Muon", "Adafactor"}
+_TORCH_L2 = {"SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "ASGD", "Rprop"}
+
+
+def decoupled(optimizer: type[torch.optim.Optimizer], wanted: bool, *, needed: bool) -> tuple[Any, dict[str, Any]]:
+    """The class, and the arguments with which its weight decay is (or is not) decoupled, as wanted.
+
+    Args:
+        optimizer: any optimizer class.
+        wanted: decoupled, or as an L2 term in the gradient?
+        needed: is there going to be any decay?
+
+    Returns:
+        The class, or that of piste which has its name; and arguments for it.
+
+    Raises:
+        ValueError: it is needed and cannot be had.
+
+    >>> import torch
+    >>> from piste.registry import decoupled
+    >>> decoupled(torch.optim.SGD, True, needed=True)
+    (<class 'piste.optimizers.sgd.SGD'>, {'decoupled_weight_decay': True})
+    """
+    arguments = arguments_of(optimizer)
+    for keyword in ("decoupled_weight_decay", "weight_decouple", "decoupled_decay"):
+        if keyword in arguments:
+            return optimizer, {keyword: wanted}
+    of_torch = optimizer.__module__.startswith("torch.optim.")
+    as_wanted = of_torch and optimizer.__name__ in (_TORCH_DECOUPLED if wanted else _TORCH_L2)
+    if as_wanted or not needed:
+        return optimizer, {}
+    stand_in = getattr(optimizers, optimizer.__name__, None) if of_torch else None
+    if stand_in is None:
+        raise ValueError(
+            f"true_wd={wanted} cannot be had of {optimizer.__module__}.{optimizer.__name__}; legal: weight_decay=0, "
+            "or a class that takes decoupled_weight_decay"
+        )
+    name = optimizer.__name__
+    logger.info("torch.optim.%s cannot have true_wd=%s: piste.%s stands in", name, wanted, name)
+    return stand_in, {"decoupled_weight_decay": wanted}
 
 
 def _around_default(optimizer: type[torch.optim.Optimizer]) -> LrPrior:

@@ -27,7 +27,7 @@ from piste.checks import check_choice, refuse_unknown
 from piste.groups import GROUP_OPTIONS, param_groups
 from piste.optimizer import Optimizer
 from piste.optimizers.ranger21_schedule import told
-from piste.presets import Preset, arguments_of, presets
+from piste.presets import Preset, decoupled, presets
 from piste.wrappings import WRAPPINGS
 
 __all__ = [
@@ -35,7 +35,6 @@ __all__ = [
     "OptimizerInfo",
     "create",
     "create_with_schedule",
-    "decoupled",
     "list_optimizers",
     "list_wrappers",
     "optimizer_info",
@@ -500,46 +499,3 @@ def _warn_of_lost_distinction(preset: Preset, params: list[Any], decay: Any) -> 
             "pass the model, or piste.param_groups(model)",
             preset.name,
         )
-
-
-#: torch's classes that take weight decay in one way only, which their signature does not tell
-_TORCH_DECOUPLED = {"AdamW", "Muon", "Adafactor"}
-_TORCH_L2 = {"SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "ASGD", "Rprop"}
-
-
-def decoupled(optimizer: type[torch.optim.Optimizer], wanted: bool, *, needed: bool) -> tuple[Any, dict[str, Any]]:
-    """The class, and the arguments with which its weight decay is (or is not) decoupled, as wanted.
-
-    Args:
-        optimizer: any optimizer class.
-        wanted: decoupled, or as an L2 term in the gradient?
-        needed: is there going to be any decay?
-
-    Returns:
-        The class, or that of piste which has its name; and arguments for it.
-
-    Raises:
-        ValueError: it is needed and cannot be had.
-
-    >>> import torch
-    >>> from piste.registry import decoupled
-    >>> decoupled(torch.optim.SGD, True, needed=True)
-    (<class 'piste.optimizers.sgd.SGD'>, {'decoupled_weight_decay': True})
-    """
-    arguments = arguments_of(optimizer)
-    for keyword in ("decoupled_weight_decay", "weight_decouple", "decoupled_decay"):
-        if keyword in arguments:
-            return optimizer, {keyword: wanted}
-    of_torch = optimizer.__module__.startswith("torch.optim.")
-    as_wanted = of_torch and optimizer.__name__ in (_TORCH_DECOUPLED if wanted else _TORCH_L2)
-    if as_wanted or not needed:
-        return optimizer, {}
-    stand_in = getattr(optimizers, optimizer.__name__, None) if of_torch else None
-    if stand_in is None:
-        raise ValueError(
-            f"true_wd={wanted} cannot be had of {optimizer.__module__}.{optimizer.__name__}; legal: weight_decay=0, "
-            "or a class that takes decoupled_weight_decay"
-        )
-    name = optimizer.__name__
-    logger.info("torch.optim.%s cannot have true_wd=%s: piste.%s stands in", name, wanted, name)
-    return stand_in, {"decoupled_weight_decay": wanted}

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from piste.wrappers.sharpness import SAM
+import piste
 
 __all__ = ["two_passes"]
 
 
-def two_passes(optimizer: SAM) -> SAM:
+def two_passes(optimizer: piste.SAM) -> piste.SAM:
     """Let a two-pass optimizer speak Composer's dialect of closures.
 
     * The first of two passes is asked not to average gradients over processes (``ddp_sync=False``): each climbs with
@@ -55,7 +55,7 @@ def two_passes(optimizer: SAM) -> SAM:
         ...     return loss.item()
         >>> loss = optimizer.step(closure=closure)
     """
-    if not isinstance(optimizer, SAM):
+    if not isinstance(optimizer, piste.SAM):
         raise TypeError(
             f"two_passes got optimizer={type(optimizer).__name__}; legal: piste.SAM and its descendants. Other "
             "optimizers are given to composer.Trainer as they are"
@@ -74,7 +74,7 @@ def _translate(
     optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of ``step`` with Composer's closure in torch's terms."""
-    assert isinstance(optimizer, SAM)
+    assert isinstance(optimizer, piste.SAM)
     given = dict(zip(("self", "closure"), args, strict=False)) | kwargs
     closure = given.get("closure")
     if closure is None or isinstance(closure, _Closure):  # a subclass has called the step of its parent
@@ -85,7 +85,7 @@ def _translate(
 class _Closure:
     """A closure of Composer's, called once or twice."""
 
-    def __init__(self, optimizer: SAM, closure: Callable[..., Any]) -> None:
+    def __init__(self, optimizer: piste.SAM, closure: Callable[..., Any]) -> None:
         self.optimizer, self.closure = optimizer, closure
         self.keywords: list[dict[str, Any]] = [{}]
         if optimizer.needs_two_passes:

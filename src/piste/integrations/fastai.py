@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from math import ceil
 from typing import Any
@@ -17,17 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from piste import optimizers
-from piste.checks import check_hyperparameters, near
-from piste.groups import param_groups
+import piste
 from piste.integrations.framework import framework
-from piste.optimizers.ranger21_schedule import START, length
-from piste.optimizers.schedule_free import ScheduleFree
-from piste.presets import Preset
-from piste.registry import create, decoupled, preset_of
-from piste.schedules import set_momentum
-from piste.wrappers.base import Wrapper
-from piste.wrappers.sharpness import SAM
 
 with framework("fastai"):
     from fastai.callback.core import Callback, CancelStepException  # type: ignore[import-untyped]
@@ -44,7 +35,7 @@ _KEPT = ("lr", "mom", "sqr_mom", "wd", "eps")
 
 
 def opt_func(
-    name: str | Preset, *, true_wd: bool | None = None, model: nn.Module | None = None, **options: Any
+    name: str | piste.Preset, *, true_wd: bool | None = None, model: nn.Module | None = None, **options: Any
 ) -> partial[LearnerOptimizer]:
     """What ``Learner(opt_func=...)`` takes, for an optimizer of piste by name.
 
@@ -84,7 +75,7 @@ def opt_func(
 
     Source: fastai 2.8; ``true_wd`` and ``bn_wd`` are words of fastai 1.
     """
-    preset_of(name)
+    piste.preset_of(name)
     return partial(LearnerOptimizer, name=name, true_wd=true_wd, model=model, **options)
 
 
@@ -134,13 +125,13 @@ class LearnerOptimizer(OptimWrapper):  # type: ignore[misc]
         self,
         params: Any,
         lr: float,
-        name: str | Preset,
+        name: str | piste.Preset,
         true_wd: bool | None = None,
         model: nn.Module | None = None,
         **options: Any,
     ) -> None:
         self._lists, self._lr, self._options = _lists(params), float(lr), options
-        self._preset, self._model = _with_decay(preset_of(name), true_wd), model
+        self._preset, self._model = _with_decay(piste.preset_of(name), true_wd), model
         # fastai marks weights here after it has called us: "do_wd", "force_train"
         self.state: dict[Tensor, dict[str, Any]] = defaultdict(dict)
         self.frozen_idx, self.attended = 0, False
@@ -176,7 +167,7 @@ class LearnerOptimizer(OptimWrapper):  # type: ignore[misc]
             members.append(list(range(len(groups), len(groups) + len(parts))))
             decayed += [key[0] for key in parts]
             groups += parts.values()
-        return _Inside(create(self._preset, groups, lr=self._lr, **self._options), members, decayed)
+        return _Inside(piste.create(self._preset, groups, lr=self._lr, **self._options), members, decayed)
 
     @property
     def base(self) -> torch.optim.Optimizer:
@@ -184,22 +175,27 @@ class LearnerOptimizer(OptimWrapper):  # type: ignore[misc]
         return list(_chain(self.opt))[-1]
 
     @property
-    def two_pass(self) -> SAM | None:
+    def two_pass(self) -> piste.SAM | None:
         """The wrapper that steps in two passes, if there is one."""
-        return next((each for each in _chain(self.opt) if isinstance(each, SAM)), None)
+        return next((each for each in _chain(self.opt) if isinstance(each, piste.SAM)), None)
+
+    @property
+    def is_schedule_free(self) -> bool:
+        """Has it other weights for validation than for training?"""
+        return hasattr(self.base, "train") and hasattr(self.base, "eval")
 
     @property
     def has_schedule(self) -> bool:
         """Does it want to know the length of the run, for a schedule of its own?"""
         given = self._options.get("total_steps") or self._options.get("epochs")
-        return "total_steps" in self._preset.arguments and given is None
+        return given is None and issubclass(self._preset.optimizer, piste.Ranger21)
 
     @property
     def needs(self) -> str | None:
         """What it needs :class:`PisteCallback` for."""
         if self.two_pass is not None:
             return "its second pass"
-        if isinstance(self.base, ScheduleFree):
+        if self.is_schedule_free:
             return "train() and eval() around validation"
         return "the length of the run" if self.has_schedule else None
 
@@ -228,17 +224,15 @@ class LearnerOptimizer(OptimWrapper):  # type: ignore[misc]
 
     def _put(self, group: dict[str, Any], name: str, value: Any) -> None:
         if name == "mom":
-            set_momentum([group], value)
+            piste.schedules.set_momentum([group], value)
             return
         places = _places(group)
         if name not in places:
-            raise ValueError(f"{self._preset.name} has no {name!r}{near(name, places)}; legal: {', '.join(places)}")
+            raise ValueError(f"{self._preset.name} has no {name!r}; legal: {', '.join(places)}")
         key, place = places[name]
-        new = value if place is None else (*group[key][:place], value, *group[key][place + 1 :])
-        check_hyperparameters(type(self.base).__name__, {key: new}, (key,))
         if name == "wd" and value:
-            decoupled(type(self.base), self._preset.wd.true_wd, needed=True)  # or it is refused
-        group[key] = new
+            self._preset.with_decay()  # or it is refused
+        group[key] = value if place is None else (*group[key][:place], value, *group[key][place + 1 :])
 
     def step(self, closure: None = None) -> None:
         """Take a step.
@@ -322,8 +316,8 @@ class PisteCallback(Callback):  # type: ignore[misc]
         self._again = self._begins = False
 
     @property
-    def _sam(self) -> SAM | None:
-        found: SAM | None = self.learn.opt.two_pass
+    def _sam(self) -> piste.SAM | None:
+        found: piste.SAM | None = self.learn.opt.two_pass
         return found
 
     def before_fit(self) -> None:
@@ -344,7 +338,7 @@ class PisteCallback(Callback):  # type: ignore[misc]
     def _check(self, opt: LearnerOptimizer) -> None:
         name = opt._preset.name
         outside = [cb for cb in self._others(ParamScheduler) if "lr" in cb.scheds and not isinstance(cb, LRFinder)]
-        if outside and (opt.has_schedule or isinstance(opt.base, ScheduleFree)):
+        if outside and (opt.has_schedule or opt.is_schedule_free):
             raise ValueError(f"{name} has a schedule of its own, or needs none; legal: learn.fit(epochs, lr)")
         if opt.two_pass is not None and opt.two_pass.selects:
             raise ValueError(
@@ -360,15 +354,15 @@ class PisteCallback(Callback):  # type: ignore[misc]
     def before_train(self) -> None:
         """Tell the optimizer about the run, and that it trains."""
         opt = self.learn.opt
-        if opt.has_schedule and self._begins:
-            self._tell_length(opt)
+        if self._begins and opt.has_schedule and isinstance(opt.base, piste.Ranger21):
+            self._tell_length(opt.base)
         self._begins = False
-        if isinstance(opt.base, ScheduleFree):
+        if opt.is_schedule_free:
             opt.base.train()
 
     def before_validate(self) -> None:
         """Put in the weights to be validated."""
-        if self.learn.opt is not None and isinstance(self.learn.opt.base, ScheduleFree):
+        if self.learn.opt is not None and self.learn.opt.is_schedule_free:
             self.learn.opt.base.eval()
 
     def after_fit(self) -> None:
@@ -380,17 +374,17 @@ class PisteCallback(Callback):  # type: ignore[misc]
         if self._sam is not None:
             self._sam.model = None
 
-    def _tell_length(self, opt: LearnerOptimizer) -> None:
-        """Where a schedule inside begins with the run, and how long it is; a run that is resumed knows where it is."""
+    def _tell_length(self, optimizer: piste.Ranger21) -> None:
+        """Begin the schedule inside with the run."""
         epochs, batches, every = self.learn.n_epoch, len(self.learn.dls.train), self._batches_per_step()
         if self._others(LRFinder):
-            new = length(None, None, None)
+            optimizer.begin()
+        elif self.learn.epoch and optimizer.param_groups[0]["total_steps"] is not None:
+            return  # a run that goes on, with an optimizer that was loaded
         elif every == 1:
-            new = length(None, epochs, batches)
+            optimizer.begin(epochs=epochs, batches_per_epoch=batches)
         else:
-            new = length(max(1, epochs * batches // every), None, None)
-        for group in opt.opt.param_groups:
-            group.update(new if self.learn.epoch else {**START, **new})
+            optimizer.begin(max(1, epochs * batches // every))
 
     def _batches_per_step(self) -> int:
         counts: list[int] = [ceil(cb.n_acc / self.learn.dls.train.bs) for cb in self._others(GradientAccumulation)]
@@ -464,20 +458,18 @@ def _lists(params: Any) -> list[list[Tensor]]:
     return groups
 
 
-def _with_decay(preset: Preset, true_wd: bool | None) -> Preset:
-    """The preset with what weight decay is to mean, of a class that can do it: there may be some later on."""
-    wd = preset.wd if true_wd is None else replace(preset.wd, true_wd=true_wd)
+def _with_decay(preset: piste.Preset, true_wd: bool | None) -> piste.Preset:
+    """The preset, of a class that can decay weights: there may be some decay later on."""
     try:
-        optimizer, _ = decoupled(preset.optimizer, wd.true_wd, needed=True)
+        return preset.with_decay(true_wd)
     except ValueError:  # good as long as nothing is decayed
-        optimizer = preset.optimizer
-    return replace(preset, wd=wd, optimizer=optimizer)
+        return preset
 
 
-def _settings(preset: Preset, model: nn.Module) -> dict[Tensor, tuple[str, dict[str, Any]]]:
+def _settings(preset: piste.Preset, model: nn.Module) -> dict[Tensor, tuple[str, dict[str, Any]]]:
     """The name of each weight, and what its module says about it; decay is fastai's affair."""
-    groups = param_groups(model, weight_decay=0.0, decay_norm_and_bias=True, include_frozen=True)
-    if issubclass(preset.optimizer, optimizers.Amos):
+    groups = piste.param_groups(model, weight_decay=0.0, decay_norm_and_bias=True, include_frozen=True)
+    if issubclass(preset.optimizer, piste.Amos):
         groups = preset.optimizer.groups(model, groups)
     found: dict[Tensor, tuple[str, dict[str, Any]]] = {}
     for group in groups:
@@ -486,12 +478,11 @@ def _settings(preset: Preset, model: nn.Module) -> dict[Tensor, tuple[str, dict[
     return found
 
 
-def _chain(optimizer: torch.optim.Optimizer) -> Iterator[torch.optim.Optimizer]:
+def _chain(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
     """Wrappers from the outermost on, and what is inside."""
-    yield optimizer
-    while isinstance(optimizer, Wrapper):
-        optimizer = optimizer.optimizer
+    while isinstance(optimizer, torch.optim.Optimizer):
         yield optimizer
+        optimizer = getattr(optimizer, "optimizer", None)
 
 
 def _places(group: Mapping[str, Any]) -> dict[str, tuple[str, int | None]]:

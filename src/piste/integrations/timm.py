@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from piste import optimizers
+import piste
 from piste.integrations.framework import framework
-from piste.parts.standard import standard
-from piste.presets import Preset, presets
-from piste.registry import create, preset_of
-from piste.rules.sgd import sgd
-from piste.slots import Pipeline
-from piste.wrappings import WRAPPINGS
 
 with framework("timm"):
     from timm.optim._optim_factory import OptimInfo, default_registry
@@ -28,7 +22,7 @@ __all__ = ["register"]
 _UNTOUCHED = 0.9
 
 
-def register(*names: str | Preset) -> list[str]:
+def register(*names: str | piste.Preset) -> list[str]:
     """Make optimizers of piste known to timm, as ``"piste.<name>"``.
 
     A second call changes nothing. timm takes what stands before an underscore for something else, so names have hyphens
@@ -71,7 +65,7 @@ def register(*names: str | Preset) -> list[str]:
 
     Source: timm 1.0.
     """
-    found = {f"piste.{preset.name.replace('_', '-')}": preset for preset in map(preset_of, names or _all())}
+    found = {f"piste.{preset.name.replace('_', '-')}": preset for preset in map(piste.preset_of, names or _all())}
     for name, preset in found.items():
         if _registered(name) != preset:
             default_registry.register(_info(name, preset))
@@ -79,13 +73,13 @@ def register(*names: str | Preset) -> list[str]:
 
 
 def _all() -> Iterator[str]:
-    yield from presets
-    for wrapping in WRAPPINGS.values():
+    yield from piste.presets
+    for wrapping in piste.WRAPPINGS.values():
         if not wrapping.needs:
-            yield from (f"{wrapping.name}+{name}" for name in presets)
+            yield from (f"{wrapping.name}+{name}" for name in piste.presets)
 
 
-def _registered(name: str) -> Preset | None:
+def _registered(name: str) -> piste.Preset | None:
     """The preset that a name stands for in timm's registry."""
     if name not in default_registry.list_optimizers():
         return None
@@ -93,7 +87,7 @@ def _registered(name: str) -> Preset | None:
     return known.args[0] if isinstance(known, partial) and known.func is _create else None
 
 
-def _info(name: str, preset: Preset) -> OptimInfo:
+def _info(name: str, preset: piste.Preset) -> OptimInfo:
     return OptimInfo(
         name,
         partial(_create, preset),  # type: ignore[arg-type]  # any callable is called
@@ -104,18 +98,16 @@ def _info(name: str, preset: Preset) -> OptimInfo:
     )
 
 
-def _create(preset: Preset, params: Any, **given: Any) -> torch.optim.Optimizer:
+def _create(preset: piste.Preset, params: Any, **given: Any) -> torch.optim.Optimizer:
     """The optimizer, for the arguments that timm gives to a class."""
     if given.get("momentum") == _UNTOUCHED:
         del given["momentum"]
-    if preset.optimizer is optimizers.SGD:
+    if preset.optimizer is piste.SGD:
         preset = replace(preset, optimizer=SGD)
-    return create(preset, params, **given)
+    return piste.create(preset, params, **given)
 
 
-class SGD(optimizers.SGD):
+class SGD(piste.SGD):
     """SGD whose groups' ``lr_scale`` is left to timm's schedulers, which multiply it into ``lr``."""
 
-    @classmethod
-    def pipeline(cls, group: Mapping[str, Any]) -> Pipeline:
-        return standard(group, sgd)
+    reads_lr_scale = False

@@ -175,6 +175,36 @@ class Ranger21(Optimizer):
         here = {"schedule_step": self.param_groups[0]["schedule_step"]} if self.param_groups else {}
         super().add_param_group({**here, **param_group})
 
+    def begin(
+        self, total_steps: int | None = None, *, epochs: int | None = None, batches_per_epoch: int | None = None
+    ) -> None:
+        """Begin the schedule anew, for a run whose length is known now; what has been learnt stays.
+
+        Args:
+            total_steps: as for the class; without any length there is no inner schedule.
+            epochs: as for the class.
+            batches_per_epoch: as for the class.
+
+        Raises:
+            ValueError: as the class; or steps have been taken with ``faithful``, where weights count for the schedule.
+                Nothing has been changed then.
+
+        Not in the middle of a run: a checkpoint knows where in it the schedule is.
+
+        >>> import torch, piste
+        >>> optimizer = piste.Ranger21([torch.nn.Parameter(torch.ones(2))], lr=1e-3)
+        >>> optimizer.begin(total_steps=100)
+        >>> optimizer.param_groups[0]["total_steps"]
+        100
+        """
+        new = length(total_steps, epochs, batches_per_epoch)
+        if self.state and any(group["faithful"] for group in self.param_groups):
+            raise ValueError("Ranger21.begin() with faithful=True after the first step; legal: a new optimizer")
+        for group in self.param_groups:
+            self._check(new, self._hyper_defaults | {k: v for k, v in group.items() if k in self._hyper_defaults})
+        for group in self.param_groups:
+            group.update({**START, **new})
+
     def advance(self, group: Mapping[str, Any]) -> dict[str, Any]:
         return released(self, group) if group["faithful"] else scheduled(group)
 

@@ -9,7 +9,7 @@ from piste.optimizer import Optimizer, Options, Params
 from piste.parts.apply import scaled_lr
 from piste.parts.standard import standard
 from piste.rules.sgd import sgd
-from piste.slots import Pipeline
+from piste.slots import Pipeline, plain
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -60,6 +60,8 @@ class SGD(Optimizer):
     """
 
     torch_names: ClassVar[Mapping[str, str]] = {"momentum_buffer": "buf"}
+    #: does a step read its group's "lr_scale"? Not where schedulers multiply it into "lr" themselves
+    reads_lr_scale: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -83,4 +85,4 @@ class SGD(Optimizer):
 
     @classmethod
     def pipeline(cls, group: Mapping[str, Any]) -> Pipeline:
-        return standard(group, sgd, apply=scaled_lr)
+        return standard(group, sgd, apply=scaled_lr if cls.reads_lr_scale else plain)
