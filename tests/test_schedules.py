@@ -148,6 +148,8 @@ def test_momentum_left_alone(moms):
         (torch.optim.SGD(weights(2), lr=1.0), lambda g: g["momentum"]),
         (torch.optim.AdamW(weights(2), betas=(0.0, 0.9)), lambda g: g["betas"]),
         (torch.optim.Adagrad(weights(2)), lambda g: g.get("momentum")),
+        (piste.ScheduleFreeSGD(weights(2)), lambda g: g["momentum"]),  # whose average is found by it
+        (piste.ScheduleFreeAdamW(weights(2)), lambda g: g["betas"]),
     ]:
         before = read(optimizer.param_groups[0])
         schedule = schedules.one_cycle(optimizer, 8, moms=moms)

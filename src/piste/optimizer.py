@@ -219,6 +219,8 @@ class Optimizer(torch.optim.Optimizer):
     torch_names: ClassVar[Mapping[str, str]] = {}
     #: how many numbers ``betas`` has
     betas_count: ClassVar[int] = 2
+    #: may schedules cycle the momentum? If not, groups are marked so
+    cycles_momentum: ClassVar[bool] = True
     _programs: ClassVar[dict[Any, tuple[Variants, Mapping[str, State]]]] = {}
 
     def __init__(self, params: Params, defaults: dict[str, Any], options: Mapping[str, Any]) -> None:
@@ -303,6 +305,8 @@ class Optimizer(torch.optim.Optimizer):
                 raise ValueError(f"parameter {position} is no leaf: can't optimize a non-leaf Tensor")
         self._check(group, self._hyper_defaults)
         self._check_formats(group)
+        if not self.cycles_momentum:
+            group.setdefault("cycle_momentum", False)
         if "state" in group:
             self._chosen.append(len(self.param_groups))
         super().add_param_group(group)

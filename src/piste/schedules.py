@@ -200,7 +200,8 @@ def set_momentum(groups: Sequence[Group], momentum: float) -> None:
         groups: of one optimizer, all of them or some.
         momentum: the new value, in (0, 1).
 
-    Groups marked ``cycle_momentum=False`` (by presets whose ``set_betas`` is False) stay, and so does a momentum of 0.
+    Groups marked ``cycle_momentum=False`` (by presets whose ``set_betas`` is False, and by schedule-free optimizers)
+    stay, and so does a momentum of 0.
 
     >>> from piste.schedules import set_momentum
     >>> groups = [{"betas": (0.9, 0.99)}, {"momentum": 0.9, "cycle_momentum": False}]

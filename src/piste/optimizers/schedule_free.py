@@ -26,6 +26,8 @@ _START = {"schedule_step": 0, "weight_sum": 0.0, "lr_max": 0.0, "current_lr": 0.
 class ScheduleFree(Optimizer):
     """What schedule-free optimizers share: the average, and the switch between training and evaluation."""
 
+    cycles_momentum = False  # the average is found by it, so it has to stay
+
     @classmethod
     def between(cls, group: Mapping[str, Any]) -> float:
         """Where gradients are taken: 0 at the last step, 1 at the average."""
