@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import platform
+import re
 import signal
 import subprocess
 import sys
@@ -378,3 +380,29 @@ def test_the_matrix_under_numbers_of_threads(threads: str) -> None:
     done = subprocess.run([*command, "-k", "cpp", "-m", "not slow"], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "passed" in done.stdout
+
+
+@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="reads the assembly of x86")
+@pytest.mark.parametrize("name", ["AdamW", "Ranger21", "Adafactor", "Lamb", "Prodigy"])
+def test_every_loop_over_elements_is_vectorised(name: str, tmp_path: Path) -> None:
+    """A loop that a compiler gives up on is right and ten times slower, which no other test would see."""
+    weight = torch.nn.Parameter(torch.randn(64, 32))
+    optimizer = getattr(piste, name)([weight], engine="cpp")
+    for _ in range(3):
+        weight.grad = torch.randn_like(weight)
+        optimizer.step()
+    plan = next(iter(optimizer._roster.layouts.values()))[0].seats.plan
+    source = cpp.source(plan)
+    (tmp_path / "kernel.cpp").write_text(source)
+    chain = cpp_build.toolchain()
+    subprocess.run(
+        [*chain.command, *chain.flags, "-S", "kernel.cpp", "-o", "kernel.s"], cwd=tmp_path, check=True, timeout=120
+    )
+    bodies = re.findall(r"^static ONCE void (\w+)\((.*?)^}", source, re.MULTILINE | re.DOTALL)
+    loops = [body for body, text in bodies if "#pragma omp simd" in text]
+    assert loops
+    assembly = (tmp_path / "kernel.s").read_text()
+    for body in loops:
+        found = re.search(rf"^\w*{body}[\w.]*:\n(.*?)\.cfi_endproc", assembly, re.MULTILINE | re.DOTALL)
+        assert found is not None, f"{body} has gone into another function"
+        assert re.search(r"\tv?(mul|add|sub|max)p[sd]\t", found[1]), f"{body} works on single numbers"

@@ -3,7 +3,8 @@
 // Tasks depend on shapes alone, and so does the order in which their partial results are put together: the result is
 // the same for any number of threads.
 
-// What runs once a weight or task stands in one place: copied to every loop, it would cost the compiler a tenth more.
+// What runs once a weight or task stands in one place: copied to every loop, it would cost the compiler a tenth more. So do
+// the bodies of loops: inside of a function that has grown large gcc gives up vectorising them.
 #define ONCE __attribute__((noinline))
 
 namespace piste {

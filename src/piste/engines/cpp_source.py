@@ -248,7 +248,7 @@ class _Writer:
         if not general:
             loop = self.vectorised(loop)
         return [
-            f"static void {self.body_name(pattern)}(",
+            f"static ONCE void {self.body_name(pattern)}(",
             "    const int64_t* T, int64_t n, int64_t w, int64_t at, int64_t length, const R* __restrict h,",
             f"    const int64_t* k, const int64_t* s, double* part, double** share, R** rows{self.tiles}) {{",
             *(f"  {line}" for line in self.before),
