@@ -405,4 +405,4 @@ def test_every_loop_over_elements_is_vectorised(name: str, tmp_path: Path) -> No
     for body in loops:
         found = re.search(rf"^\w*{body}[\w.]*:\n(.*?)\.cfi_endproc", assembly, re.MULTILINE | re.DOTALL)
         assert found is not None, f"{body} has gone into another function"
-        assert re.search(r"\tv?(mul|add|sub|max)p[sd]\t", found[1]), f"{body} works on single numbers"
+        assert re.search(r"\tv?(mul|add|sub|max|div|sqrt)p[sd]\t", found[1]), f"{body} works on single numbers"
