@@ -78,7 +78,9 @@ def test_as_released(settings: dict[str, Any], groups: int, problem: Any) -> Non
         ]
 
     expected = by_optimizer(lambda p: live.ranger21(split(p), **_theirs(settings)), problem)
-    for engine in ENGINES:
+    # groups differ in numbers and in whose weight is the last, which make no kernels of their own: cpp, whose building
+    # takes most of the time here, meets them all where there are three
+    for engine in ENGINES if groups == 3 else [engine for engine in ENGINES if engine != "cpp"]:
         actual = by_optimizer(
             lambda p, engine=engine: piste.Ranger21(split(p), faithful=True, engine=engine, **settings), problem
         )
