@@ -25,7 +25,9 @@ from piste.optimizers import LaProp as LaProp
 from piste.optimizers import Lion as Lion
 from piste.optimizers import LookaheadAdam as LookaheadAdam
 from piste.optimizers import MirrorMADGRAD as MirrorMADGRAD
+from piste.optimizers import Muon as Muon
 from piste.optimizers import NAdamW as NAdamW
+from piste.optimizers import NorMuon as NorMuon
 from piste.optimizers import NovoGrad as NovoGrad
 from piste.optimizers import Prodigy as Prodigy
 from piste.optimizers import RAdam as RAdam

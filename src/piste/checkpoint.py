@@ -16,7 +16,7 @@ from torch import Tensor
 from piste.checks import near
 from piste.codecs import Codec, fresh
 from piste.sharding import matching
-from piste.storage import State, codec_for, companion, in_codes, out_of_codes, shape_of, weight_codec
+from piste.storage import State, allocate, codec_for, companion, in_codes, out_of_codes, shape_of, weight_codec
 from piste.symbol import FULL
 
 __all__ = ["after_loading", "before_loading", "check_tensor", "for_torch", "matched", "weights_by_id"]
@@ -189,7 +189,9 @@ def check_tensor(value: Any, key: str, name: str, state: State, weight: Tensor) 
     """A saved tensor, if it has the shape it should have, copied to the weight's device in its own dtype."""
     kind = state.kind_of(weight.ndim)
     expected = shape_of(kind, weight)
-    if not isinstance(value, Tensor) or (expected is not None and tuple(value.shape) != expected):
+    if expected is None:
+        expected = tuple(allocate(state, torch.empty(weight.shape, device="meta")).shape)
+    if not isinstance(value, Tensor) or tuple(value.shape) != expected:
         had = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"state {key!r} of parameter {name} has shape {had}; expected {expected}")
     copied = value.detach().to(device=weight.device, copy=True)

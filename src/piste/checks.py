@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from piste.matrices import ITERATIONS, PRECISIONS
 from piste.storage import STATE_FORMATS, WEIGHT_FORMATS
 
 __all__ = ["check_choice", "check_hyperparameters", "near", "refuse_unknown"]
@@ -82,6 +83,12 @@ def _growth(value: Any) -> bool:
 
 
 _FLAG = (_flag, "True or False")
+#: what the two classes that route weights to rules share
+_ROUTED: Mapping[str, tuple[_Check, str]] = {
+    "momentum": (_within(0, 1, open_high=True), "a number in [0, 1)"),
+    "rule": (_one_of("auto", "muon", "adamw"), "'auto', 'muon' or 'adamw'"),
+    "scale": (_one_of("moonlight", "keller", "spectral"), "'moonlight', 'keller' or 'spectral'"),
+}
 
 #: hyper-parameter, or class.hyper-parameter where a class has its own range -> (is this value legal?, the range)
 _LEGAL: Mapping[str, tuple[_Check, str]] = {
@@ -130,6 +137,11 @@ _LEGAL: Mapping[str, tuple[_Check, str]] = {
     "eps_scale": (_within(0), "a finite number >= 0"),
     "factor": (_one_of("matrix", "last"), "'matrix' or 'last'"),
     "scale": (_within(0, open_low=True), "a finite number > 0"),
+    "iteration": (_one_of(*ITERATIONS), ", ".join(map(repr, ITERATIONS))),
+    "precision": (_one_of(*PRECISIONS), ", ".join(map(repr, PRECISIONS))),
+    "row_beta": (_within(0, 1, open_high=True), "a number in [0, 1)"),
+    "split": (_whole(1), "a whole number >= 1"),
+    "steps": (_whole(1), "a whole number >= 1"),
     "averaging": (_within(0, 1), "a number in [0, 1]"),
     "beta3": (_or_none(_within(0, 1, open_high=True)), "None or a number in [0, 1)"),
     "d": (_within(0, open_low=True), "a finite number > 0"),
@@ -153,6 +165,7 @@ _LEGAL: Mapping[str, tuple[_Check, str]] = {
     "eta": (_within(0), "a finite number >= 0"),
     "interval": (_whole(1), "a whole number >= 1"),
     "lr_min": (_within(0), "a finite number >= 0"),
+    **{f"{name}.{key}": legal for name in ("Muon", "NorMuon") for key, legal in _ROUTED.items()},
     "weight_lr_power": (_within(0), "a finite number >= 0"),
     "weight_sum": (_within(0), "a finite number >= 0"),
     "warmdown_min_lr": (_within(0), "a finite number >= 0"),

@@ -6,7 +6,7 @@ Every bucket passes stage 0, reductions are completed, opaque functions called, 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -20,8 +20,8 @@ from piste.engines.cpp import Cpp
 from piste.engines.foreach import Foreach
 from piste.engines.reference import Reference
 from piste.roster import Member, Roster, plans_built
-from piste.sharding import complete
-from piste.symbol import ALL, HOST, Sym, compile_host
+from piste.sharding import complete, gathered, part_of
+from piste.symbol import ALL, FULL, HOST, Sym, compile_host
 
 __all__ = ["ENGINES", "Member", "Roster", "engine_for", "plans_built", "run"]
 
@@ -128,21 +128,47 @@ def _complete_reductions(buckets: list[Bucket], totals: dict[str, Tensor]) -> No
                 bucket.values[sym] = [totals[sym.attr].to(bucket.device, bucket.dtype)]
 
 
+#: the most numbers of one argument that an opaque function gets in a stack; larger weights come one by one
+_MOST_STACKED = 1 << 26
+
+
 def _call_opaque(bucket: Bucket, sym: Sym) -> list[Tensor]:
-    """Call an opaque function on all weights of a bucket, those of equal shapes (and host numbers) at once."""
+    """Call an opaque function on all weights of a bucket, those of equal shapes (and host numbers) at once.
+
+    It sees whole weights: what is spread over processes is gathered first, and each process keeps its part of the
+    result.
+    """
     function, batched = sym.attr
     host = compile_host([a for a in sym.args if a.kind == HOST])
     numbers = [host(row) for row in bucket.rows]
-    taken = [bucket.values[a] for a in sym.args if a.kind != HOST]
+    taken = [_whole(bucket, a) for a in sym.args if a.kind != HOST]
     alike: dict[Any, list[int]] = {}
     for i, row in enumerate(bucket.row_of):
         key = i if not batched else (numbers[row], *(values[i].shape for values in taken))
         alike.setdefault(key, []).append(i)
     results: list[Tensor] = [torch.empty(0)] * len(bucket)
-    for members in alike.values():
+    for members in (run for same in alike.values() for run in _runs(same, taken)):
         given = iter(numbers[bucket.row_of[members[0]]])
         tensors = (torch.stack([v[i] for i in members]) if batched else v[members[0]] for v in taken)
         out = function(*(next(given) if a.kind == HOST else next(tensors) for a in sym.args))
         for i, result in zip(members, out if batched else [out], strict=True):
             results[i] = result
-    return results
+    spread = bucket.seats.spread
+    return [part_of(x, spread) for x in results] if spread is not None and sym.kind == FULL else results
+
+
+def _whole(bucket: Bucket, sym: Sym) -> Sequence[Tensor]:
+    """Whole values of all weights of a bucket."""
+    values: Sequence[Tensor] = bucket.values[sym]
+    spread = bucket.seats.spread
+    if spread is None or sym.kind != FULL:
+        return values
+    return [gathered(x, spread, shape) for x, shape in zip(values, bucket.seats.shapes, strict=True)]
+
+
+def _runs(members: list[int], taken: Sequence[Sequence[Tensor]]) -> Iterator[list[int]]:
+    """Weights of equal shapes in runs that bound the size of a stack."""
+    largest = max((values[members[0]].numel() for values in taken), default=0)
+    count = max(1, _MOST_STACKED // max(1, largest))
+    for start in range(0, len(members), count):
+        yield members[start : start + count]

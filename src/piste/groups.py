@@ -15,15 +15,29 @@ from torch.nn.parameter import is_lazy
 
 from piste.checks import refuse_unknown
 
-__all__ = ["GROUP_OPTIONS", "describe_groups", "model_scales", "param_groups"]
+__all__ = [
+    "CONTAINERS",
+    "GROUP_OPTIONS",
+    "TRANSPOSED",
+    "ModelWeight",
+    "check_types",
+    "describe_groups",
+    "groups_table",
+    "is_norm",
+    "model_scales",
+    "model_weights",
+    "owned_by",
+    "param_groups",
+    "split_groups",
+]
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _ALWAYS_FP32_BELOW = 4096  # no storage format quantises the state of smaller tensors, so they need no mark
 
 
 @dataclass(eq=False)
-class _Weight:
+class ModelWeight:
     """A parameter, under the first of its names, with every module that owns it (tied weights have several)."""
 
     name: str
@@ -105,10 +119,10 @@ def param_groups(
         )
     if not (_number(weight_decay) and weight_decay >= 0):
         raise ValueError(f"weight_decay={weight_decay!r} is not legal; legal: a finite number >= 0")
-    _check_types("fp32_state", fp32_state)
-    _check_types("no_decay", no_decay)
+    check_types("fp32_state", fp32_state)
+    check_types("no_decay", no_decay)
     _check_layer_decay(layer_decay, lr, depth)
-    everything = _weights(model)
+    everything = model_weights(model)
     weights = [w for w in everything if include_frozen or w.tensor.requires_grad]
     if not weights:
         raise ValueError("model has no parameter to train: it has none, or all are frozen (requires_grad=False)")
@@ -122,14 +136,14 @@ def param_groups(
             settings["weight_decay"] = 0.0
         if rates:
             settings["lr"] = rates[weight.name]
-        if _owned_by(weight, tuple(fp32_state)) and weight.tensor.numel() >= _ALWAYS_FP32_BELOW:
+        if owned_by(weight, tuple(fp32_state)) and weight.tensor.numel() >= _ALWAYS_FP32_BELOW:
             settings["state"] = "fp32"
         group = groups.setdefault(tuple(settings.items()), {"params": [], "param_names": [], **settings})
         group["params"].append(weight.tensor)
         group["param_names"].append(weight.name)
     if table is not None:
         left_out = [w.name for w in everything if w not in weights]
-        table(_table(list(groups.values()), left_out))
+        table(groups_table(list(groups.values()), left_out))
     return list(groups.values())
 
 
@@ -159,7 +173,7 @@ def describe_groups(groups: Iterable[dict[str, Any]]) -> str:
         0          0.01   -      -        2       48  *.weight x2
         1             0   -      -        2       10  *.bias x2
     """
-    return _table(list(groups), [])
+    return groups_table(list(groups))
 
 
 def model_scales(model: nn.Module, groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -184,19 +198,33 @@ def model_scales(model: nn.Module, groups: Iterable[dict[str, Any]]) -> list[dic
 
     Source: Tian & Parikh 2022 (arXiv 2210.11693), and the settings of its authors' experiments.
     """
-    owners = {id(w.tensor): w.owners[0] for w in _weights(model)}
+    owners = {id(w.tensor): w.owners[0] for w in model_weights(model)}
     behind = _behind_rectifier(model)
-    found: dict[tuple[int, float, bool], dict[str, Any]] = {}
+
+    def settings(tensor: Tensor) -> dict[str, Any]:
+        owner = owners.get(id(tensor))
+        turned = tensor.ndim > 1 and isinstance(owner, TRANSPOSED)
+        return {"scale": _scale(tensor, owner, owner in behind), "transposed": turned}
+
+    return split_groups(groups, settings)
+
+
+def split_groups(
+    groups: Iterable[dict[str, Any]], settings: Callable[[Tensor], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The same groups, split by what ``settings`` says of each weight; what a group says itself goes before.
+
+    Returns:
+        New groups in the order of their first weights.
+    """
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for index, group in enumerate(groups):
         names = group.get("param_names")
+        own = {k: v for k, v in group.items() if k not in ("params", "param_names")}
         for position, tensor in enumerate(group["params"]):
-            owner = owners.get(id(tensor))
-            scale = group.get("scale", _scale(tensor, owner, owner in behind))
-            turned = group.get("transposed", tensor.ndim > 1 and isinstance(owner, _TRANSPOSED))
-            settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
-            settings |= {"scale": scale, "transposed": turned}
+            whole = settings(tensor) | own
             named: dict[str, Any] = {} if names is None else {"param_names": []}
-            new = found.setdefault((index, scale, turned), {"params": [], **named, **settings})
+            new = found.setdefault((index, *map(whole.get, sorted(whole))), {"params": [], **named, **whole})
             new["params"].append(tensor)
             if names is not None:
                 new["param_names"].append(names[position])
@@ -205,12 +233,12 @@ def model_scales(model: nn.Module, groups: Iterable[dict[str, Any]]) -> list[dic
 
 def _scale(tensor: Tensor, owner: nn.Module | None, rectified: bool) -> float:
     if tensor.ndim < 2:
-        is_norm_scale = owner is not None and _is_norm(owner) and tensor is getattr(owner, "weight", None)
+        is_norm_scale = owner is not None and is_norm(owner) and tensor is getattr(owner, "weight", None)
         return 1.0 if is_norm_scale else 0.5
     if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
         return sqrt(2 / tensor.shape[-1])
     fan_in = tensor[0].numel()
-    if isinstance(owner, _TRANSPOSED):  # (in, out / groups, *kernel)
+    if isinstance(owner, TRANSPOSED):  # (in, out / groups, *kernel)
         fan_in = tensor.shape[0] // owner.groups * tensor[0, 0].numel()
     return sqrt((2 if rectified else 1) / max(1, fan_in))
 
@@ -226,7 +254,7 @@ def _behind_rectifier(model: nn.Module) -> set[nn.Module]:
     return found
 
 
-def _check_types(name: str, types: Sequence[type[nn.Module]]) -> None:
+def check_types(name: str, types: Sequence[type[nn.Module]]) -> None:
     good = isinstance(types, (tuple, list)) and all(isinstance(t, type) and issubclass(t, nn.Module) for t in types)
     if not good:
         raise ValueError(f"{name}={types!r} is not legal; legal: a tuple of nn.Module classes")
@@ -249,43 +277,43 @@ def _number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
 
 
-def _weights(model: nn.Module) -> list[_Weight]:
-    found: dict[int, _Weight] = {}
+def model_weights(model: nn.Module) -> list[ModelWeight]:
+    found: dict[int, ModelWeight] = {}
     for path, module in model.named_modules():
         for name, tensor in module.named_parameters(prefix=path, recurse=False):
             if is_lazy(tensor):
                 raise ValueError(f"parameter {name!r} has no shape yet: run one batch through the model first")
-            found.setdefault(id(tensor), _Weight(name, tensor)).owners.append(module)
+            found.setdefault(id(tensor), ModelWeight(name, tensor)).owners.append(module)
     return list(found.values())
 
 
-def _spared(model: nn.Module, weights: list[_Weight], no_decay: tuple[type[nn.Module], ...]) -> set[str]:
+def _spared(model: nn.Module, weights: list[ModelWeight], no_decay: tuple[type[nn.Module], ...]) -> set[str]:
     """The names of parameters that are not decayed."""
     listed = getattr(model, "no_weight_decay", None)
     spared = {str(name) for name in listed()} if callable(listed) else set()
     for weight in weights:
         vector = weight.tensor.ndim <= 1
-        if vector or _owned_by(weight, no_decay) or any(map(_is_norm, weight.owners)) or _is_attention_bias(weight):
+        if vector or owned_by(weight, no_decay) or any(map(is_norm, weight.owners)) or _is_attention_bias(weight):
             spared.add(weight.name)
     return spared
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
     return any("Norm" in base.__name__ for base in type(module).__mro__)
 
 
-def _is_attention_bias(weight: _Weight) -> bool:
+def _is_attention_bias(weight: ModelWeight) -> bool:
     """The only biases of ``torch.nn`` that are no vectors: their shape is (1, 1, width)."""
     attentions = [owner for owner in weight.owners if isinstance(owner, nn.MultiheadAttention)]
     return any(weight.tensor is bias for owner in attentions for bias in (owner.bias_k, owner.bias_v))
 
 
-def _owned_by(weight: _Weight, types: tuple[type[nn.Module], ...]) -> bool:
+def owned_by(weight: ModelWeight, types: tuple[type[nn.Module], ...]) -> bool:
     return any(isinstance(owner, types) for owner in weight.owners)
 
 
 def _rates(
-    model: nn.Module, weights: list[_Weight], layer_decay: float, lr: float, depth: Callable[[str], int] | None
+    model: nn.Module, weights: list[ModelWeight], layer_decay: float, lr: float, depth: Callable[[str], int] | None
 ) -> dict[str, float]:
     layers = _layers(model)
     depths = {w.name: layers[id(w.tensor)] if depth is None else depth(w.name) for w in weights}
@@ -308,7 +336,7 @@ def _blocks(module: nn.Module, path: str) -> Iterator[tuple[Tensor, str]]:
         yield tensor, ""
     for name, child in module.named_children():
         inside = f"{path}.{name}"
-        if isinstance(module, _CONTAINERS) and not _is_opened(child, module):
+        if isinstance(module, CONTAINERS) and not _is_opened(child, module):
             for tensor in child.parameters():
                 yield tensor, inside
         else:
@@ -316,25 +344,28 @@ def _blocks(module: nn.Module, path: str) -> Iterator[tuple[Tensor, str]]:
 
 
 def _is_opened(child: nn.Module, container: nn.Module) -> bool:
-    if isinstance(child, _CONTAINERS):
+    if isinstance(child, CONTAINERS):
         return True
     alone = sum(type(other) is type(child) for other in container.children()) == 1
-    has_containers = any(isinstance(inner, _CONTAINERS) for inner in child.modules())
+    has_containers = any(isinstance(inner, CONTAINERS) for inner in child.modules())
     return isinstance(container, nn.Sequential) and alone and has_containers
 
 
-def _table(groups: list[dict[str, Any]], left_out: list[str]) -> str:
-    rows = [["group", "weight_decay", "lr", "state", "tensors", "numbers", "parameters"]]
+def groups_table(groups: list[dict[str, Any]], left_out: Iterable[str] = ()) -> str:
+    """What :func:`describe_groups` returns, with the names of frozen parameters at the end."""
+    shown = [*(["rule"] if any("rule" in group for group in groups) else []), "weight_decay", "lr", "state"]
+    rows = [["group", *shown, "tensors", "numbers", "parameters"]]
+    last = len(rows[0]) - 1
     for number, group in enumerate(groups):
         members = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
         names = group.get("param_names") or [p[0] for p in group["params"] if isinstance(p, tuple)]
-        settings = [_cell(group.get(key)) for key in ("weight_decay", "lr", "state")]
+        settings = [_cell(group.get(key)) for key in shown]
         counts = [str(len(members)), f"{sum(p.numel() for p in members):,}"]
         patterns = _folded(names) or ["(no names)"]
         rows.append([str(number), *settings, *counts, patterns[0]])
-        rows += [[""] * 6 + [pattern] for pattern in patterns[1:]]
-    widths = [max(len(row[column]) for row in rows) for column in range(6)]
-    lines = ["  ".join([*map(str.rjust, row[:6], widths), row[6]]) for row in rows]
+        rows += [[""] * last + [pattern] for pattern in patterns[1:]]
+    widths = [max(len(row[column]) for row in rows) for column in range(last)]
+    lines = ["  ".join([*map(str.rjust, row[:last], widths), row[last]]) for row in rows]
     return "\n".join(lines + [f"left out, frozen: {pattern}" for pattern in _folded(left_out)])
 
 

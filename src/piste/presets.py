@@ -374,6 +374,9 @@ _PRIORS: Mapping[str, LrPrior] = {
     # A third to a tenth of AdamW's (Chen et al. 2023).
     "Lion": LrPrior(3e-4),
     # 2.5e-4 (CIFAR-10) to 0.025 (IWSLT) in the paper; a step is about lr^(2/3) in size, so the range is wide in effect.
+    # "moonlight" gives its steps the size of AdamW's, so that one range serves both (Liu et al. 2025).
+    "Muon": LrPrior(2e-3),
+    "NorMuon": LrPrior(2e-3),
     "MADGRAD": LrPrior(5e-3, 1.2, 0.8),
     "MirrorMADGRAD": LrPrior(5e-3, 1.2, 0.8),
     # Undampened momentum over gradients of unit norm: 1e-2 in the paper's vision runs, with wide scatter.
@@ -655,6 +658,22 @@ presets = Presets(
                 "Defazio & Jelassi 2021, the package madgrad 1.3",
                 "MADGRAD's mirror form, for large transformers.",
                 set_betas=False,
+            ),
+            _preset(
+                "muon",
+                optimizers.Muon,
+                {},
+                _NORMS_SPARED,
+                "Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982",
+                "Orthogonal momentum for hidden matrices, AdamW for embeddings, heads, norms and biases.",
+            ),
+            _preset(
+                "normuon",
+                optimizers.NorMuon,
+                {},
+                _NORMS_SPARED,
+                "Li et al. 2025, arXiv 2510.05491",
+                "Muon whose rows are brought to one size.",
             ),
             _preset(
                 "novograd",

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 from collections.abc import Iterable, Mapping
@@ -102,7 +103,14 @@ OPTIMIZERS: tuple[OptimizerInfo, ...] = (
     ),
     _info(optimizers.MADGRAD, "nu s x0", "Defazio & Jelassi 2021, arXiv 2101.11075", "madgrad 1.3, timm MADGRAD"),
     _info(optimizers.MirrorMADGRAD, "nu z", "Defazio & Jelassi 2021, madgrad 1.3", "madgrad 1.3"),
+    _info(
+        optimizers.Muon,
+        "buf m v",
+        "Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982",
+        "torch.optim.Muon, float64 formulas",
+    ),
     _info(optimizers.NAdamW, "m v product", "Dozat 2016", "torch.optim.NAdam"),
+    _info(optimizers.NorMuon, "buf rows m v", "Li et al. 2025, arXiv 2510.05491", "float64 formulas"),
     _info(optimizers.NovoGrad, "m v vmax", "Ginsburg et al. 2019, arXiv 1905.11286", "timm NvNovoGrad"),
     _info(optimizers.PNM, "odd even", "Xie et al. 2021, arXiv 2103.17182", "pytorch_optimizer PNM"),
     _info(optimizers.Prodigy, "m v s x0", "Mishchenko & Defazio 2023, arXiv 2306.06101", "prodigyopt 1.1.2"),
@@ -284,9 +292,7 @@ def create(name: str | Preset, model_or_params: nn.Module | Iterable[Any], **ove
     if isinstance(model_or_params, nn.Module):
         if grouping.get("layer_decay") is not None:
             grouping["lr"] = settings.get("lr")
-        params: list[Any] = list(param_groups(model_or_params, weight_decay=decay, **grouping))
-        if issubclass(preset.optimizer, optimizers.Amos) and "scale" not in settings:
-            params = preset.optimizer.groups(model_or_params, params)
+        params = _grouped(preset.optimizer, model_or_params, decay, grouping, scaled="scale" in settings)
     else:
         if isinstance(model_or_params, torch.Tensor):
             raise TypeError("model_or_params is one tensor; legal: a model, or an iterable of tensors, pairs or groups")
@@ -386,7 +392,7 @@ def _wrapped(
     """What is inside, made first, with the outermost wrapper round it."""
     wrapping, inner = WRAPPINGS[preset.wrappings[0]], replace(preset, wrappings=preset.wrappings[1:])
     owner, mine = f"create({preset.name!r})", wrapping.arguments
-    for_inside = [*preset.arguments, *GROUP_OPTIONS, "domain", *_arguments_of_wrappings(inner)]
+    for_inside = [*preset.arguments, *_grouping_of(preset), "domain", *_arguments_of_wrappings(inner)]
     refuse_unknown(owner, overrides, [*mine, *for_inside])
     for name in overrides:
         if name in mine and name in for_inside:
@@ -404,6 +410,29 @@ def _wrapped(
         raise ValueError(f"{owner} got bare parameters; legal: the model itself, which {wrapping.name} averages")
     optimizer = create(inner, model_or_params, **{k: v for k, v in overrides.items() if k not in mine})
     return wrapping.wrapper(optimizer, **settings)
+
+
+def _grouped(
+    optimizer: type[torch.optim.Optimizer],
+    model: nn.Module,
+    decay: Any,
+    grouping: Mapping[str, Any],
+    *,
+    scaled: bool,
+) -> list[Any]:
+    """Parameter groups of a model, sorted further by classes that ask modules what their weights are."""
+    if issubclass(optimizer, optimizers.Muon):
+        routing = {name: grouping[name] for name in _ROUTING if name in grouping}
+        plain = {name: value for name, value in grouping.items() if name not in routing}
+        return optimizer.groups(model, param_groups(model, weight_decay=decay, **plain), **routing)
+    groups = param_groups(model, weight_decay=decay, **grouping)
+    return optimizer.groups(model, groups) if issubclass(optimizer, optimizers.Amos) and not scaled else groups
+
+
+#: the options of ``Muon.groups``; its table stands in for that of ``param_groups``
+_ROUTING = tuple(
+    name for name in inspect.signature(optimizers.Muon.groups).parameters if name not in ("model", "groups")
+)
 
 
 def _arguments_of_wrappings(preset: Preset) -> list[str]:
@@ -457,7 +486,7 @@ def _near(name: str, known: Iterable[str]) -> str:
 def _settled(preset: Preset, overrides: Mapping[str, Any], is_model: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments of the class and arguments of ``param_groups``, from the preset and what overrides it."""
     owner = f"create({preset.name!r})"
-    for_groups = [name for name in GROUP_OPTIONS if name not in ("weight_decay", "lr")]
+    for_groups = [name for name in _grouping_of(preset) if name not in ("weight_decay", "lr")]
     if not preset.set_betas and "betas" in overrides:
         raise ValueError(
             f"{owner} got betas={overrides['betas']!r}; legal: no betas, as the preset has set_betas=False"
@@ -473,6 +502,11 @@ def _settled(preset: Preset, overrides: Mapping[str, Any], is_model: bool) -> tu
         if option != "domain":
             (grouping if option in for_groups else settings)[option] = value
     return settings, grouping
+
+
+def _grouping_of(preset: Preset) -> list[str]:
+    """The options that a preset's class has for the groups of a model."""
+    return [*GROUP_OPTIONS, *(_ROUTING if issubclass(preset.optimizer, optimizers.Muon) else ())]
 
 
 def _of_domain(owner: str, preset: Preset, overrides: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -493,6 +527,12 @@ def _decays(params: Iterable[Any], default: Any) -> list[Any]:
 
 def _warn_of_lost_distinction(preset: Preset, params: list[Any], decay: Any) -> None:
     grouped = any(isinstance(param, dict) for param in params)
+    if issubclass(preset.optimizer, optimizers.Muon) and not grouped:
+        logger.warning(
+            "create(%r): bare parameters do not say which are embeddings and heads, so Muon takes all matrices; "
+            "pass the model, or piste.Muon.groups(model)",
+            preset.name,
+        )
     if not (preset.wd.bn_wd or grouped or decay == 0):
         logger.warning(
             "create(%r): bare parameters do not say which are norms and biases, so all are decayed; "

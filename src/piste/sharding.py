@@ -17,7 +17,19 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["Spread", "by_rows", "complete", "first_element", "is_sharded", "local", "matching", "placed", "spread_of"]
+__all__ = [
+    "Spread",
+    "by_rows",
+    "complete",
+    "first_element",
+    "gathered",
+    "is_sharded",
+    "local",
+    "matching",
+    "part_of",
+    "placed",
+    "spread_of",
+]
 
 
 class Spread(NamedTuple):
@@ -85,6 +97,25 @@ def matching(tensor: Tensor, weight: Tensor, kept: Iterable[int] | None = None) 
         tensor = DTensor.from_local(tensor.to(mesh.device_type), mesh, [Replicate()] * mesh.ndim, run_check=False)
     found: DTensor = tensor  # type: ignore[assignment]
     return found if tuple(found.placements) == placements else found.redistribute(mesh, placements)
+
+
+def gathered(part: Tensor, spread: Spread, shape: Sequence[int]) -> Tensor:
+    """A whole weight (or what has its shape), on every process, from the parts that each has."""
+    from torch.distributed.tensor import DTensor
+
+    stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    whole = DTensor.from_local(
+        part.contiguous(), spread.mesh, spread.placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+    return whole.full_tensor()
+
+
+def part_of(whole: Tensor, spread: Spread) -> Tensor:
+    """What this process has of something that every process has whole; nothing is sent."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    everywhere = DTensor.from_local(whole, spread.mesh, [Replicate()] * spread.mesh.ndim, run_check=False)
+    return everywhere.redistribute(spread.mesh, spread.placements).to_local()
 
 
 def _placements(weight: Tensor, kept: Iterable[int] | None) -> tuple[Any, ...] | None:

@@ -122,7 +122,7 @@ class State:
         role: what the numbers are: a signed ``"moment"``, a non-negative ``"second_moment"``, a stored ``"gradient"``,
             a copy of the ``"weight"``, or an ``"accumulator"``.
         start: ``"zeros"``, ``"ones"``, ``"weight"`` (a copy of the weight as it was before its first step), or, for
-            matrix states, a function of the weight.
+            matrix states, a function of the weight that asks for nothing but its shape.
         kind: ``FULL`` (the weight's shape), ``reduced(keep)``, ``TENSOR`` (one number), or ``MATRIX``; or a function
             of the weight's rank that gives one of these.
     """
@@ -175,11 +175,12 @@ def shape_of(kind: Kind, weight: Tensor) -> tuple[int, ...] | None:
 def allocate(state: State, weight: Tensor) -> Tensor:
     """A fresh state for ``weight`` (real; complex weights come as their real view), spread as the weight is."""
     kind = state.kind_of(weight.ndim)
+    if callable(state.start):  # of a matrix state, every process has all
+        like = torch.empty(weight.shape, device="meta") if is_sharded(weight) else weight
+        return state.start(like).to(dtype=compute_dtype(weight.dtype), device=local(weight).device)
     if is_sharded(weight):
         return placed(allocate(state, local(weight)), weight, None if kind == FULL else kind.keep)
     dtype = compute_dtype(weight.dtype)
-    if callable(state.start):
-        return state.start(weight).to(dtype=dtype, device=weight.device)
     if state.start == "weight":
         return torch.empty_like(weight, dtype=dtype).copy_(weight)
     fill = 1.0 if state.start == "ones" else 0.0

@@ -32,7 +32,7 @@ class Graph:
     def reduces(self) -> bool:
         """Does anything in it depend on more than one element of a weight?"""
         nodes = topological(self.outputs.values())
-        return any(s.op in ("sum", "peak") or s.kind == MATRIX or bool(s.kind.keep) for s in nodes)
+        return any(s.op in ("sum", "peak", "opaque") or s.kind == MATRIX or bool(s.kind.keep) for s in nodes)
 
     @cached_property
     def totals(self) -> frozenset[str]:

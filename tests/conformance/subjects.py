@@ -43,6 +43,8 @@ REDUCING = {
     "Adafactor",
     "Amos",
     "Lamb",
+    "Muon",
+    "NorMuon",
     "NovoGrad",
     "Prodigy",
     "Ralamb",
@@ -51,6 +53,8 @@ REDUCING = {
     "SM3",
     "StableAdamW",
 }
+# Rules that multiply matrices: their cost grows with the cube of a side.
+BY_MATRIX = {"Muon", "NorMuon"}
 # What lets weights see each other (besides clipping), switched off.
 APART: dict[str, dict[str, Any]] = {"Ranger21": {"weight_decay": 0.0}}
 WRAPPED = "Lookahead(AdamW)"
@@ -81,6 +85,11 @@ class Subject:
     def reduces(self) -> bool:
         """Does a step combine elements of a weight?"""
         return self.centralizes or self.name in REDUCING or self.name == GRAFTED
+
+    @property
+    def by_matrix(self) -> bool:
+        """Does a step multiply matrices?"""
+        return self.name in BY_MATRIX
 
     @property
     def apart(self) -> Subject:

@@ -184,14 +184,16 @@ def mixed_dtypes(subject: Subject, engine: str) -> None:
 
 
 @cache
-def _large() -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
-    """Weights, and three rows of gradients."""
+def _large(by_matrix: bool) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
+    """Weights, smaller ones for rules that multiply matrices, and three rows of gradients."""
     generator = torch.Generator().manual_seed(42)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     starts = [draw(3), draw(600_001), draw(40, 7), draw(1000, 700), draw(700, 900).t()]
+    if by_matrix:
+        starts = [draw(3), draw(6001), draw(40, 7), draw(100, 70), draw(70, 90).t()]
     return starts, [[draw(*w.shape) for w in starts] for _ in range(3)]
 
 
@@ -202,7 +204,7 @@ def large_weights(subject: Subject, engine: str) -> None:
     Against the reference, in float64. Among fourteen million results some come from a gradient that cancels to
     nearly zero before it is divided by its own root, which magnifies rounding a thousandfold; a seam would show whole.
     """
-    starts, rows = _large()
+    starts, rows = _large(subject.by_matrix)
     results = []
     for name in (engine, "reference"):
         params = [w.clone().requires_grad_() for w in starts]

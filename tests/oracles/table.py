@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from oracles import dual, factored, formulas, modern, momentum, over9000, ranger21, relatives, self_tuning
+from oracles import dual, factored, formulas, matrix, modern, momentum, over9000, ranger21, relatives, self_tuning
 from oracles.formulas import Formula
 
 FORMULAS: dict[str, Formula] = {
@@ -23,6 +23,8 @@ FORMULAS: dict[str, Formula] = {
     "LookaheadAdam": over9000.lookahead_adam,
     "MADGRAD": dual.madgrad,
     "MirrorMADGRAD": dual.mirror_madgrad,
+    "Muon": matrix.muon,
+    "NorMuon": matrix.normuon,
     "NovoGrad": momentum.novograd,
     "PNM": momentum.pnm,
     "RAdam": formulas.radam,

@@ -15,6 +15,8 @@ from piste.optimizers.lamb import Lamb as Lamb
 from piste.optimizers.lion import Lion as Lion
 from piste.optimizers.madgrad import MADGRAD as MADGRAD
 from piste.optimizers.madgrad import MirrorMADGRAD as MirrorMADGRAD
+from piste.optimizers.muon import Muon as Muon
+from piste.optimizers.muon import NorMuon as NorMuon
 from piste.optimizers.novograd import NovoGrad as NovoGrad
 from piste.optimizers.over9000 import LookaheadAdam as LookaheadAdam
 from piste.optimizers.over9000 import Ralamb as Ralamb
@@ -52,7 +54,9 @@ __all__ = [
     "Lion",
     "LookaheadAdam",
     "MirrorMADGRAD",
+    "Muon",
     "NAdamW",
+    "NorMuon",
     "NovoGrad",
     "Prodigy",
     "RAdam",

@@ -12,6 +12,7 @@ from piste.storage import State, accumulator, moment, product, second_moment
 __all__ = [
     "adabelief",
     "adam",
+    "adam_step",
     "adan",
     "ademamix",
     "adopt",
@@ -26,15 +27,20 @@ __all__ = [
 ]
 
 
-@direction(m=moment, v=second_moment, vmax=accumulator)
-def adam(g: Value, st: States, hp: Hyper, t: Value) -> Value:
-    """Kingma & Ba 2015, algorithm 1; with ``amsgrad`` the maximum is taken before the bias correction, as in torch."""
+def adam_step(g: Value, st: States, hp: Hyper, t: Value, *, amsgrad: bool = False) -> tuple[Value, dict[str, Value]]:
+    """Kingma & Ba 2015, algorithm 1, for rules that have it for some of their weights; see :func:`adam`."""
     m = lerp(st.m, g, 1 - hp.beta1)
     v = lerp(st.v, square(g), 1 - hp.beta2)
     new = {"m": m, "v": v}
-    if hp.amsgrad:
+    if amsgrad:
         v = new["vmax"] = maximum(st.vmax, v)
     return debias(m, hp.beta1, t) / denominator(v, hp.beta2, t, hp.eps), new
+
+
+@direction(m=moment, v=second_moment, vmax=accumulator)
+def adam(g: Value, st: States, hp: Hyper, t: Value) -> Value:
+    """Kingma & Ba 2015, algorithm 1; with ``amsgrad`` the maximum is taken before the bias correction, as in torch."""
+    return adam_step(g, st, hp, t, amsgrad=hp.amsgrad)
 
 
 @direction(m=moment, v=second_moment)
