@@ -298,6 +298,98 @@ def test_opaque_functions_get_equal_shapes_at_once(engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_a_stage_may_read_nothing_but_values(engine: str) -> None:
+    """Between two opaque functions no weight, gradient or state is read; of states a plan may leave some alone."""
+
+    def double(x: Tensor) -> Tensor:
+        return 2 * x
+
+    @direction(a=moment, b=State("accumulator", start=lambda weight: torch.eye(3), kind=MATRIX))
+    def rule(g: Any, st: Any, t: Any) -> Any:
+        unused = st.a, st.b
+        d = ops.opaque(double, 3 * ops.opaque(double, g))
+        return d, {} if t != 3 else {"a": unused[0] + d, "b": 2 * unused[1]}
+
+    params = [torch.randn(4, 5, dtype=torch.float64).t().requires_grad_(), *weights([(2, 3)])]
+    expected = [p.detach().clone() for p in params]
+    optimizer = optimizer_of(Pipeline(direction=rule))(params, engine=engine)
+    for step in run(optimizer, params, 4):
+        expected = [e - 0.1 * 12 * g for e, g in zip(expected, step, strict=True)]
+    for p, e in zip(params, expected, strict=True):
+        torch.testing.assert_close(p.detach(), e, rtol=1e-12, atol=1e-12)
+        assert torch.equal(optimizer.state[p]["b"], 2 * torch.eye(3, dtype=torch.float64))
+
+
+def test_large_weights_go_to_opaque_functions_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def noted(x: Tensor) -> Tensor:
+        sizes.append(len(x))
+        return x
+
+    @direction
+    def rule(g: Any) -> Any:
+        return ops.opaque(noted, g)
+
+    monkeypatch.setattr(execution, "_MOST_STACKED", 12)
+    params = weights([(2, 3)] * 5 + [(4, 4)] * 2)
+    before = [p.detach().clone() for p in params]
+    ((*given,),) = run(optimizer_of(Pipeline(direction=rule))(params, engine="reference"), params, 1)
+    assert sizes == [2, 2, 1, 1, 1]
+    for p, b, g in zip(params, before, given, strict=True):
+        torch.testing.assert_close(p.detach(), b - 0.1 * g)
+
+
+def _shaped(rank: int, dtype: torch.dtype | None) -> Pipeline:
+    """Keeps a matrix of this many rows for each weight."""
+
+    def zeros(weight: Tensor) -> Tensor:
+        return torch.zeros(rank, weight.shape[-1])
+
+    def first_rows(x: Tensor) -> Tensor:
+        return x[:, :rank]
+
+    @direction(kept=State("accumulator", start=zeros, kind=MATRIX, dtype=dtype))
+    def rule(g: Any, st: Any) -> Any:
+        return g, {"kept": st.kept + ops.opaque(first_rows, g, kind=MATRIX)}
+
+    return Pipeline(direction=rule)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_states_may_have_a_shape_that_a_number_gives(engine: str) -> None:
+    """The number is seen by `pipeline`; the state is saved and loaded in its own dtype, and no other shape is taken."""
+
+    class Ranked(piste.Optimizer):
+        shaping = ("rank",)
+
+        def __init__(self, params: Any, rank: int = 2, low: bool = False, **options: Any) -> None:
+            super().__init__(params, {"lr": 0.1, "weight_decay": 0.0, "rank": rank, "low": low}, options)
+
+        @classmethod
+        def pipeline(cls, group: Any) -> Pipeline:
+            return _shaped(group["rank"], torch.bfloat16 if group["low"] else None)
+
+    for low in (False, True):
+        (p,) = weights([(4, 3)])
+        optimizer = Ranked([p], low=low, engine=engine)
+        steps = run(optimizer, [p], 2)
+        kept = optimizer.state[p]["kept"]
+        assert kept.dtype == (torch.bfloat16 if low else torch.float64)
+        total = steps[0][0] + steps[1][0]
+        torch.testing.assert_close(kept.double(), total[:2], rtol=0.02 if low else 1e-12, atol=0.02 if low else 0)
+        again = Ranked([p], low=low, engine=engine)
+        again.load_state_dict(optimizer.state_dict())
+        assert torch.equal(again.state[p]["kept"], kept)
+        assert again.state[p]["kept"].dtype == kept.dtype
+        saved = optimizer.state_dict()
+        saved["param_groups"][0]["rank"] = 3
+        with pytest.raises(ValueError, match=r"'kept' of parameter .* has shape \(2, 3\); expected \(3, 3\)"):
+            again.load_state_dict(saved)
+        assert again.param_groups[0]["rank"] == 2
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_scratch_keeps_a_value_across_a_stage(engine: str) -> None:
     @direction
     def rule(g: Any) -> Any:

@@ -12,6 +12,7 @@ from piste.optimizers import MADGRAD as MADGRAD
 from piste.optimizers import PNM as PNM
 from piste.optimizers import SGD as SGD
 from piste.optimizers import SM3 as SM3
+from piste.optimizers import SOAP as SOAP
 from piste.optimizers import AdaBelief as AdaBelief
 from piste.optimizers import Adafactor as Adafactor
 from piste.optimizers import Adam as Adam
@@ -40,6 +41,7 @@ from piste.optimizers import RMSprop as RMSprop
 from piste.optimizers import ScheduleFreeAdamW as ScheduleFreeAdamW
 from piste.optimizers import ScheduleFreeRAdam as ScheduleFreeRAdam
 from piste.optimizers import ScheduleFreeSGD as ScheduleFreeSGD
+from piste.optimizers import Shampoo as Shampoo
 from piste.optimizers import StableAdamW as StableAdamW
 from piste.presets import Preset as Preset
 from piste.presets import presets as presets

@@ -62,6 +62,12 @@ def _fractions(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and len(value) in (2, 3) and all(map(legal, value))
 
 
+def _fractions_or_one(value: Any) -> bool:
+    return (
+        isinstance(value, (tuple, list)) and len(value) == 2 and _fractions((value[0], 0)) and _within(0, 1)(value[1])
+    )
+
+
 def _flag(value: Any) -> bool:
     return isinstance(value, bool)
 
@@ -83,6 +89,7 @@ def _growth(value: Any) -> bool:
 
 
 _FLAG = (_flag, "True or False")
+_GRAFTS = ("adam", "rmsprop", "adagrad", "sgd", "sign", "none")
 #: what the two classes that route weights to rules share
 _ROUTED: Mapping[str, tuple[_Check, str]] = {
     "momentum": (_within(0, 1, open_high=True), "a number in [0, 1)"),
@@ -137,6 +144,20 @@ _LEGAL: Mapping[str, tuple[_Check, str]] = {
     "eps_scale": (_within(0), "a finite number >= 0"),
     "factor": (_one_of("matrix", "last"), "'matrix' or 'last'"),
     "scale": (_within(0, open_low=True), "a finite number > 0"),
+    "Shampoo.betas": (_fractions_or_one, "two numbers, the first in [0, 1), the second in [0, 1]"),
+    "Shampoo.start": (_whole(1), "a whole number >= 1"),
+    "block_size": (_or_none(_whole(1)), "None or a whole number >= 1"),
+    "every": (_whole(1), "a whole number >= 1"),
+    "exponent": (_or_none(_within(0, open_low=True)), "None or a finite number > 0"),
+    "factors": (_one_of("fp32", "bf16"), "'fp32' or 'bf16'"),
+    "form": (_one_of("meta", "google"), "'meta' or 'google'"),
+    "graft": (_one_of(*_GRAFTS), ", ".join(map(repr, _GRAFTS))),
+    "graft_beta": (_or_none(_within(0, 1)), "None or a number in [0, 1]"),
+    "graft_eps": (_within(0), "a finite number >= 0"),
+    "max_size": (_or_none(_whole(1)), "None or a whole number >= 1"),
+    "shampoo_beta": (_or_none(_within(0, 1, open_high=True)), "None or a number in [0, 1)"),
+    "root": (_one_of("eigen", "newton"), "'eigen' or 'newton'"),
+    "statistics_every": (_whole(1), "a whole number >= 1"),
     "iteration": (_one_of(*ITERATIONS), ", ".join(map(repr, ITERATIONS))),
     "precision": (_one_of(*PRECISIONS), ", ".join(map(repr, PRECISIONS))),
     "row_beta": (_within(0, 1, open_high=True), "a number in [0, 1)"),
@@ -175,6 +196,10 @@ _LEGAL: Mapping[str, tuple[_Check, str]] = {
         (
             "always_adapt",
             "amsgrad",
+            "average_momentum",
+            "graft_normalized",
+            "merge_dims",
+            "relative_eps",
             "bias_correction",
             "cautious",
             "centered",
@@ -193,6 +218,7 @@ _LEGAL: Mapping[str, tuple[_Check, str]] = {
             "no_prox",
             "normalize",
             "pnm",
+            "precondition_1d",
             "rectify",
             "scale_parameter",
             "transposed",

@@ -6,13 +6,28 @@ two axes stands for the matrix ``(first axis, all others)``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-__all__ = ["ITERATIONS", "PRECISIONS", "orthogonalizer"]
+__all__ = [
+    "ITERATIONS",
+    "MOST_RESIDUAL",
+    "PRECISIONS",
+    "descending",
+    "eigen",
+    "eigenbases",
+    "inverse_roots",
+    "largest_eigenvalue",
+    "next_bases",
+    "orthogonalizer",
+    "root_by_eigen",
+    "root_by_newton",
+]
 
 #: odd polynomials ``a x + b x^3 + c x^5`` of singular values, one triple for each iteration; the last one repeats
 ITERATIONS: dict[str, tuple[tuple[float, float, float], ...]] = {
@@ -65,3 +80,167 @@ def orthogonalizer(iteration: str, precision: str) -> Callable[[Tensor, float, f
         return (x.mT if upright else x).reshape(stack.shape).to(stack.dtype)
 
     return orthogonalize
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inverse roots of symmetric positive matrices
+
+
+#: an inverse root is taken only where its residual is below this
+MOST_RESIDUAL = 0.1
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Products of float32 matrices in float32: TF32 and bfloat16 would ruin small eigenvalues."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def eigen(stack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues in rising order, eigenvectors, and residuals of symmetric matrices.
+
+    The residual is the largest number in ``A Q - Q diag(values)``, over the largest eigenvalue. Where a decomposition
+    fails it is repeated in float64; where that fails too, or the matrix is not finite, the residual is NaN.
+    """
+    finite = torch.isfinite(stack).flatten(1).all(1)
+    safe = torch.where(finite[:, None, None], stack, torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device))
+    try:
+        values, vectors = torch.linalg.eigh(safe)
+    except LinAlgError:
+        found = [_eigen_of_one(matrix) for matrix in safe]
+        values, vectors = (torch.stack(parts) for parts in zip(*found, strict=True))
+    largest = values.abs().amax(-1).clamp(min=torch.finfo(values.dtype).tiny)
+    residual = (safe @ vectors - vectors * values[:, None, :]).abs().amax((-2, -1)) / largest
+    return values, vectors, torch.where(finite, residual, torch.nan)
+
+
+def _eigen_of_one(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    try:
+        values, vectors = torch.linalg.eigh(matrix.double())
+        return values.to(matrix.dtype), vectors.to(matrix.dtype)
+    except LinAlgError:
+        return torch.full_like(matrix[0], torch.nan), torch.full_like(matrix, torch.nan)
+
+
+def root_by_eigen(stack: Tensor, exponent: float, eps: float, *, relative: bool) -> tuple[Tensor, Tensor]:
+    """``(A + ridge I)^-exponent`` by eigendecomposition, and residuals.
+
+    Args:
+        stack: symmetric matrices; eigenvalues that rounding made negative count as 0.
+        exponent: above 0.
+        eps: the ridge.
+        relative: the ridge is ``eps`` times the largest eigenvalue.
+    """
+    values, vectors, residual = eigen(stack)
+    values = values.clamp(min=0.0)
+    ridge = eps * values[:, -1:].clamp(min=torch.finfo(values.dtype).tiny) if relative else eps
+    return (vectors * (values + ridge)[:, None, :] ** -exponent) @ vectors.mT, residual
+
+
+def largest_eigenvalue(stack: Tensor, steps: int = 100, tolerance: float = 1e-6) -> Tensor:
+    """By power iteration from the longest column, which cannot be orthogonal to the eigenvector."""
+    longest = stack.square().sum(-2).argmax(-1)
+    v = stack.gather(-1, longest[:, None, None].expand(-1, stack.shape[-1], 1))
+    value = stack.new_zeros(len(stack))
+    for _ in range(steps):
+        norm = torch.linalg.vector_norm(v, dim=(-2, -1), keepdim=True)
+        v = stack @ (v / norm.clamp(min=torch.finfo(v.dtype).tiny))
+        before, value = value, torch.linalg.vector_norm(v, dim=(-2, -1))
+        if not bool(((value - before).abs() > tolerance * value).any()):
+            break
+    return value
+
+
+def root_by_newton(stack: Tensor, exponent: float, eps: float, *, relative: bool) -> tuple[Tensor, Tensor]:
+    """The same by the coupled Newton iteration (Higham 2008, Functions of Matrices, eq. 7.18), products alone.
+
+    ``1 / exponent`` has to be a whole number. The residual is the largest number in ``X^p (A + ridge I) - I``, of the
+    iteration's own estimate of that product. A matrix rests once its residual is below 1e-6 (1e-12 in float64), and
+    one whose residual grows by a fifth goes back to its last state and stays there.
+    """
+    p = round(1 / exponent)
+    eye = torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device)
+    finite = torch.isfinite(stack).flatten(1).all(1)
+    stack = torch.where(finite[:, None, None], stack, eye)
+    ridge = eps * largest_eigenvalue(stack).clamp(min=torch.finfo(stack.dtype).tiny) if relative else eps
+    a = stack + (ridge[:, None, None] if isinstance(ridge, Tensor) else ridge) * eye
+    norm = torch.linalg.vector_norm(a, dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(a.dtype).tiny)
+    z = (1 + p) / (2 * norm)
+    m, x = z * a, z ** (1 / p) * eye
+    error = (m - eye).abs().amax((-2, -1))
+    active = torch.ones_like(finite)
+    tolerance = 1e-12 if stack.dtype == torch.float64 else 1e-6
+    for _ in range(100):
+        active = active & (error > tolerance)
+        if not bool(active.any()):
+            break
+        t = (1 + 1 / p) * eye - m / p
+        m_new, x_new = torch.linalg.matrix_power(t, p) @ m, x @ t
+        new = (m_new - eye).abs().amax((-2, -1))
+        active = active & (new < 1.2 * error)
+        at = active[:, None, None]
+        m, x, error = torch.where(at, m_new, m), torch.where(at, x_new, x), torch.where(active, new, error)
+    return x, torch.where(finite, error, torch.nan)
+
+
+def inverse_roots(
+    stack: Tensor, old: Tensor, exponent: float, eps: float, *, method: str, relative: bool
+) -> tuple[Tensor, int]:
+    """Inverse roots that can be trusted, and how many could not be had.
+
+    Args:
+        stack: symmetric positive matrices; all of one size.
+        old: what to keep for a matrix whose root fails.
+        exponent: above 0.
+        eps: the ridge that is added to the diagonal.
+        method: ``"eigen"``, or ``"newton"``, whose failures are tried again by eigendecomposition.
+        relative: the ridge is ``eps`` times the largest eigenvalue.
+    """
+    with _full_precision():
+        by = root_by_newton if method == "newton" else root_by_eigen
+        found, residual = by(stack, exponent, eps, relative=relative)
+        good = _trusted(found, residual)
+        if method == "newton" and not bool(good.all()):
+            again, residual = root_by_eigen(stack[~good], exponent, eps, relative=relative)
+            found[~good] = again
+            good[~good] = _trusted(again, residual)
+    return torch.where(good[:, None, None], found, old), int((~good).sum())
+
+
+def _trusted(found: Tensor, residual: Tensor) -> Tensor:
+    return (residual < MOST_RESIDUAL) & torch.isfinite(found).flatten(1).all(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eigenbases
+
+
+def eigenbases(stack: Tensor, old: Tensor) -> tuple[Tensor, int]:
+    """Eigenvectors of symmetric matrices, of the largest eigenvalue first, and how many could not be had: old ones."""
+    with _full_precision():
+        _, vectors, residual = eigen(stack)
+    good = _trusted(vectors, residual)
+    return torch.where(good[:, None, None], vectors.flip(-1), old), int((~good).sum())
+
+
+def descending(stack: Tensor, bases: Tensor) -> Tensor:
+    """The order of columns by the eigenvalues that ``Q^T A Q`` has on its diagonal, the largest first."""
+    with _full_precision():
+        values = (bases * (stack @ bases)).sum(-2)
+    finite = torch.isfinite(values).all(-1, keepdim=True)
+    unmoved = torch.arange(values.shape[-1], device=values.device).expand_as(values)
+    return torch.where(finite, values.argsort(dim=-1, descending=True, stable=True), unmoved)
+
+
+def next_bases(stack: Tensor, old: Tensor) -> tuple[Tensor, int]:
+    """Nearer to the eigenvectors by one power iteration: ``A Q`` in descending order, made orthogonal (QR)."""
+    ordered = old.gather(-1, descending(stack, old)[:, None, :].expand_as(old))
+    with _full_precision():
+        found, _ = torch.linalg.qr(torch.nan_to_num(stack @ ordered))
+    good = torch.isfinite(stack).flatten(1).all(1) & torch.isfinite(found).flatten(1).all(1)
+    return torch.where(good[:, None, None], found, ordered), int((~good).sum())

@@ -221,6 +221,8 @@ class Optimizer(torch.optim.Optimizer):
     betas_count: ClassVar[int] = 2
     #: may schedules cycle the momentum? If not, groups are marked so
     cycles_momentum: ClassVar[bool] = True
+    #: whole numbers (or None) that the shapes of states depend on: :meth:`pipeline` sees their values
+    shaping: ClassVar[tuple[str, ...]] = ()
     _programs: ClassVar[dict[Any, tuple[Variants, Mapping[str, State]]]] = {}
 
     def __init__(self, params: Params, defaults: dict[str, Any], options: Mapping[str, Any]) -> None:
@@ -252,7 +254,7 @@ class Optimizer(torch.optim.Optimizer):
         """The parts that make up a step for weights of this group.
 
         ``group`` holds the flags of the group (bool, str, None) by name, and ``Number`` for every number: numbers
-        change during training and select nothing here; a rule may branch on them.
+        change during training and select nothing here; a rule may branch on them. Those of :attr:`shaping` are flags.
         """
 
     @classmethod
@@ -483,7 +485,10 @@ class Optimizer(torch.optim.Optimizer):
     ) -> tuple[list[Tensor | None], list[dict[str, float]]]:
         """The gradients of all weights and the numbers of all groups; the roster is brought up to date."""
         known = self._hyper_defaults
-        groups = [_split({**g, **new} if new else g, known) for g, new in zip(self.param_groups, advanced, strict=True)]
+        groups = [
+            _split({**g, **new} if new else g, known, self.shaping)
+            for g, new in zip(self.param_groups, advanced, strict=True)
+        ]
         weights = [p for group in self.param_groups for p in group["params"]]
         seeds = [group["seed"] for group in self.param_groups]
         setting = scaled, self.measure_updates, self._instead, [statics for statics, _ in groups], seeds
@@ -565,7 +570,7 @@ class Optimizer(torch.optim.Optimizer):
         return self._programs[key]
 
     def _states_of(self, group: Mapping[str, Any]) -> Mapping[str, State]:
-        statics, _ = _split({**self._hyper_defaults, **group}, self._hyper_defaults)
+        statics, _ = _split({**self._hyper_defaults, **group}, self._hyper_defaults, self.shaping)
         return self.pipeline(_Flags(statics)).states
 
 
@@ -616,13 +621,15 @@ def _numbers(tensors: list[Tensor]) -> list[float]:
     return found
 
 
-def _split(group: Mapping[str, Any], known: Iterable[str]) -> tuple[tuple[tuple[str, Any], ...], dict[str, float]]:
+def _split(
+    group: Mapping[str, Any], known: Iterable[str], shaping: Sequence[str]
+) -> tuple[tuple[tuple[str, Any], ...], dict[str, float]]:
     """The flags of a group, and its numbers as host numbers: ``betas`` become ``beta1`` and ``beta2``."""
     statics: list[tuple[str, Any]] = []
     numbers: dict[str, float] = {}
     for name in known:
         value = group[name]
-        if value is None or isinstance(value, (bool, str)):
+        if value is None or isinstance(value, (bool, str)) or name in shaping:
             statics.append((name, value))
         elif isinstance(value, (tuple, list)):
             statics.append((name, Number))

@@ -377,6 +377,10 @@ _PRIORS: Mapping[str, LrPrior] = {
     # "moonlight" gives its steps the size of AdamW's, so that one range serves both (Liu et al. 2025).
     "Muon": LrPrior(2e-3),
     "NorMuon": LrPrior(2e-3),
+    # Adam's, in another basis; 3e-3 is its authors' choice for language models.
+    "SOAP": LrPrior(2e-3),
+    # Grafted to Adam's length, so where Adam's is.
+    "Shampoo": LrPrior(2e-3),
     "MADGRAD": LrPrior(5e-3, 1.2, 0.8),
     "MirrorMADGRAD": LrPrior(5e-3, 1.2, 0.8),
     # Undampened momentum over gradients of unit norm: 1e-2 in the paper's vision runs, with wide scatter.
@@ -631,6 +635,47 @@ presets = Presets(
                 _NORMS_SPARED,
                 "mgrankin/over9000 as released",
                 "RangerLars as its published results had it: a trust ratio near 1, Lookahead that starts late.",
+            ),
+            _preset(
+                "shampoo",
+                optimizers.Shampoo,
+                {},
+                _NORMS_SPARED,
+                "Shi et al. 2023, arXiv 2309.06497",
+                "Shampoo at Adam's length, its roots renewed every ten steps.",
+            ),
+            _preset(
+                "shampoo_meta",
+                optimizers.Shampoo,
+                {"every": 100, "start": 100, "block_size": 8192, "weight_decay": 1e-5},
+                _NORMS_SPARED,
+                "facebookresearch/optimizers, example 3 of its README",
+                "Meta's Shampoo as its authors use it in Adam's place: large blocks, roots every hundred steps.",
+            ),
+            _preset(
+                "shampoo_google",
+                optimizers.Shampoo,
+                {
+                    "form": "google",
+                    "graft": "sgd",
+                    "eps": 1e-6,
+                    "relative_eps": True,
+                    "root": "newton",
+                    "start": 6,
+                    "nesterov": True,
+                },
+                _L2_NORMS_SPARED,
+                "Anil et al. 2020, arXiv 2002.09018; google-research scalable_shampoo, its defaults",
+                "Google's Shampoo at the length of SGD with Nesterov momentum; roots every ten steps, not every step.",
+                lr_prior=LrPrior(0.05),
+            ),
+            _preset(
+                "soap",
+                optimizers.SOAP,
+                {},
+                _NORMS_SPARED,
+                "Vyas et al. 2024, arXiv 2409.11321",
+                "Adam in the eigenbasis of Shampoo's factors, renewed every ten steps.",
             ),
             _preset(
                 "sm3",

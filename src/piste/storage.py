@@ -125,11 +125,13 @@ class State:
             matrix states, a function of the weight that asks for nothing but its shape.
         kind: ``FULL`` (the weight's shape), ``reduced(keep)``, ``TENSOR`` (one number), or ``MATRIX``; or a function
             of the weight's rank that gives one of these.
+        dtype: of a matrix state; None for the precision in which the rule is worked out.
     """
 
     role: Role
     start: Literal["zeros", "ones", "weight"] | Callable[[Tensor], Tensor] = "zeros"
     kind: Kind | Callable[[int], Kind] = FULL
+    dtype: torch.dtype | None = None
 
     def kind_of(self, ndim: int) -> Kind:
         """Its kind for weights of this rank."""
@@ -177,7 +179,7 @@ def allocate(state: State, weight: Tensor) -> Tensor:
     kind = state.kind_of(weight.ndim)
     if callable(state.start):  # of a matrix state, every process has all
         like = torch.empty(weight.shape, device="meta") if is_sharded(weight) else weight
-        return state.start(like).to(dtype=compute_dtype(weight.dtype), device=local(weight).device)
+        return state.start(like).to(dtype=state.dtype or compute_dtype(weight.dtype), device=local(weight).device)
     if is_sharded(weight):
         return placed(allocate(state, local(weight)), weight, None if kind == FULL else kind.keep)
     dtype = compute_dtype(weight.dtype)

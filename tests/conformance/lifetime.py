@@ -100,8 +100,9 @@ def states(subject: Subject, engine: str) -> None:
     kept = {k for s in optimizer.state_dict()["state"].values() for k, v in s.items() if torch.is_tensor(v)}
     named = set(optimizer_info(subject.name).state)
     assert kept <= named
-    switches = {"amsgrad": {"smax", "vmax"}}  # the one switch that FULL_STATE leaves off for some
-    off = {state for switch, of in switches.items() if not optimizer.param_groups[0].get(switch) for state in of}
+    group = optimizer.param_groups[0]
+    off = set() if group.get("amsgrad") else {"smax", "vmax"}  # FULL_STATE leaves it off for some
+    off |= {"m_graft"} if group.get("form") == "meta" else set()
     assert named - kept <= off
 
 

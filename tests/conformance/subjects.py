@@ -36,6 +36,9 @@ FULL_STATE: dict[str, dict[str, Any]] = {
     "NovoGrad": {"lr": 0.05, "amsgrad": True, "weight_decay": 0.05},
     "Adafactor": {"lr": 0.05, "beta1": 0.9, "weight_decay": 0.05},
     "Amos": {"lr": 0.05, "momentum": 0.9},
+    # Longer axes than the other one has numbers would leave eigenvectors open, which everybody chooses otherwise.
+    "SOAP": {"lr": 0.05, "every": 3, "max_size": 5, "weight_decay": 0.05},
+    "Shampoo": {"lr": 0.05, "eps": 0.05, "every": 3, "start": 2, "block_size": 12, "weight_decay": 0.05},
     "AdaBelief": {"lr": 0.05, "eps": 1e-8, "amsgrad": True, "rectify": False, "weight_decay": 0.05},
 }
 # Rules with norms of whole weights, besides centralization.
@@ -51,10 +54,12 @@ REDUCING = {
     "Ranger21",
     "RangerLars",
     "SM3",
+    "SOAP",
+    "Shampoo",
     "StableAdamW",
 }
 # Rules that multiply matrices: their cost grows with the cube of a side.
-BY_MATRIX = {"Muon", "NorMuon"}
+BY_MATRIX = {"Muon", "NorMuon", "SOAP", "Shampoo"}
 # What lets weights see each other (besides clipping), switched off.
 APART: dict[str, dict[str, Any]] = {"Ranger21": {"weight_decay": 0.0}}
 WRAPPED = "Lookahead(AdamW)"
@@ -147,11 +152,13 @@ def _centralization_turned(subject: Subject) -> Subject:
 
 
 def subjects() -> list[Subject]:
-    """Every optimizer class, with and without gradient centralization, and the wrappers round some of them."""
+    """Every optimizer class, with and without gradient centralization, other forms and wrappers of some of them."""
     plain = [_subject(info.name, info.optimizer) for info in OPTIMIZERS]
     wrapped = replace(_subject("AdamW", piste.AdamW), name=WRAPPED, wrapped=True)
     grafted = Subject(GRAFTED, piste.Adam, {"lr": 0.05}, wrapped=True)
-    return [*plain, *map(_centralization_turned, plain), wrapped, grafted]
+    google = replace(_subject("Shampoo", piste.Shampoo), variant="google")
+    google = replace(google, settings=google.settings | {"form": "google", "graft": "rmsprop", "nesterov": True})
+    return [*plain, *map(_centralization_turned, plain), google, wrapped, grafted]
 
 
 def unless_built(engine: str, problem: Problem, small: Problem) -> Problem:

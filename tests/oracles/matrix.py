@@ -90,3 +90,219 @@ def _even(u: Array, state: State, beta: float) -> Array:
 
 def normuon(p: Array, g: Array, state: State, *, row_beta: float = 0.95, **settings: Any) -> Array:
     return muon(p, g, state, row_beta=row_beta, **settings)
+
+
+# --- Shampoo ----------------------------------------------------------------------------------------------------------
+
+
+def _merged(shape: tuple[int, ...], limit: int, backwards: bool) -> list[int]:
+    """Neighbouring axes multiplied, greedily, from the first axis or from the last."""
+    axes = [n for n in shape if n > 1]
+    axes = axes[::-1] if backwards else axes
+    result: list[int] = []
+    while axes:
+        size = axes.pop(0)
+        while axes and size * axes[0] <= limit:
+            size *= axes.pop(0)
+        result.append(size)
+    return (result[::-1] if backwards else result) or [1]
+
+
+def _corners(shape: list[int], block: int) -> list[tuple[slice, ...]]:
+    places: list[tuple[slice, ...]] = [()]
+    for n in shape:
+        places = [(*place, slice(at, at + block)) for place in places for at in range(0, n, block)]
+    return places
+
+
+def _power(matrix: Array, exponent: float, ridge: float) -> Array:
+    values, vectors = np.linalg.eigh(matrix)
+    return np.asarray(vectors @ np.diag((np.maximum(values, 0) + ridge) ** -exponent) @ vectors.T)
+
+
+def _outer(block: Array, axis: int) -> Array:
+    others = [i for i in range(block.ndim) if i != axis]
+    return np.asarray(np.tensordot(block, block, axes=(others, others)))
+
+
+def _magnitude(x: Array, g: Array, state: State, t: int, s: dict[str, Any]) -> Array:
+    if s["graft_normalized"]:
+        x, g = x / (np.linalg.norm(x) + 1e-30), g / (np.linalg.norm(g) + 1e-30)
+    kind, eps = s["graft"], s["graft_eps"]
+    if kind in ("none", "sgd"):
+        return x
+    if kind == "sign":
+        return np.sign(x)
+    beta = s["betas"][1] if s["graft_beta"] is None else s["graft_beta"]
+    old = state.get("v", np.zeros_like(g))
+    if kind == "adagrad" or beta == 1:
+        v = state["v"] = old + g * g
+    else:
+        v = state["v"] = beta * old + (1 - beta) * g * g
+    if kind == "adam" and beta != 1:
+        v = v / (1 - beta**t)
+    return np.asarray(x / (np.sqrt(v) + eps))
+
+
+_SHAMPOO: dict[str, Any] = {
+    "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-12, "weight_decay": 0.0, "form": "meta", "graft": "adam",
+    "graft_beta": None, "graft_eps": 1e-8, "graft_normalized": False, "every": 10, "statistics_every": 1, "start": 10,
+    "block_size": 1024, "merge_dims": True, "exponent": None, "root": "eigen", "relative_eps": False,
+    "bias_correction": True, "beta3": None, "nesterov": False, "average_momentum": False,
+    "decoupled_weight_decay": True, "use_gc": False, "gc_conv_only": False,
+}  # fmt: skip
+
+
+def shampoo(p: Array, g: Array, state: State, **settings: Any) -> Array:
+    """Both forms, block by block and axis by axis."""
+    s = _SHAMPOO | settings
+    t = state["t"] = state.get("t", 0) + 1
+    google = s["form"] == "google"
+    if not s["decoupled_weight_decay"] and not google:
+        g = g + s["weight_decay"] * p
+    if s["use_gc"]:
+        g = centralized(g, s["gc_conv_only"])
+    block = s["block_size"] or max(p.size, 1)
+    merge = block if s["merge_dims"] and s["block_size"] else 1
+    shape = _merged(p.shape, merge, backwards=not google)
+    places = _corners(shape, block)
+    order = len(shape)
+    b2 = s["betas"][1]
+    factors = state.setdefault("factors", {})
+    roots = state.setdefault("roots", {})
+    blocks = g.reshape(shape)
+    for i, place in enumerate(places):
+        for axis in range(order):
+            outer = _outer(blocks[place], axis)
+            start = s["eps"] * np.eye(len(outer)) if google else np.zeros_like(outer)
+            roots.setdefault((i, axis), np.eye(len(outer)))
+            if (t - 1) % s["statistics_every"] == 0:
+                share = 1.0 if b2 == 1 else 1 - b2
+                factors[i, axis] = b2 * factors.get((i, axis), start) + share * outer
+    due = (t - 1) % s["every"] == 0 if google else t == s["start"] or (t > s["start"] and t % s["every"] == 0)
+    if due:
+        updates = (t - 1) // s["statistics_every"] + 1
+        corrects = not google and s["bias_correction"] and b2 != 1
+        for key, factor in factors.items():
+            whole = factor / (1 - b2**updates) if corrects else factor
+            ridge = s["eps"] * (np.linalg.eigvalsh(whole)[-1] if s["relative_eps"] else 1.0)
+            roots[key] = _power(whole, s["exponent"] or 1 / (2 * order), ridge)
+    step = (_google if google else _meta)(p, g, state, t, s, places, shape)
+    if s["decoupled_weight_decay"]:
+        p = p * (1 - s["lr"] * s["weight_decay"])
+    return p - s["lr"] * step
+
+
+def _preconditioned(x: Array, roots: dict[tuple[int, int], Array], places: Any, shape: list[int]) -> Array:
+    blocks = x.reshape(shape)
+    result = np.zeros_like(blocks)
+    for i, place in enumerate(places):
+        part = blocks[place]
+        for axis in range(len(shape)):
+            part = np.moveaxis(np.tensordot(roots[i, axis], part, axes=(1, axis)), 0, axis)
+        result[place] = part
+    return result
+
+
+def _meta(p: Array, g: Array, state: State, t: int, s: dict[str, Any], places: Any, shape: list[int]) -> Array:
+    b1 = s["betas"][0]
+    b3 = b1 if s["beta3"] is None else s["beta3"]
+    old = state.get("m", np.zeros_like(g))
+    x = b3 * old + (1 - b3) * g
+    state["m"] = b1 * old + (1 - b1) * g
+    if s["bias_correction"]:
+        x = x / (1 - b3 * b1 ** (t - 1))
+    magnitude = _magnitude(x, g, state, t, s)
+    if t < s["start"] and s["graft"] != "none":
+        return magnitude
+    d = _preconditioned(x, state["roots"], places, shape)
+    if s["graft"] != "none":
+        wanted = magnitude.reshape(shape)
+        for place in places:
+            d[place] *= np.linalg.norm(wanted[place]) / (np.linalg.norm(d[place]) + 1e-16)
+    return d.reshape(p.shape)
+
+
+def _google(p: Array, g: Array, state: State, t: int, s: dict[str, Any], places: Any, shape: list[int]) -> Array:
+    magnitude = _magnitude(g, g, state, t, s)
+    d = _preconditioned(g, state["roots"], places, shape).reshape(p.shape)
+    if s["graft"] != "none":
+        d = d * np.linalg.norm(magnitude) / (np.linalg.norm(d) + 1e-30)
+    if not s["decoupled_weight_decay"]:
+        d, magnitude = d + s["weight_decay"] * p, magnitude + s["weight_decay"] * p
+    b1 = s["betas"][0]
+    share = 1 - b1 if s["average_momentum"] else 1.0
+    m = state["m"] = b1 * state.get("m", np.zeros_like(g)) + share * d
+    a = state["a"] = b1 * state.get("a", np.zeros_like(g)) + share * magnitude
+    taken, momentum = (d, m) if t >= s["start"] else (magnitude, a)
+    return np.asarray(share * taken + b1 * momentum if s["nesterov"] else momentum)
+
+
+# --- SOAP -------------------------------------------------------------------------------------------------------------
+
+
+def _turned(x: Array, bases: list[Array | None], *, back: bool = False) -> Array:
+    """Into the basis of columns along every axis, or back out of it."""
+    for axis, basis in enumerate(bases):
+        if basis is not None:
+            x = np.moveaxis(np.tensordot(basis if back else basis.T, x, axes=(1, axis)), 0, axis)
+    return x
+
+
+def soap(
+    p: Array,
+    g: Array,
+    state: State,
+    *,
+    lr: float = 3e-3,
+    betas: tuple[float, float] = (0.95, 0.95),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    shampoo_beta: float | None = None,
+    every: int = 10,
+    max_size: int | None = 10_000,
+    merge_dims: bool = False,
+    precondition_1d: bool = False,
+    normalize: bool = False,
+    bias_correction: bool = True,
+    decoupled_weight_decay: bool = True,
+    use_gc: bool = False,
+    gc_conv_only: bool = False,
+) -> Array:
+    """The authors' `soap.py`, with the step that makes the first basis; k counts the steps after it."""
+    if not decoupled_weight_decay:
+        g = g + weight_decay * p
+    if use_gc:
+        g = centralized(g, gc_conv_only)
+    limit = max_size or max(p.shape, default=1)
+    shape = _merged(p.shape, limit, backwards=False) if merge_dims else list(p.shape)
+    x = g.reshape(shape)
+    turns = p.ndim > 1 or (precondition_1d and p.ndim == 1)
+    axes = [i for i, n in enumerate(shape) if turns and n <= limit]
+    beta = betas[1] if shampoo_beta is None else shampoo_beta
+    factors = state.setdefault("factors", {i: np.zeros((shape[i], shape[i])) for i in axes})
+    new = {i: beta * factors[i] + (1 - beta) * _outer(x, i) for i in axes}
+    if "k" not in state:
+        state.update(k=0, factors=new, m=np.zeros(shape), v=np.zeros(shape))
+        state["bases"] = [np.linalg.eigh(new[i])[1][:, ::-1] if i in axes else None for i in range(len(shape))]
+        return p.copy()
+    k = state["k"] = state["k"] + 1
+    bases = state["bases"]
+    y = _turned(x, bases)
+    m = state["m"] = betas[0] * state["m"] + (1 - betas[0]) * y
+    v = state["v"] = betas[1] * state["v"] + (1 - betas[1]) * y * y
+    step = lr * (np.sqrt(1 - betas[1] ** k) / (1 - betas[0] ** k) if bias_correction else 1.0)
+    d = _turned(m / (np.sqrt(v) + eps), bases, back=True).reshape(p.shape)
+    if normalize:
+        d = d / (1e-30 + np.sqrt((d * d).mean()))
+    state["factors"] = new
+    if k % every == 0:
+        m = _turned(m, bases, back=True)
+        fresh = list(bases)
+        for i in axes:
+            order = np.argsort(-np.diag(bases[i].T @ new[i] @ bases[i]), kind="stable")
+            v = np.take(v, order, axis=i)
+            fresh[i] = np.linalg.qr(new[i] @ bases[i][:, order])[0]
+        state.update(bases=fresh, v=v, m=_turned(m, fresh))
+    p = p - step * d
+    return p * (1 - lr * weight_decay) if decoupled_weight_decay else p

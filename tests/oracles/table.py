@@ -40,4 +40,6 @@ FORMULAS: dict[str, Formula] = {
     "ScheduleFreeRAdam": self_tuning.schedule_free_radam,
     "ScheduleFreeSGD": self_tuning.schedule_free_sgd,
     "SGD": formulas.sgd,
+    "Shampoo": matrix.shampoo,
+    "SOAP": matrix.soap,
 }

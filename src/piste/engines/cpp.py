@@ -193,16 +193,20 @@ class _Table:
         self.contiguous = all(all(map(Tensor.is_contiguous, homes[home])) for home in homes if home != "g")
         self.strides = [] if self.contiguous else [p.stride() for p in homes["p"]]
         self.regular = self.contiguous or all(
-            self.kinds.get(home) == MATRIX or self._fits(home, homes["p"][i], homes[home][i])
-            for home in homes if home != "g" for i in range(len(bucket))
+            self._fits(home, homes["p"][i], homes[home][i])
+            for home in homes if self._is_walked(home) and home != "g" for i in range(len(bucket))
         )  # fmt: skip
         self.spaces: dict[Kind, list[int]] = {}
         self.geometry = self._geometry(homes["p"])
 
+    def _is_walked(self, home: str) -> bool:
+        """Does a kernel see it? Matrices are torch's, and what the plan leaves alone is nobody's."""
+        return self.kinds.get(home, MATRIX) != MATRIX
+
     def _fits(self, home: str, p: Tensor, tensor: Tensor) -> bool:
         if home == "p":
             return self._lies_well(p)
-        return _alike(p, tensor) if self.kinds.get(home, FULL) == FULL else tensor.is_contiguous()
+        return _alike(p, tensor) if self.kinds[home] == FULL else tensor.is_contiguous()
 
     def _geometry(self, weights: Sequence[Tensor]) -> list[int]:
         """Shapes here, then strides, then whole shapes, an axis after the other; missing axes have size one."""
@@ -247,13 +251,12 @@ class _Table:
             homes["p"][i] = homes["p"][i].contiguous()
         p = homes["p"][i]
         for home, tensors in homes.items():
-            if home in self.states:
+            if home in self.states or not self._is_walked(home):
                 continue
-            kind = self.kinds.get(home, FULL)
-            if kind == FULL and not _alike(p, tensors[i]):
-                tensors[i] = _ordered(tensors[i], p)
-            elif kind not in (FULL, MATRIX):
+            if self.kinds[home] != FULL:
                 tensors[i] = tensors[i].contiguous()
+            elif not _alike(p, tensors[i]):
+                tensors[i] = _ordered(tensors[i], p)
 
 
 def _ordered(tensor: Tensor, p: Tensor) -> Tensor:

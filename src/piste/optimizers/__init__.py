@@ -33,7 +33,9 @@ from piste.optimizers.schedule_free import ScheduleFreeAdamW as ScheduleFreeAdam
 from piste.optimizers.schedule_free import ScheduleFreeRAdam as ScheduleFreeRAdam
 from piste.optimizers.schedule_free import ScheduleFreeSGD as ScheduleFreeSGD
 from piste.optimizers.sgd import SGD as SGD
+from piste.optimizers.shampoo import Shampoo as Shampoo
 from piste.optimizers.sm3 import SM3 as SM3
+from piste.optimizers.soap import SOAP as SOAP
 
 __all__ = [
     "ADOPT",
@@ -41,6 +43,7 @@ __all__ = [
     "PNM",
     "SGD",
     "SM3",
+    "SOAP",
     "AdEMAMix",
     "AdaBelief",
     "AdaPNM",
@@ -69,5 +72,6 @@ __all__ = [
     "ScheduleFreeAdamW",
     "ScheduleFreeRAdam",
     "ScheduleFreeSGD",
+    "Shampoo",
     "StableAdamW",
 ]

@@ -6,7 +6,7 @@ from piste.ops import Value
 from piste.slots import Hyper, States, apply
 from piste.storage import moment
 
-__all__ = ["lr_in_momentum", "proximal", "scaled_lr"]
+__all__ = ["decayed_last", "lr_in_momentum", "proximal", "scaled_lr"]
 
 
 @apply(buf=moment)
@@ -23,6 +23,13 @@ def proximal(p: Value, d: Value, hp: Hyper) -> Value:
     """The step, then the decay as a proximal map: the weight that minimises both (Zhuang et al. 2022)."""
     moved = p - hp.lr * d
     return moved if hp.weight_decay == 0 else moved / (1 + hp.lr * hp.weight_decay)
+
+
+@apply
+def decayed_last(p: Value, d: Value, hp: Hyper, t: Value) -> Value:
+    """The step, then decoupled decay of what it made; for a rule that only looks in its first step."""
+    moved = p - hp.lr * d
+    return moved if hp.weight_decay == 0 or t == 1 else moved * (1 - hp.lr * hp.weight_decay)
 
 
 @apply

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from piste.ops import Value, maximum, sign, sqrt, square, sum_, total, where
+from piste.ops import Value, length_ratio, maximum, sign, sqrt, square, sum_, total, where
 from piste.slots import Hyper, Part, States, instead, update
 from piste.storage import State, anchor, number, squared_norm
 
@@ -56,7 +56,7 @@ def graft(p: Value, st: States, hp: Hyper) -> Value:
     ``scale`` is the running mean of the ratio of both steps, each divided by its learning rate.
     """
     norm = sqrt(st.size)
-    ratio = where(norm > 0, sqrt(st.magnitude) / (norm + hp.eps), 0.0)
+    ratio = length_ratio(sqrt(st.magnitude), norm, hp.eps)
     p = (p if hp.decay == 0 else p * (1 - hp.decay)) + hp.lr * ratio * st.change
     if hp.unit == 0:  # a learning rate is 0: this step says nothing about the ratio
         return p

@@ -1,0 +1,298 @@
+"""Kronecker factors: a weight in blocks, a symmetric matrix for each axis of each block.
+
+All factors of a weight are kept side by side in one flat tensor, in the order of :class:`Layout`, so that a rule has
+one state for them whatever the weight's rank. The functions work on stacks of weights of equal shape, and on all
+blocks of one shape at once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from piste.matrices import descending, eigenbases, inverse_roots, next_bases
+
+__all__ = ["Kronecker", "Layout", "kronecker", "merged", "rebasing", "rooting"]
+
+log = logging.getLogger("piste")
+
+
+def merged(shape: Sequence[int], limit: int, *, backwards: bool) -> tuple[int, ...]:
+    """The axes of a weight, neighbours multiplied while the product is at most ``limit``; axes of one are dropped.
+
+    Args:
+        shape: of the weight.
+        limit: the longest axis that merging may make.
+        backwards: begin at the last axis, as Meta's code does; Google's begins at the first.
+
+    >>> merged((1, 2, 512, 1, 2048, 1, 3, 4), 1024, backwards=False)
+    (1024, 2048, 12)
+    >>> merged((32, 3, 64, 64), 8192, backwards=True)
+    (96, 4096)
+    """
+    axes = [n for n in shape if n != 1]
+    found: list[int] = []
+    for n in reversed(axes) if backwards else axes:
+        if found and found[-1] * n <= limit:
+            found[-1] *= n
+        else:
+            found.append(n)
+    return tuple(reversed(found) if backwards else found) or (1,)
+
+
+class _Alike(NamedTuple):
+    """The blocks of one shape: a box of the weight, cut evenly.
+
+    Attributes:
+        shape: of a block.
+        counts: how many there are along each axis.
+        box: where they are in the weight.
+        starts: for each axis that has factors, where those of all blocks begin in the flat tensor.
+    """
+
+    shape: tuple[int, ...]
+    counts: tuple[int, ...]
+    box: tuple[slice, ...]
+    starts: dict[int, int]
+
+    def _of(self, x: Tensor) -> Tensor:
+        where = slice(None), *self.box
+        return x[where]
+
+    def cut(self, x: Tensor) -> Tensor:
+        """The blocks of all weights of a stack, ``(weights * blocks, *shape)``."""
+        pairs = [n for pair in zip(self.counts, self.shape, strict=True) for n in pair]
+        grid = self._of(x).reshape(len(x), *pairs)
+        return grid.permute(0, *range(1, grid.ndim, 2), *range(2, grid.ndim, 2)).reshape(-1, *self.shape)
+
+    def put(self, blocks: Tensor, x: Tensor) -> None:
+        """The way back, into a stack."""
+        axes = len(self.shape)
+        grid = blocks.reshape(len(x), *self.counts, *self.shape)
+        woven = grid.permute(0, *(axis for i in range(axes) for axis in (1 + i, 1 + axes + i)))
+        box = self._of(x)
+        box.copy_(woven.reshape(box.shape))
+
+
+class Layout:
+    """Where the blocks of a weight are, and where their factors.
+
+    Args:
+        shape: of the weight, with neighbours merged.
+        block: longest side of a block; None for the whole weight.
+        longest: axes longer than this have no factor; None for no limit.
+    """
+
+    def __init__(self, shape: tuple[int, ...], block: int | None, longest: int | None) -> None:
+        self.shape = shape
+        self.axes = tuple(i for i, n in enumerate(shape) if longest is None or n <= longest)
+        self.kinds: list[_Alike] = []
+        self.total = 0
+        for parts in product(*(_parts(n, block) for n in shape)):
+            size, counts, box = zip(*parts, strict=True)
+            starts: dict[int, int] = {}
+            for axis in self.axes:
+                starts[axis] = self.total
+                self.total += prod(counts) * size[axis] ** 2
+            self.kinds.append(_Alike(size, counts, box, starts))
+
+    def factors(self, flat: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+        """For each kind of blocks (by number) and axis, a view of the factors there, ``(weights, blocks, n, n)``."""
+        for kind, alike in enumerate(self.kinds):
+            for axis, start in alike.starts.items():
+                count, n = prod(alike.counts), alike.shape[axis]
+                yield kind, axis, flat[:, start : start + count * n * n].view(len(flat), count, n, n)
+
+    def taken_apart(self, stack: Tensor) -> list[Tensor]:
+        """For each kind the blocks of all weights of a stack."""
+        x = stack.reshape(len(stack), *self.shape)
+        return [alike.cut(x) for alike in self.kinds]
+
+    def put_together(self, blocks: Sequence[Tensor], like: Tensor) -> Tensor:
+        """The way back, in the shape of the stack ``like``."""
+        result = like.new_empty(len(like), *self.shape)
+        for part, alike in zip(blocks, self.kinds, strict=True):
+            alike.put(part, result)
+        return result.reshape(like.shape)
+
+
+def _parts(n: int, block: int | None) -> list[tuple[int, int, slice]]:
+    """An axis as the whole blocks on it and the rest: (size, how many, where)."""
+    if block is None or n <= block:
+        return [(n, 1, slice(0, n))]
+    rest = n % block
+    whole = [(block, n // block, slice(0, n - rest))]
+    return [*whole, (rest, 1, slice(n - rest, n))] if rest else whole
+
+
+def _rows(blocks: Tensor, axis: int) -> Tensor:
+    """Blocks as matrices whose rows go along one of their axes."""
+    return blocks.movedim(axis + 1, 1).reshape(len(blocks), blocks.shape[axis + 1], -1)
+
+
+def _times(matrices: Tensor, blocks: Tensor, axis: int) -> Tensor:
+    """Each block multiplied by its matrix along an axis."""
+    moved = blocks.movedim(axis + 1, 1).shape
+    return (matrices @ _rows(blocks, axis)).reshape(moved).movedim(1, axis + 1)
+
+
+@dataclass(frozen=True)
+class Kronecker:
+    """How weights are cut into blocks; :func:`kronecker` makes one for each choice.
+
+    Attributes:
+        block: longest side of a block; None for whole weights.
+        merge: longest axis that merging neighbours may make; None merges nothing.
+        backwards: merge from the last axis on.
+        longest: axes longer than this have no factor; None for no limit.
+    """
+
+    block: int | None
+    merge: int | None
+    backwards: bool
+    longest: int | None
+
+    def layout(self, shape: Sequence[int]) -> Layout:
+        """That of a weight of this shape."""
+        return _layout(self, tuple(shape))
+
+    def zeros(self, weight: Tensor) -> Tensor:
+        """Factors of zero for a weight."""
+        return torch.zeros(self.layout(weight.shape).total)
+
+    def identity(self, weight: Tensor) -> Tensor:
+        """Factors that change nothing."""
+        layout = self.layout(weight.shape)
+        flat = torch.zeros(1, layout.total)
+        for _, _, factors in layout.factors(flat):
+            factors.copy_(torch.eye(factors.shape[-1]))
+        return flat[0]
+
+    def gram(self, stack: Tensor) -> Tensor:
+        """For each axis of each block the sum of outer products along it: ``G G^T`` and ``G^T G`` of a matrix."""
+        layout = self.layout(stack.shape[1:])
+        blocks = layout.taken_apart(stack)
+        flat = stack.new_empty(len(stack), layout.total)
+        for kind, axis, factors in layout.factors(flat):
+            rows = _rows(blocks[kind], axis)
+            factors.copy_((rows @ rows.mT).view(factors.shape))
+        return flat
+
+    def times(self, stack: Tensor, flat: Tensor) -> Tensor:
+        """Each block multiplied by its factor along every axis: ``L G R`` for symmetric factors of a matrix."""
+        layout = self.layout(stack.shape[1:])
+        blocks = layout.taken_apart(stack)
+        for kind, axis, factors in layout.factors(flat):
+            blocks[kind] = _times(factors.flatten(0, 1), blocks[kind], axis)
+        return layout.put_together(blocks, stack)
+
+    def turned(self, stack: Tensor, flat: Tensor) -> Tensor:
+        """The same with transposed factors: into the basis that the columns of the factors are."""
+        layout = self.layout(stack.shape[1:])
+        blocks = layout.taken_apart(stack)
+        for kind, axis, factors in layout.factors(flat):
+            blocks[kind] = _times(factors.flatten(0, 1).mT, blocks[kind], axis)
+        return layout.put_together(blocks, stack)
+
+    def in_order(self, stack: Tensor, flat: Tensor, bases: Tensor) -> Tensor:
+        """Numbers that belong to the columns of bases, in the order that :func:`rebasing` brings those into."""
+        layout = self.layout(stack.shape[1:])
+        blocks = layout.taken_apart(stack)
+        for (kind, axis, factors), (_, _, columns) in zip(layout.factors(flat), layout.factors(bases), strict=True):
+            order = descending(factors.flatten(0, 1), columns.flatten(0, 1))
+            part = blocks[kind]
+            index = order.view(len(part), *(n if i == axis else 1 for i, n in enumerate(part.shape[1:])))
+            blocks[kind] = part.gather(axis + 1, index.expand_as(part))
+        return layout.put_together(blocks, stack)
+
+    def norms(self, stack: Tensor) -> Tensor:
+        """Every number replaced by the norm of the block that it is in."""
+        layout = self.layout(stack.shape[1:])
+        blocks = []
+        for part in layout.taken_apart(stack):
+            norm = torch.linalg.vector_norm(part.flatten(1), dim=1)
+            blocks.append(norm.view(-1, *[1] * (part.ndim - 1)).expand_as(part))
+        return layout.put_together(blocks, stack)
+
+
+@cache
+def _layout(how: Kronecker, shape: tuple[int, ...]) -> Layout:
+    axes = (shape or (1,)) if how.merge is None else merged(shape, how.merge, backwards=how.backwards)
+    return Layout(axes, how.block, how.longest)
+
+
+@cache
+def kronecker(
+    block: int | None, merge: int | None = None, *, backwards: bool = False, longest: int | None = None
+) -> Kronecker:
+    """The one :class:`Kronecker` of this choice, so that equal rules share their plans."""
+    return Kronecker(block, merge, backwards, longest)
+
+
+Renewal = Callable[[Tensor, Tensor], "tuple[Tensor, int]"]
+
+
+def _renewed(how: Kronecker, flat: Tensor, old: Tensor, shape: Sequence[float], what: str, renew: Renewal) -> Tensor:
+    """What belongs to factors, worked out anew for all of one size at once; a warning tells what could not be."""
+    layout = how.layout([int(n) for n in shape])
+    result = torch.empty_like(flat)
+    by_size: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for three in zip(layout.factors(flat), layout.factors(old), layout.factors(result), strict=True):
+        factors, before, after = (view for _, _, view in three)
+        by_size.setdefault(factors.shape[-1], []).append((factors, before, after))
+    for size, parts in by_size.items():
+        stack, before = (torch.cat([part[i].flatten(0, 1) for part in parts]) for i in (0, 1))
+        found, failed = renew(stack, before)
+        if failed:
+            log.warning("%d of %d %s of size %d failed and stay as they were", failed, len(stack), what, size)
+        counts = [len(after) * after.shape[1] for _, _, after in parts]
+        for (_, _, after), new in zip(parts, torch.split(found, counts), strict=True):
+            after.copy_(new.view(after.shape))
+    return result
+
+
+@cache
+def rooting(how: Kronecker, method: str, relative: bool) -> Callable[..., Tensor]:
+    """The function that renews inverse roots; see :func:`piste.matrices.inverse_roots` for ``method``, ``relative``.
+
+    Returns:
+        A function of stacks of factors and of the roots so far, the exponent (0 for one over twice the number of axes
+        with factors), the ridge, and the shape of the weight.
+    """
+
+    def roots(flat: Tensor, old: Tensor, exponent: float, eps: float, *shape: float) -> Tensor:
+        power = exponent or 1 / (2 * max(1, len(how.layout([int(n) for n in shape]).axes)))
+
+        def renew(stack: Tensor, before: Tensor) -> tuple[Tensor, int]:
+            return inverse_roots(stack, before, power, eps, method=method, relative=relative)
+
+        return _renewed(how, flat, old, shape, "inverse roots", renew)
+
+    return roots
+
+
+@cache
+def rebasing(how: Kronecker, method: str) -> Callable[..., Tensor]:
+    """The function that renews eigenvectors of factors, those of the largest eigenvalues first.
+
+    Args:
+        how: how weights are cut up.
+        method: ``"eigen"``, or ``"qr"``: one power iteration from the bases so far, made orthogonal again.
+
+    Returns:
+        A function of stacks of factors and of bases, and the shape of the weight.
+    """
+    renew = eigenbases if method == "eigen" else next_bases
+
+    def bases(flat: Tensor, old: Tensor, *shape: float) -> Tensor:
+        return _renewed(how, flat, old, shape, "eigenbases", renew)
+
+    return bases

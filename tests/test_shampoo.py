@@ -1,0 +1,242 @@
+"""Shampoo: both public forms against formulas typed apart, inverse roots, blocks, failures."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracles import matrix
+from oracles.replay import assert_same, by_formula, by_optimizer, random_problem
+from torch import nn
+
+import piste
+from piste.kronecker import kronecker, merged
+from piste.matrices import inverse_roots, root_by_eigen, root_by_newton
+
+PROBLEM = random_problem([(), (5,), (6, 4), (7, 3), (6, 2, 3, 3), (1, 7), (2, 3, 4)], seed=8, steps=9)
+PLAIN: dict[str, Any] = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-4, "weight_decay": 0.3, "every": 2, "start": 3}
+PLAIN["engine"] = "reference"  # the matrix of promises has the others
+
+
+def _told(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a formula is told: it has no engine."""
+    return {key: value for key, value in settings.items() if key != "engine"}
+
+
+@pytest.mark.parametrize("form", ["meta", "google"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"block_size": 4},
+        {"block_size": 4, "merge_dims": False, "graft": "rmsprop"},
+        {"block_size": 12, "graft": "adagrad", "betas": (0.8, 1.0)},
+        {"block_size": None, "graft": "sgd", "graft_normalized": True},
+        {"graft": "sign", "every": 3, "statistics_every": 2, "start": 1},
+        {"graft": "none", "exponent": 0.5, "relative_eps": True},
+        {"graft_beta": 0.9, "graft_eps": 1e-2, "decoupled_weight_decay": False},
+    ],
+    ids=str,
+)
+def test_is_the_formula(form: str, settings: dict[str, Any]) -> None:
+    ours = PLAIN | {"form": form} | settings
+    actual = by_optimizer(lambda p: piste.Shampoo(p, **ours), PROBLEM)
+    assert_same(actual, by_formula(matrix.shampoo, PROBLEM, _told(ours)), 1e-8, 1e-9)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"form": "meta", "beta3": 0.5},
+        {"form": "meta", "bias_correction": False},
+        {"form": "google", "nesterov": True},
+        {"form": "google", "average_momentum": True, "nesterov": True, "start": 1},
+    ],
+    ids=str,
+)
+def test_momentum_is_the_formulas(settings: dict[str, Any]) -> None:
+    ours = PLAIN | settings
+    actual = by_optimizer(lambda p: piste.Shampoo(p, **ours), PROBLEM)
+    assert_same(actual, by_formula(matrix.shampoo, PROBLEM, _told(ours)), 1e-8, 1e-9)
+
+
+@pytest.mark.parametrize("name", ["shampoo_meta", "shampoo_google"])
+def test_presets_are_the_formulas(name: str) -> None:
+    """With refreshes as often as nine steps can show; Newton's roots against eigenvalues.
+
+    A ridge of 1e-12 would divide what rounding leaves in directions that no gradient has had yet by 1e-6.
+    """
+    changed = {"lr": 0.05, "every": 2, "start": 3, "eps": 1e-6, "weight_decay": 0.1}
+    settings = dict(piste.presets[name].hyperparameters) | changed
+    settings["decoupled_weight_decay"] = piste.presets[name].wd.true_wd
+    actual = by_optimizer(lambda p: piste.create(name, p, engine="reference", **_given(settings)), PROBLEM)
+    assert_same(actual, by_formula(matrix.shampoo, PROBLEM, settings), 1e-5, 1e-6)
+
+
+def _given(settings: dict[str, Any]) -> dict[str, Any]:
+    """What `create` is told: the preset itself says how it decays."""
+    return {key: value for key, value in settings.items() if key != "decoupled_weight_decay"}
+
+
+META = json.loads((Path(__file__).parent / "oracles" / "shampoo_meta.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("run", META["runs"], ids=lambda run: run["settings"]["graft"])
+def test_is_facebookresearchs(run: dict[str, Any]) -> None:
+    """The weights that their code gave; the file says how they were made."""
+    problem = random_problem([(5,), (3, 2), (4, 2, 3)], seed=11, steps=8)
+    settings = run["settings"] | {"betas": tuple(run["settings"]["betas"])}
+    actual = by_optimizer(lambda p: piste.Shampoo(p, engine="reference", **settings), problem)
+    assert_same(actual[-1:], [[np.array(w) for w in run["weights"]]], 1e-10, 1e-11)
+
+
+# --- inverse roots ----------------------------------------------------------------------------------------------------
+
+
+def symmetric(values: torch.Tensor, count: int = 1) -> torch.Tensor:
+    """Random symmetric matrices with these eigenvalues."""
+    n = len(values)
+    bases, _ = torch.linalg.qr(torch.randn(count, n, n, generator=torch.Generator().manual_seed(n), dtype=values.dtype))
+    return (bases * values) @ bases.mT
+
+
+@pytest.mark.parametrize("method", [root_by_eigen, root_by_newton])
+@pytest.mark.parametrize("p", [2, 4, 6, 8])
+@pytest.mark.parametrize("decades", [2, 4, 6])
+def test_inverse_roots(method: Any, p: int, decades: int) -> None:
+    """X^p A = I, in float64 to 1e-8; in float32 as far as its digits go with eigenvalues so far apart."""
+    values = torch.logspace(-decades, 0, 20, dtype=torch.float64)
+    stack = symmetric(values, 3)
+    root, residual = method(stack, 1 / p, 0.0, relative=False)
+    eye = torch.eye(20, dtype=torch.float64)
+    assert (torch.linalg.matrix_power(root, p) @ stack - eye).abs().max() < 1e-8
+    assert residual.max() < 1e-8
+    single, residual = method(stack.float(), 1 / p, 1e-6, relative=True)
+    exact, _ = root_by_eigen(stack, 1 / p, 1e-6, relative=True)
+    assert (single - exact).abs().max() / exact.abs().max() < 2e-7 * 10**decades
+    assert residual.max() < 0.01
+
+
+def test_a_root_that_fails_stays_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
+    stack = symmetric(torch.logspace(-2, 0, 6), 3)
+    stack[1, 0, 0] = torch.nan
+    old = torch.full_like(stack, 7.0)
+    for method in ("eigen", "newton"):
+        found, failed = inverse_roots(stack, old, 0.25, 1e-6, method=method, relative=True)
+        assert failed == 1
+        assert torch.equal(found[1], old[1])
+        assert torch.isfinite(found).all()
+        assert not (found[[0, 2]] == 7.0).any()
+
+
+def test_newton_falls_back_on_eigenvalues() -> None:
+    """A matrix of zeros has no root that products could find; by eigenvalues the ridge alone gives one."""
+    stack = torch.stack([torch.zeros(4, 4), torch.eye(4)])
+    found, failed = inverse_roots(stack, torch.zeros_like(stack), 0.25, 1e-4, method="newton", relative=False)
+    assert failed == 0
+    torch.testing.assert_close(found[0], 10 * torch.eye(4), rtol=1e-4, atol=1e-4)
+
+
+# --- blocks -----------------------------------------------------------------------------------------------------------
+
+
+def test_merged_axes() -> None:
+    assert merged((1, 2, 512, 1, 2048, 1, 3, 4), 1024, backwards=False) == (1024, 2048, 12)
+    assert merged((32, 3, 64, 64), 8192, backwards=True) == (96, 4096)
+    assert merged((32, 3, 64, 64), 8192, backwards=False) == (6144, 64)
+    assert merged((), 10, backwards=True) == merged((1, 1), 10, backwards=False) == (1,)
+
+
+def test_blocks_and_their_factors() -> None:
+    """A 5 x 3 weight in blocks of 2: the identity changes nothing, a gram is that of its block, norms are blocks'."""
+    how = kronecker(2, 1)
+    stack = torch.randn(3, 5, 3, generator=torch.Generator().manual_seed(1))
+    flat = how.identity(stack[0]).expand(3, -1)
+    torch.testing.assert_close(how.times(stack, flat), stack)
+    gram = how.gram(stack)
+    layout = how.layout((5, 3))
+    assert sorted(kind.shape for kind in layout.kinds) == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert gram.shape == (3, layout.total)
+    first = next(view for kind, axis, view in layout.factors(gram) if layout.kinds[kind].shape == (2, 2) and axis == 0)
+    torch.testing.assert_close(first[:, 0], stack[:, :2, :2] @ stack[:, :2, :2].mT)
+    norms = how.norms(stack)
+    torch.testing.assert_close(norms[:, 1, 0], torch.linalg.vector_norm(stack[:, :2, :2], dim=(1, 2)))
+    torch.testing.assert_close(norms[:, 4, 2], stack[:, 4, 2].abs())
+
+
+# --- awkward gradients ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["meta", "google"])
+@pytest.mark.parametrize("root", ["eigen", "newton"])
+@pytest.mark.parametrize("factors", ["fp32", "bf16"])
+def test_survives(form: str, root: str, factors: str) -> None:
+    """Numbers, vectors, tall, wide, rank 4, of one rank, zeros: every step is finite, in float32 and bfloat16."""
+    shapes = [(), (5,), (40, 2), (2, 40), (4, 3, 2, 2), (8, 8), (6, 6)]
+    for dtype in (torch.float32, torch.bfloat16):
+        params = [nn.Parameter(torch.ones(s, dtype=dtype)) for s in shapes]
+        settings = {"graft": "adam" if form == "meta" else "sgd", "every": 2, "start": 2, "block_size": 16}
+        optimizer = piste.Shampoo(params, lr=0.01, form=form, root=root, factors=factors, **settings)
+        generator = torch.Generator().manual_seed(2)
+        for _ in range(5):
+            for p in params[:-2]:
+                p.grad = torch.randn(p.shape, generator=generator).to(dtype)
+            params[-2].grad = torch.outer(torch.arange(8.0), torch.ones(8)).to(dtype)
+            params[-1].grad = torch.zeros(6, 6, dtype=dtype)
+            optimizer.step()
+        assert all(torch.isfinite(p).all() for p in params)
+        assert torch.equal(params[-1], torch.ones(6, 6, dtype=dtype))
+        assert not torch.equal(params[-2], torch.ones(8, 8, dtype=dtype))
+        kept = optimizer.state[params[2]]
+        assert kept["factors"].dtype == kept["roots"].dtype == (torch.bfloat16 if factors == "bf16" else torch.float32)
+
+
+def test_nan_keeps_the_last_root_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    bad, good = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3))
+    optimizer = piste.Shampoo([bad, good], every=1, start=1, merge_dims=False)
+    for value in (1.0, torch.nan):
+        bad.grad, good.grad = torch.full((3, 3), value), torch.eye(3)
+        with caplog.at_level(logging.WARNING, "piste"):
+            optimizer.step()
+    assert "2 of 4 inverse roots of size 3 failed" in caplog.text
+    assert torch.isfinite(optimizer.state[bad]["roots"]).all()
+    assert torch.isfinite(good).all()
+    skipping = piste.Shampoo([good], nonfinite="skip")
+    good.grad = torch.full((3, 3), torch.nan)
+    skipping.step()
+    assert skipping.last_step.skipped
+
+
+def test_roots_rest_between_refreshes() -> None:
+    """And no step builds a plan once all of its kinds have been seen."""
+    from piste import execution
+
+    (p,) = (nn.Parameter(torch.ones(4, 3)),)
+    optimizer = piste.Shampoo([p], every=5, start=3)
+    rng = np.random.default_rng(1)
+    changed = []
+    for step in range(1, 31):
+        p.grad = torch.tensor(rng.normal(size=(4, 3)), dtype=torch.float32)
+        before = optimizer.state[p]["roots"].clone() if "roots" in optimizer.state[p] else None
+        optimizer.step()
+        if before is not None and not torch.equal(before, optimizer.state[p]["roots"]):
+            changed.append(step)
+        if step == 10:
+            built = execution.plans_built()
+    assert changed == [3, 5, 10, 15, 20, 25, 30]
+    assert execution.plans_built() == built
+
+
+def test_refused() -> None:
+    w = nn.Parameter(torch.zeros(3, 3))
+    with pytest.raises(ValueError, match=r"exponent=0\.3 with root='newton'"):
+        piste.Shampoo([w], root="newton", exponent=0.3)
+    with pytest.raises(ValueError, match="block_size=0"):
+        piste.Shampoo([w], block_size=0)
+    with pytest.raises(ValueError, match=r"betas=\(1\.0, 0\.9\)"):
+        piste.Shampoo([w], betas=(1.0, 0.9))
