@@ -510,6 +510,7 @@ def test_the_registry_has_every_class_once():
 
 # The settings under which a class keeps all it can keep.
 ALL_STATE = {
+    "Shampoo": {"form": "google"},
     "SGD": {"momentum": 0.9},
     "RMSprop": {"momentum": 0.9, "centered": True},
     "Adam": {"amsgrad": True},

@@ -33,6 +33,8 @@ FORMATS: list[tuple[str, dict[str, Any], torch.dtype]] = [
     *[("AdamW", {"state": "8bit", "weights": w}, torch.bfloat16) for w in ("stochastic", "kahan", "remainder")],
     *[("AdamW", {"state": "4bit", "engine": engine}, torch.float32) for engine in ("foreach", "reference")],
     *[(name, {"state": "8bit"}, torch.float32) for name in ("Adan", "Lion", "RAdam", "SGD", "Ranger")],
+    ("Muon", {"state": "8bit"}, torch.float32),
+    ("SOAP", {"every": 2, "max_size": 100}, torch.float32),
 ]
 
 

@@ -129,13 +129,13 @@ OPTIMIZERS: tuple[OptimizerInfo, ...] = (
     _info(optimizers.ScheduleFreeAdamW, "z v", "Defazio et al. 2024, arXiv 2405.15682", "schedulefree 1.4.1"),
     _info(optimizers.ScheduleFreeRAdam, "z v", "Defazio et al. 2024, arXiv 2405.15682", "schedulefree 1.4.1"),
     _info(optimizers.ScheduleFreeSGD, "z", "Defazio et al. 2024, arXiv 2405.15682", "schedulefree 1.4.1"),
+    _info(optimizers.SGD, "buf", "Sutskever et al. 2013", "torch.optim.SGD"),
     _info(
         optimizers.Shampoo,
         "factors roots m v m_graft",
         "Gupta et al. 2018, arXiv 1802.09568; Anil et al. 2020, arXiv 2002.09018; Shi et al. 2023, arXiv 2309.06497",
         "float64 formulas, numbers of facebookresearch/optimizers",
     ),
-    _info(optimizers.SGD, "buf", "Sutskever et al. 2013", "torch.optim.SGD"),
     _info(
         optimizers.SM3, "buf acc acc0 acc1", "Anil et al. 2019, arXiv 1901.11150", "optax 0.2.8 sm3, float64 formulas"
     ),

@@ -108,8 +108,10 @@ def _assert_rounds_once(subject: Subject, engine: str, dtype: torch.dtype, *shap
 
     The formula is told the stored weights before every step, so rounding does not pile up. The library computes in
     float32, so a value next to a rounding boundary may fall to the other side: one unit in the last place is allowed,
-    in at most one element out of twenty.
+    in at most one element out of twenty. A step that went through products of matrices has roundings as large as its
+    largest element, which show where a weight ends up near zero.
     """
+    near_zero = 2e-6 if subject.by_matrix else 0.0
     ulp = torch.finfo(dtype).eps
     problem = random_problem(shapes, seed=35)
     params = weights_of(problem, dtype)
@@ -124,7 +126,7 @@ def _assert_rounds_once(subject: Subject, engine: str, dtype: torch.dtype, *shap
         run.step(rounded)
         for p, w in zip(params, run.weights, strict=True):
             stored = torch.tensor(w).to(dtype)
-            torch.testing.assert_close(p.detach(), stored, rtol=1.01 * ulp, atol=0)
+            torch.testing.assert_close(p.detach(), stored, rtol=1.01 * ulp, atol=near_zero)
             exact += int((p.detach() == stored).sum())
             total += p.numel()
     assert exact >= 0.95 * total, f"{total - exact} of {total} elements are rounded otherwise"
