@@ -149,12 +149,16 @@ def _call_opaque(bucket: Bucket, sym: Sym) -> list[Tensor]:
     results: list[Tensor] = [torch.empty(0)] * len(bucket)
     for members in (run for same in alike.values() for run in _runs(same, taken)):
         given = iter(numbers[bucket.row_of[members[0]]])
-        tensors = (torch.stack([v[i] for i in members]) if batched else v[members[0]] for v in taken)
+        tensors = (_stacked([v[i] for i in members]) if batched else v[members[0]] for v in taken)
         out = function(*(next(given) if a.kind == HOST else next(tensors) for a in sym.args))
         for i, result in zip(members, out if batched else [out], strict=True):
             results[i] = result
     spread = bucket.seats.spread
     return [part_of(x, spread) for x in results] if spread is not None and sym.kind == FULL else results
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    return torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]
 
 
 def _whole(bucket: Bucket, sym: Sym) -> Sequence[Tensor]:

@@ -33,6 +33,7 @@ def merged(shape: Sequence[int], limit: int, *, backwards: bool) -> tuple[int, .
         limit: the longest axis that merging may make.
         backwards: begin at the last axis, as Meta's code does; Google's begins at the first.
 
+    >>> from piste.kronecker import merged
     >>> merged((1, 2, 512, 1, 2048, 1, 3, 4), 1024, backwards=False)
     (1024, 2048, 12)
     >>> merged((32, 3, 64, 64), 8192, backwards=True)

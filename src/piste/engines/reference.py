@@ -14,7 +14,7 @@ from piste.bucket import Bucket, host_inputs
 from piste.engines.edges import at_edges
 from piste.ops import EVALUATE, REDUCTIONS
 from piste.plan import Plan, Stage
-from piste.symbol import ALL, HOST, HostFunction, Sym
+from piste.symbol import ALL, HOST, MATRIX, HostFunction, Sym
 
 __all__ = ["Reference"]
 
@@ -48,7 +48,9 @@ def settle(bucket: Bucket, stage: Stage, weight: int, known: Mapping[Sym, Tensor
             share = REDUCTIONS[reduction.op](value, reduction.attr)
             bucket.partials.setdefault(reduction, []).append(share)
     for sym in stage.kept:
-        bucket.values.setdefault(sym, []).append(known[sym].clone())
+        # an opaque function may look at a matrix where it is, unless that changes before it is called
+        stays = sym.kind == MATRIX and stage.loads.get(sym, "value") not in ("value", *stage.writes)
+        bucket.values.setdefault(sym, []).append(known[sym] if stays else known[sym].clone())
     # a value that is nothing but another home's content must be taken before that home is overwritten
     results = {t: known[s].clone() if stage.loads.get(s) in stage.writes else known[s] for t, s in stage.writes.items()}
     for target, result in results.items():
