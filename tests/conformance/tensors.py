@@ -206,20 +206,7 @@ def large_weights(subject: Subject, engine: str) -> None:
     Against the reference, in float64. Among fourteen million results some come from a gradient that cancels to
     nearly zero before it is divided by its own root, which magnifies rounding a thousandfold; a seam would show whole.
     """
-<<<<<<< HEAD
     starts, rows = _large(subject.by_matrix)
-=======
-    generator = torch.Generator().manual_seed(42)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    large = [draw(600_001), draw(1000, 700), draw(700, 900).t()]
-    if subject.by_matrix:
-        large = [draw(6001), draw(100, 70), draw(70, 90).t()]
-    starts = [draw(3), draw(40, 7), *large]
-    rows = [[draw(*w.shape) for w in starts] for _ in range(3)]
->>>>>>> a80e415 (Shampoo and SOAP: Kronecker factors in blocks, both public forms, inverse roots and bases that can fail)
     results = []
     for name in (engine, "reference"):
         params = [w.clone().requires_grad_() for w in starts]
