@@ -36,8 +36,9 @@ FULL_STATE: dict[str, dict[str, Any]] = {
     "NovoGrad": {"lr": 0.05, "amsgrad": True, "weight_decay": 0.05},
     "Adafactor": {"lr": 0.05, "beta1": 0.9, "weight_decay": 0.05},
     "Amos": {"lr": 0.05, "momentum": 0.9},
-    # Longer axes than the other one has numbers would leave eigenvectors open, which everybody chooses otherwise.
-    "SOAP": {"lr": 0.05, "every": 3, "max_size": 5, "weight_decay": 0.05},
+    # Longer axes than the other one has numbers would leave eigenvectors open, which everybody chooses otherwise; and
+    # centralization leaves a direction without gradients, in which a small eps would divide nothing but rounding.
+    "SOAP": {"lr": 0.05, "eps": 0.05, "every": 3, "max_size": 5, "weight_decay": 0.05},
     "Shampoo": {"lr": 0.05, "eps": 0.05, "every": 3, "start": 2, "block_size": 12, "weight_decay": 0.05},
     "AdaBelief": {"lr": 0.05, "eps": 1e-8, "amsgrad": True, "rectify": False, "weight_decay": 0.05},
 }

@@ -36,7 +36,8 @@ class SOAP(Optimizer):
     renew the basis, in which columns are sorted anew, V with them, and M is turned. A weight of r axes has r bases.
 
     **When to use**: matrices and convolutions at large batches; it needs fewer refreshes than Shampoo, and about Adam's
-    learning rate. **When not**: small batches, or where a step of AdamW is already slower than a batch.
+    learning rate. **When not**: small batches; where a step of AdamW is already slower than a batch; with gradient
+    centralization, which leaves each matrix a direction without gradients, where a step is rounding divided by eps.
 
     State of a square matrix: 8 bytes per parameter of factors and as much of bases, 8 of moments. Under
     ``state="bf16"``, ``"8bit"``, ``"4bit"`` the moments take 4, 2.05, 1.06; ``factors="bf16"`` halves the factors.
