@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 import torch
 from oracles import matrix
-from oracles.replay import assert_same, by_formula, by_optimizer, random_problem
+from oracles.replay import (
+    FormulaRun,
+    assert_same,
+    by_formula,
+    by_optimizer,
+    parameters,
+    random_problem,
+    set_gradients,
+)
 from torch import nn
 
 import piste
@@ -81,6 +89,40 @@ def test_presets_are_the_formulas(name: str) -> None:
 def _given(settings: dict[str, Any]) -> dict[str, Any]:
     """What `create` is told: the preset itself says how it decays."""
     return {key: value for key, value in settings.items() if key != "decoupled_weight_decay"}
+
+
+@pytest.mark.parametrize("form", ["meta", "google"])
+def test_factors_of_other_gradients(form: str) -> None:
+    """Against the formulas; where they are the gradients themselves nothing changes; and none may be forgotten."""
+    other = random_problem([w.shape for w in PROBLEM.weights], seed=9, steps=PROBLEM.steps)
+    ours = PLAIN | {"form": form}
+    params = parameters(PROBLEM)
+    optimizer = piste.Shampoo(params, preconditioner_gradients=True, **ours)
+    run = FormulaRun(matrix.shampoo, PROBLEM.weights, [_told(ours)] * len(params))
+    set_gradients(params, PROBLEM.gradients[0])
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(ValueError, match=r"none for a weight of shape \(\)"):
+        optimizer.step()
+    assert all(map(torch.equal, params, before))
+    for row, statistics in zip(PROBLEM.gradients, other.gradients, strict=True):
+        optimizer.give_preconditioner_gradients({p: torch.tensor(s) for p, s in zip(params, statistics, strict=True)})
+        for state, s in zip(run.states, statistics, strict=True):
+            state["statistics"] = s
+        set_gradients(params, row)
+        optimizer.step()
+        run.step(row)
+    for p, w in zip(params, run.weights, strict=True):
+        np.testing.assert_allclose(p.detach().numpy(), w, rtol=1e-8, atol=1e-9)
+
+
+def test_other_gradients_are_checked() -> None:
+    p, q = nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(2))
+    optimizer = piste.Shampoo([{"params": [p], "preconditioner_gradients": True}, {"params": [q]}])
+    with pytest.raises(ValueError, match=r"got \(3, 2\) for a weight of \(2, 3\)"):
+        optimizer.give_preconditioner_gradients({p: torch.zeros(3, 2)})
+    with pytest.raises(ValueError, match="in no group with preconditioner_gradients=True"):
+        optimizer.give_preconditioner_gradients({p: torch.zeros(2, 3), q: torch.zeros(2)})
+    assert not optimizer.state
 
 
 META = json.loads((Path(__file__).parent / "oracles" / "shampoo_meta.json").read_text(encoding="utf-8"))
@@ -167,6 +209,15 @@ def test_blocks_and_their_factors() -> None:
     norms = how.norms(stack)
     torch.testing.assert_close(norms[:, 1, 0], torch.linalg.vector_norm(stack[:, :2, :2], dim=(1, 2)))
     torch.testing.assert_close(norms[:, 4, 2], stack[:, 4, 2].abs())
+
+
+def test_costs_are_worked_out_without_memory() -> None:
+    """137 GB of factors and roots, on the meta device."""
+    with torch.device("meta"):
+        model = nn.Linear(2**17, 2**17, bias=False)
+    for name, each in (("shampoo", 24.0), ("soap", 8.0)):  # SOAP leaves axes above 10,000 alone
+        cost = piste.estimate_memory(model, name)
+        assert cost.state / cost.parameters == each
 
 
 # --- awkward gradients ------------------------------------------------------------------------------------------------

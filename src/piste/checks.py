@@ -219,6 +219,7 @@ _LEGAL: Mapping[str, tuple[_Check, str]] = {
             "normalize",
             "pnm",
             "precondition_1d",
+            "preconditioner_gradients",
             "rectify",
             "scale_parameter",
             "transposed",

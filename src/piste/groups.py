@@ -99,7 +99,7 @@ def param_groups(
         ValueError: an unknown option, an argument out of its range, nothing to train, or a lazy parameter without
             shape yet.
 
-    Not for optimizers that choose another rule per parameter (Muon): they sort matrices themselves.
+    Not enough for optimizers with a rule of their own for matrices: ``piste.Muon.groups`` sorts these groups further.
 
     >>> import piste
     >>> from torch import nn

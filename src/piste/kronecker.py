@@ -167,14 +167,14 @@ class Kronecker:
 
     def zeros(self, weight: Tensor) -> Tensor:
         """Factors of zero for a weight."""
-        return torch.zeros(self.layout(weight.shape).total)
+        return torch.zeros(self.layout(weight.shape).total, device=weight.device)
 
     def identity(self, weight: Tensor) -> Tensor:
         """Factors that change nothing."""
         layout = self.layout(weight.shape)
-        flat = torch.zeros(1, layout.total)
+        flat = torch.zeros(1, layout.total, device=weight.device)
         for _, _, factors in layout.factors(flat):
-            factors.copy_(torch.eye(factors.shape[-1]))
+            factors.diagonal(dim1=-2, dim2=-1).fill_(1.0)
         return flat[0]
 
     def gram(self, stack: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ class State:
         role: what the numbers are: a signed ``"moment"``, a non-negative ``"second_moment"``, a stored ``"gradient"``,
             a copy of the ``"weight"``, or an ``"accumulator"``.
         start: ``"zeros"``, ``"ones"``, ``"weight"`` (a copy of the weight as it was before its first step), or, for
-            matrix states, a function of the weight that asks for nothing but its shape.
+            matrix states, a function of the weight that asks for nothing but its shape and device.
         kind: ``FULL`` (the weight's shape), ``reduced(keep)``, ``TENSOR`` (one number), or ``MATRIX``; or a function
             of the weight's rank that gives one of these.
         dtype: of a matrix state; None for the precision in which the rule is worked out.
@@ -178,8 +178,8 @@ def allocate(state: State, weight: Tensor) -> Tensor:
     """A fresh state for ``weight`` (real; complex weights come as their real view), spread as the weight is."""
     kind = state.kind_of(weight.ndim)
     if callable(state.start):  # of a matrix state, every process has all
-        like = torch.empty(weight.shape, device="meta") if is_sharded(weight) else weight
-        return state.start(like).to(dtype=state.dtype or compute_dtype(weight.dtype), device=local(weight).device)
+        like = local(weight).new_empty(()).expand(weight.shape) if is_sharded(weight) else weight
+        return state.start(like).to(dtype=state.dtype or compute_dtype(weight.dtype), device=like.device)
     if is_sharded(weight):
         return placed(allocate(state, local(weight)), weight, None if kind == FULL else kind.keep)
     dtype = compute_dtype(weight.dtype)

@@ -102,7 +102,7 @@ def states(subject: Subject, engine: str) -> None:
     assert kept <= named
     group = optimizer.param_groups[0]
     off = set() if group.get("amsgrad") else {"smax", "vmax"}  # FULL_STATE leaves it off for some
-    off |= {"m_graft"} if group.get("form") == "meta" else set()
+    off |= {"statistics"} | ({"m_graft"} if group.get("form") == "meta" else set())
     assert named - kept <= off
 
 

@@ -170,7 +170,7 @@ def shampoo(p: Array, g: Array, state: State, **settings: Any) -> Array:
     b2 = s["betas"][1]
     factors = state.setdefault("factors", {})
     roots = state.setdefault("roots", {})
-    blocks = g.reshape(shape)
+    blocks = state.get("statistics", g).reshape(shape)
     for i, place in enumerate(places):
         for axis in range(order):
             outer = _outer(blocks[place], axis)

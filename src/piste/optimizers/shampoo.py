@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from piste.kronecker import kronecker
 from piste.optimizer import Optimizer, Options, Params, hyperparameters
 from piste.parts.prepare import l2
 from piste.parts.standard import standard
-from piste.rules.shampoo import shampoo_google, shampoo_meta
+from piste.rules.shampoo import shampoo_google, shampoo_meta, statistics
 from piste.slots import Pipeline
+from piste.storage import allocate
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -74,6 +78,8 @@ class Shampoo(Optimizer):
             alone.
         nesterov: look ahead by one step; ``"google"`` alone.
         average_momentum: momentum is an average, not a sum; ``"google"`` alone.
+        preconditioner_gradients: factors are made of gradients that :meth:`give_preconditioner_gradients` brings, not
+            of those of the loss; 4 more bytes per parameter.
         **options: see :class:`piste.optimizer.Options`.
 
     A root whose residual is 0.1 or more, or that is not finite, is not taken: the last one stays, and the log says so.
@@ -121,10 +127,52 @@ class Shampoo(Optimizer):
         beta3: float | None = None,
         nesterov: bool = False,
         average_momentum: bool = False,
+        preconditioner_gradients: bool = False,
         **options: Unpack[Options],
     ) -> None:
         hyper = hyperparameters(locals())
         super().__init__(params, hyper | {"decoupled_weight_decay": True}, options)
+
+    def give_preconditioner_gradients(self, gradients: Mapping[Tensor, Tensor]) -> None:
+        """Say of which gradients the factors are made from the next step on, until others are given.
+
+        For statistics that are no gradients of the loss: sampled from the model's own predictions they make Fisher
+        matrices. Direction, momentum and length stay those of ``p.grad``. No loss scale may be in them.
+
+        Args:
+            gradients: for each weight, a tensor of its shape.
+
+        Raises:
+            ValueError: a tensor is no weight of a group with ``preconditioner_gradients=True``, or a gradient has
+                another shape; nothing has been changed then.
+        """
+        known = {p for group in self.param_groups if group["preconditioner_gradients"] for p in group["params"]}
+        for p, gradient in gradients.items():
+            if p not in known:
+                raise ValueError(
+                    f"give_preconditioner_gradients got a tensor of shape {tuple(p.shape)} that is in no group with "
+                    "preconditioner_gradients=True; legal: weights of such groups"
+                )
+            if gradient.shape != p.shape:
+                raise ValueError(
+                    f"give_preconditioner_gradients got {tuple(gradient.shape)} for a weight of {tuple(p.shape)}; "
+                    "legal: the shape of the weight"
+                )
+        with torch.no_grad():
+            for p, gradient in gradients.items():
+                kept = self.state[p]
+                if "statistics" not in kept:
+                    kept["statistics"] = allocate(statistics, p)
+                kept["statistics"].copy_(gradient)
+
+    def advance(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        for p in group["params"] if group["preconditioner_gradients"] else ():
+            if p.grad is not None and p.numel() and "statistics" not in self.state[p]:
+                raise ValueError(
+                    f"Shampoo has preconditioner_gradients=True and none for a weight of shape {tuple(p.shape)}; "
+                    "legal: to call give_preconditioner_gradients before the first step"
+                )
+        return {}
 
     @classmethod
     def check_group(cls, group: Mapping[str, Any]) -> None:

@@ -13,7 +13,10 @@ from piste.slots import Hyper, Part, States, direction
 from piste.storage import State, moment, second_moment
 from piste.symbol import MATRIX
 
-__all__ = ["shampoo_google", "shampoo_meta"]
+__all__ = ["shampoo_google", "shampoo_meta", "statistics"]
+
+#: gradients of another loss, of which factors are made
+statistics = State("gradient")
 
 New = dict[str, Value]
 
@@ -43,11 +46,12 @@ def _magnitude(x: Value, g: Value, st: States, hp: Hyper, t: Value) -> tuple[Val
     return x / (sqrt(v) + hp.graft_eps), {"v": v}
 
 
-def _factors(how: Kronecker, g: Value, before: Value, hp: Hyper, t: Value) -> Value:
+def _factors(how: Kronecker, g: Value, before: Value, st: States, hp: Hyper, t: Value) -> Value:
     """The sums of outer products along each axis of each block, after a step that may leave them as they are."""
     if (t - 1) % hp.statistics_every != 0:
         return before
-    return hp.beta2 * before + _share(hp.beta2) * opaque(how.gram, g, kind=MATRIX)
+    seen = st.statistics if hp.preconditioner_gradients else g
+    return hp.beta2 * before + _share(hp.beta2) * opaque(how.gram, seen, kind=MATRIX)
 
 
 def _renewed(how: Kronecker, factors: Value, st: States, hp: Hyper, shape: tuple[Value, ...]) -> Value:
@@ -61,6 +65,7 @@ def _states(how: Kronecker, low: bool) -> dict[str, State]:
     return {
         "factors": State("accumulator", start=how.zeros, kind=MATRIX, dtype=dtype),
         "roots": State("accumulator", start=how.identity, kind=MATRIX, dtype=dtype),
+        "statistics": statistics,
     }
 
 
@@ -71,7 +76,7 @@ def shampoo_meta(how: Kronecker, low: bool) -> Part:
     @direction(m=moment, v=second_moment, **_states(how, low))
     def shampoo(g: Value, st: States, hp: Hyper, t: Value, shape: tuple[Value, ...]) -> Value:
         """facebookresearch/optimizers (Shi et al. 2023): momentum goes in, each block has the length of its own."""
-        factors = _factors(how, g, st.factors, hp, t)
+        factors = _factors(how, g, st.factors, st, hp, t)
         new: New = {"factors": factors}
         roots = st.roots
         if t == hp.start or (t > hp.start and t % hp.every == 0):
@@ -109,7 +114,7 @@ def shampoo_google(how: Kronecker, low: bool) -> Part:
     def shampoo(g: Value, p: Value, st: States, hp: Hyper, t: Value, shape: tuple[Value, ...]) -> Value:
         """google-research's scalable_shampoo (Anil et al. 2020): gradients go in, momentum is of what comes out."""
         before = st.factors + hp.eps * st.roots if t == 1 else st.factors  # roots begin as the identity
-        factors = _factors(how, g, before, hp, t)
+        factors = _factors(how, g, before, st, hp, t)
         new: New = {"factors": factors}
         roots = st.roots
         if (t - 1) % hp.every == 0:
