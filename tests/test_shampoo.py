@@ -6,6 +6,7 @@ import json
 import logging
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -182,6 +183,26 @@ def test_newton_falls_back_on_eigenvalues() -> None:
     found, failed = inverse_roots(stack, torch.zeros_like(stack), 0.25, 1e-4, method="newton", relative=False)
     assert failed == 0
     torch.testing.assert_close(found[0], 10 * torch.eye(4), rtol=1e-4, atol=1e-4)
+
+
+def test_roots_are_worked_out_in_full_precision() -> None:
+    """Whatever the user allows for float32 products, through either of torch's two ways to say so, and for long."""
+    seen: list[str] = []
+    real = torch.linalg.eigh
+
+    def spy(stack: torch.Tensor) -> Any:
+        seen.append(torch.backends.mkldnn.matmul.fp32_precision)
+        return real(stack)
+
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with mock.patch("torch.linalg.eigh", spy):
+            inverse_roots(torch.eye(3)[None], torch.eye(3)[None], 0.5, 0.0, method="eigen", relative=False)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == ["ieee"]
 
 
 # --- blocks -----------------------------------------------------------------------------------------------------------

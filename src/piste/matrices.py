@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,15 +91,27 @@ def orthogonalizer(iteration: str, precision: str) -> Callable[[Tensor, float, f
 MOST_RESIDUAL = 0.1
 
 
+def _switches() -> list[tuple[Any, str, Any]]:
+    """What lets torch multiply float32 matrices in less: an object, its attribute, and the value that forbids it."""
+    kinds = (torch.backends.cuda, torch.backends.mkldnn)
+    new: list[tuple[Any, str, Any]] = [
+        (kind.matmul, "fp32_precision", "ieee") for kind in kinds if hasattr(kind, "matmul")
+    ]
+    found = [switch for switch in new if hasattr(switch[0], "fp32_precision")]
+    return found or [(torch.backends.cuda.matmul, "allow_tf32", False)]  # before torch 2.9
+
+
 @contextmanager
 def _full_precision() -> Iterator[None]:
     """Products of float32 matrices in float32: TF32 and bfloat16 would ruin small eigenvalues."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    before = [(place, name, getattr(place, name)) for place, name, _ in _switches()]
     try:
+        for place, name, value in _switches():
+            setattr(place, name, value)
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for place, name, value in before:
+            setattr(place, name, value)
 
 
 def eigen(stack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
