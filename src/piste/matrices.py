@@ -244,7 +244,11 @@ def eigenbases(stack: Tensor, old: Tensor) -> tuple[Tensor, int]:
 def descending(stack: Tensor, bases: Tensor) -> Tensor:
     """The order of columns by the eigenvalues that ``Q^T A Q`` has on its diagonal, the largest first."""
     with _full_precision():
-        values = (bases * (stack @ bases)).sum(-2)
+        return _order(stack @ bases, bases)
+
+
+def _order(moved: Tensor, bases: Tensor) -> Tensor:
+    values = (bases * moved).sum(-2)
     finite = torch.isfinite(values).all(-1, keepdim=True)
     unmoved = torch.arange(values.shape[-1], device=values.device).expand_as(values)
     return torch.where(finite, values.argsort(dim=-1, descending=True, stable=True), unmoved)
@@ -252,8 +256,9 @@ def descending(stack: Tensor, bases: Tensor) -> Tensor:
 
 def next_bases(stack: Tensor, old: Tensor) -> tuple[Tensor, int]:
     """Nearer to the eigenvectors by one power iteration: ``A Q`` in descending order, made orthogonal (QR)."""
-    ordered = old.gather(-1, descending(stack, old)[:, None, :].expand_as(old))
     with _full_precision():
-        found, _ = torch.linalg.qr(torch.nan_to_num(stack @ ordered))
+        moved = stack @ old
+        order = _order(moved, old)[:, None, :].expand_as(old)
+        found, _ = torch.linalg.qr(torch.nan_to_num(moved.gather(-1, order)))
     good = torch.isfinite(stack).flatten(1).all(1) & torch.isfinite(found).flatten(1).all(1)
-    return torch.where(good[:, None, None], found, ordered), int((~good).sum())
+    return torch.where(good[:, None, None], found, old.gather(-1, order)), int((~good).sum())

@@ -51,7 +51,8 @@ def _factors(how: Kronecker, g: Value, before: Value, st: States, hp: Hyper, t: 
     if (t - 1) % hp.statistics_every != 0:
         return before
     seen = st.statistics if hp.preconditioner_gradients else g
-    return hp.beta2 * before + _share(hp.beta2) * opaque(how.gram, seen, kind=MATRIX)
+    outer = opaque(how.gram, seen, kind=MATRIX)
+    return before + outer if hp.beta2 == 1 else lerp(before, outer, 1 - hp.beta2)
 
 
 def _renewed(how: Kronecker, factors: Value, st: States, hp: Hyper, shape: tuple[Value, ...]) -> Value:
