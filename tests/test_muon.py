@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from oracles import matrix
-from oracles.replay import assert_same, by_formula, by_optimizer, random_problem, set_gradients
+from oracles.replay import assert_same, by_formula, by_optimizer, parameters, random_problem, set_gradients
 from torch import nn
 
 import piste
@@ -43,6 +43,28 @@ def test_is_torchs_in_bfloat16() -> None:
     expected = by_optimizer(lambda p: torch.optim.Muon(p, **shared), MATRICES, torch.float32)
     ours = by_optimizer(lambda p: piste.Muon(p, scale="keller", precision="bf16", **shared), MATRICES, torch.float32)
     assert_same(ours, expected, 0.0, 8 * 0.05 * 2**-6)
+
+
+@pytest.mark.usefixtures("without_bfloat16")
+def test_goes_on_from_torch_and_back() -> None:
+    """Three steps by one, the state handed over, and the rest by the other: as if one had taken all."""
+    shared: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.3}
+
+    def made(params: list[nn.Parameter], ours: bool) -> torch.optim.Optimizer:
+        return piste.Muon(params, scale="keller", **shared) if ours else torch.optim.Muon(params, **shared)
+
+    straight = by_optimizer(lambda p: made(p, ours=True), MATRICES)[-1]
+    for first in (True, False):
+        params = parameters(MATRICES)
+        optimizers = {ours: made(params, ours) for ours in (True, False)}
+        for step, row in enumerate(MATRICES.gradients):
+            if step == 3:
+                before = optimizers[first]
+                saved = before.torch_state_dict() if isinstance(before, piste.Muon) else before.state_dict()
+                optimizers[not first].load_state_dict(saved)
+            set_gradients(params, row)
+            optimizers[first if step < 3 else not first].step()
+        assert_same([[p.detach().numpy() for p in params]], [straight], 1e-12, 1e-13)
 
 
 @pytest.mark.parametrize(

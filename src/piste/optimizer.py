@@ -411,7 +411,7 @@ class Optimizer(torch.optim.Optimizer):
         name = type(self).__name__
         if not self.torch_names:
             raise ValueError(f"{name} has no counterpart in torch.optim that keeps the same states")
-        theirs: dict[str, Any] = getattr(torch.optim, name)([torch.zeros(1)]).defaults
+        theirs: dict[str, Any] = getattr(torch.optim, name)([torch.zeros(1, 1)]).defaults
         return for_torch(self.state_dict(), self.param_groups, theirs, self.torch_names, self._states_of)
 
     # stepping --------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
@@ -81,8 +81,11 @@ class Muon(Optimizer):
 
     Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon; "moonlight": Liu et al. 2025, arXiv 2502.16982;
     "polar_express": Amsel et al. 2025, arXiv 2505.16932. Parity with ``torch.optim.Muon`` to the precision of its
-    bfloat16 iterations, and with formulas typed from the sources to rounding.
+    bfloat16 iterations, and with formulas typed from the sources to rounding. Its state dictionaries load here, and
+    :meth:`torch_state_dict` goes the other way.
     """
+
+    torch_names: ClassVar[Mapping[str, str]] = {"momentum_buffer": "buf"}
 
     def __init__(
         self,
@@ -219,6 +222,8 @@ class NorMuon(Muon):
 
     Source: Li et al. 2025, arXiv 2510.05491; parity with formulas typed from the paper and the authors' code.
     """
+
+    torch_names: ClassVar[Mapping[str, str]] = {}
 
     def __init__(
         self,
