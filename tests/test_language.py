@@ -197,6 +197,34 @@ def test_totals_span_groups_rules_and_stages(engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_a_total_beside_numbers_that_differ_from_weight_to_weight(engine: str) -> None:
+    """A rate over a global norm is one number for each weight, where groups have other rates and weights wake late."""
+
+    @direction
+    def rule(g: Any, hp: Any, t: Any) -> Any:
+        norm = ops.sqrt(ops.total(ops.square(g), "norm"))
+        return g * ops.where(norm > 0, hp.lr * ops.sqrt(t) / norm, 0.0)
+
+    params = weights([(3, 4), (5,), (2,)])
+    expected = [p.detach().clone() for p in params]
+    groups = [{"params": params[:1], "lr": 0.1}, {"params": params[1:], "lr": 0.3}]
+    optimizer = optimizer_of(Pipeline(direction=rule))(groups, engine=engine)
+    steps = [0, 0, 0]
+    for number in range(3):
+        for i, p in enumerate(params):
+            p.grad = torch.full_like(p, 0.5 + i) if number >= i else None
+        size = sum(float(p.grad.square().sum()) for p in params if p.grad is not None) ** 0.5
+        for i, p in enumerate(params):
+            if p.grad is not None:
+                steps[i] += 1
+                rate = 0.1 if i == 0 else 0.3
+                expected[i] = expected[i] - rate * p.grad * rate * steps[i] ** 0.5 / size
+        optimizer.step()
+    for p, e in zip(params, expected, strict=True):
+        torch.testing.assert_close(p.detach(), e, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_total_of_an_average_waits_for_no_pass(engine: str) -> None:
     """Its new end has a factor that is known late; the sums of both ends are ready before, and are all that is."""
 

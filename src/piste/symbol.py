@@ -141,6 +141,8 @@ class Trace:
         """The node for this operation; the same operation on the same arguments is the same node."""
         if kind is None:
             kind = _join((a.kind for a in args), op)
+            if kind == ALL and any(a.kind == HOST and a.op != "const" for a in args):
+                kind = TENSOR  # host numbers may differ from weight to weight
         key = (op, tuple(map(id, args)), repr(attr) if op == "const" else attr, kind)
         found = self.nodes.get(key)
         if found is None:
