@@ -16,7 +16,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from inspect import Parameter
 from typing import Any
 
 import torch
@@ -413,13 +412,13 @@ def _wrapped(
                 f"make the inner one first, and piste.{wrapping.wrapper.__name__}(optimizer, {name}=...) round it"
             )
     settings = dict(wrapping.settings) | {k: v for k, v in overrides.items() if k in mine}
-    missing = [name for name, default in mine.items() if default is Parameter.empty and name not in settings]
+    missing = [name for name, default in mine.items() if default is inspect.Parameter.empty and name not in settings]
     if missing:
         raise ValueError(f"{owner} needs {' and '.join(f'{name}=' for name in missing)}, for {wrapping.name}")
     if wrapping.takes_model and isinstance(model_or_params, nn.Module):
         settings["model"] = model_or_params
-    elif wrapping.name == "mesa":
-        raise ValueError(f"{owner} got bare parameters; legal: the model itself, which {wrapping.name} averages")
+    elif wrapping.needs_model:
+        raise ValueError(f"{owner} got bare parameters; legal: the model itself, which {wrapping.name} runs")
     optimizer = create(inner, model_or_params, **{k: v for k, v in overrides.items() if k not in mine})
     return wrapping.wrapper(optimizer, **settings)
 

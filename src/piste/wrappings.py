@@ -49,6 +49,13 @@ class Wrapping:
         """Does the wrapper look at the model itself?"""
         return "model" in inspect.signature(self.wrapper).parameters
 
+    @property
+    def needs_model(self) -> bool:
+        """Is there no wrapper without the model?"""
+        return (
+            self.takes_model and inspect.signature(self.wrapper).parameters["model"].default is inspect.Parameter.empty
+        )
+
 
 _SAM, _ASAM, _SAF = "Foret et al. 2021, arXiv 2010.01412", "Kwon et al. 2021, arXiv 2102.11600", "arXiv 2205.14083"
 _LOOKSAM = "Liu et al. 2022, arXiv 2203.02714"

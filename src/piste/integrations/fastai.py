@@ -8,7 +8,7 @@ Lookahead's ``alpha`` the name of a momentum, and leaves out what an optimizer m
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import piste
 from piste.integrations.framework import framework
+from piste.integrations.wrapped import from_outside_in, two_pass_of
 
 with framework("fastai"):
     from fastai.callback.core import Callback, CancelStepException  # type: ignore[import-untyped]
@@ -172,12 +173,13 @@ class LearnerOptimizer(OptimWrapper):  # type: ignore[misc]
     @property
     def base(self) -> torch.optim.Optimizer:
         """What is inside of all wrappers."""
-        return list(_chain(self.opt))[-1]
+        *_, innermost = from_outside_in(self.opt)
+        return innermost
 
     @property
     def two_pass(self) -> piste.SAM | None:
         """The wrapper that steps in two passes, if there is one."""
-        return next((each for each in _chain(self.opt) if isinstance(each, piste.SAM)), None)
+        return two_pass_of(self.opt)
 
     @property
     def is_schedule_free(self) -> bool:
@@ -476,13 +478,6 @@ def _settings(preset: piste.Preset, model: nn.Module) -> dict[Tensor, tuple[str,
         settings = {k: v for k, v in group.items() if k not in ("params", "param_names", "weight_decay")}
         found |= {p: (name, settings) for p, name in zip(group["params"], group["param_names"], strict=True)}
     return found
-
-
-def _chain(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
-    """Wrappers from the outermost on, and what is inside."""
-    while isinstance(optimizer, torch.optim.Optimizer):
-        yield optimizer
-        optimizer = getattr(optimizer, "optimizer", None)
 
 
 def _places(group: Mapping[str, Any]) -> dict[str, tuple[str, int | None]]:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 import piste
 from piste.integrations.framework import framework
+from piste.integrations.wrapped import from_outside_in, two_pass_of
 
 with framework("lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -90,7 +91,7 @@ def configure(
             f"configure({name!r}) got schedule={schedule!r} for a trainer that cannot tell how many steps there will "
             f"be; legal: total_steps=, max_steps= or max_epochs= of the Trainer, or one of {', '.join(_ENDLESS)}"
         )
-    needs = _modes(optimizer) is not None or (module.automatic_optimization and _two_pass(optimizer) is not None)
+    needs = _modes(optimizer) is not None or (module.automatic_optimization and two_pass_of(optimizer) is not None)
     if needs and not isinstance(module, PisteModule):
         raise TypeError(
             f"{type(module).__name__} got {name!r}, which needs hooks of its own; legal: class "
@@ -175,7 +176,7 @@ class PisteModule(LightningModule):
         inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         if not self._modes.attached:
             raise RuntimeError(f"{type(self).__name__}.configure_callbacks() leaves out what super() returns; add it")
-        two_pass = _two_pass(inner)
+        two_pass = two_pass_of(inner)
         if two_pass is None or optimizer_closure is None:
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
             return
@@ -489,18 +490,7 @@ def _copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else list(value) if isinstance(value, list) else value
 
 
-def _inside(optimizer: Any) -> Iterator[Any]:
-    """An optimizer, the one it is round, and so on."""
-    while isinstance(optimizer, torch.optim.Optimizer):
-        yield optimizer
-        optimizer = getattr(optimizer, "optimizer", None)
-
-
-def _two_pass(optimizer: torch.optim.Optimizer) -> piste.SAM | None:
-    return next((each for each in _inside(optimizer) if isinstance(each, piste.SAM)), None)
-
-
 def _modes(optimizer: torch.optim.Optimizer) -> Any:
     """The optimizer inside of all wrappers, which pass such calls on, if it evaluates other weights than it trains."""
-    *_, innermost = _inside(optimizer)
+    *_, innermost = from_outside_in(optimizer)
     return innermost if all(callable(getattr(innermost, name, None)) for name in ("train", "eval")) else None

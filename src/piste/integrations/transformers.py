@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 import piste
 from piste.integrations.framework import framework
+from piste.integrations.wrapped import two_pass_of
 
 with framework("transformers"):
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -186,7 +187,7 @@ class SharpnessTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        self._sharpness, self._batches = _two_pass(optimizer), list[Any]()
+        self._sharpness, self._batches = two_pass_of(optimizer), list[Any]()
         if self._sharpness is not None:
             _check(self._sharpness)
             check_processes("SharpnessTrainer", self.accelerator)
@@ -220,13 +221,6 @@ class SharpnessTrainer(Trainer):
             sharpness.restore()
             raise
         return True
-
-
-def _two_pass(optimizer: Any) -> piste.SAM | None:
-    """The two-pass optimizer in a stack of wrappers, accelerate's among them."""
-    while not (optimizer is None or isinstance(optimizer, piste.SAM)):
-        optimizer = getattr(optimizer, "optimizer", None)
-    return optimizer
 
 
 def _check(sharpness: piste.SAM) -> None:
