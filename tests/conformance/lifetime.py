@@ -74,7 +74,7 @@ def resume_elsewhere(subject: Subject, engine: str) -> None:
     assert_weights(resumed, [p.detach().numpy() for p in straight], RTOL, ATOL)
 
 
-@promise("loading keeps state dtypes and bits")
+@promise("loading keeps state dtypes and bits", gc=False)
 def load_keeps_dtypes(subject: Subject, engine: str) -> None:
     """bf16 weights keep float32 state; torch's own loader would cast it down to bf16.
 
@@ -106,7 +106,7 @@ def states(subject: Subject, engine: str) -> None:
     assert named - kept <= off
 
 
-@promise("loading copies: later steps leave the saved dictionary alone")
+@promise("loading copies: later steps leave the saved dictionary alone", gc=False)
 def load_copies(subject: Subject, engine: str) -> None:
     params = weights_of(SMALL)
     optimizer = subject.make(params, engine)
@@ -119,7 +119,7 @@ def load_copies(subject: Subject, engine: str) -> None:
     assert_identical(saved, kept)
 
 
-@promise("names are saved and matched on load in any order")
+@promise("names are saved and matched on load in any order", gc=False)
 def names(subject: Subject, engine: str) -> None:
     weights = weights_of(DENSE)
     named = [(f"layer{i}.weight", p) for i, p in enumerate(weights)]
@@ -166,7 +166,7 @@ def _without_empty_entries(seen: dict[str, Any]) -> dict[str, Any]:
     return seen | {"state_dict": saved | {"state": state}}
 
 
-@promise("a step without any gradient changes nothing", not_for_wrappers="it counts steps of the model")
+@promise("a step without any gradient changes nothing", not_for_wrappers="it counts steps of the model", gc=False)
 def no_gradients(subject: Subject, engine: str) -> None:
     """Before the first gradient and between others; also with clipping, whose norm is then of nothing."""
     for options in ({}, {"clip_norm": 0.5}, {"nonfinite": "skip"}, {"nonfinite": "raise"}):
@@ -190,7 +190,7 @@ def _go_on(optimizer: torch.optim.Optimizer, steps: range) -> list[torch.Tensor]
     return [p.detach() for p in params]
 
 
-@promise("deepcopy")
+@promise("deepcopy", gc=False)
 def deepcopy(subject: Subject, engine: str) -> None:
     """The copy owns its weights and goes on as the original does; the original does not notice."""
     params = weights_of(SMALL)
@@ -203,7 +203,7 @@ def deepcopy(subject: Subject, engine: str) -> None:
     assert_identical(theirs, _go_on(optimizer, range(MIDDLE, SMALL.steps)))
 
 
-@promise("pickle")
+@promise("pickle", gc=False)
 def pickling(subject: Subject, engine: str) -> None:
     params = weights_of(SMALL)
     optimizer = subject.make(params, engine)
@@ -212,7 +212,7 @@ def pickling(subject: Subject, engine: str) -> None:
     assert_identical(_go_on(twin, range(MIDDLE, SMALL.steps)), _go_on(optimizer, range(MIDDLE, SMALL.steps)))
 
 
-@promise("closures: once, with gradients enabled, loss returned")
+@promise("closures: once, with gradients enabled, loss returned", gc=False)
 def closures(subject: Subject, engine: str) -> None:
     with_closure, without = weights_of(SMALL), weights_of(SMALL)
     optimizer, reference = subject.make(with_closure, engine), subject.make(without, engine)
@@ -241,7 +241,7 @@ def closures(subject: Subject, engine: str) -> None:
     assert reference.step() is None
 
 
-@promise("hooks of torch.optim.Optimizer")
+@promise("hooks of torch.optim.Optimizer", gc=False)
 def hooks(subject: Subject, engine: str) -> None:
     """Step hooks once a step, before and after; state dict hooks once a call; removed hooks no more."""
     params = weights_of(SMALL)

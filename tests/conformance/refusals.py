@@ -108,7 +108,7 @@ def _shown(value: Any) -> str:
     return "" if isinstance(value, torch.Tensor) else repr(value)
 
 
-@promise("illegal hyper-parameters", engines=ANY_ENGINE, not_for_wrappers="the wrapped optimizer refuses")
+@promise("illegal hyper-parameters", engines=ANY_ENGINE, not_for_wrappers="the wrapped optimizer refuses", gc=False)
 def illegal_hyperparameters(subject: Subject, engine: str) -> None:
     """As argument and as group entry, at construction and in add_param_group."""
     optimizer = subject.make(weights_of(SMALL))
@@ -124,7 +124,7 @@ def illegal_hyperparameters(subject: Subject, engine: str) -> None:
     assert_identical(frozen([], optimizer), before)
 
 
-@promise("illegal and misspelt options", engines=ANY_ENGINE, not_for_wrappers="the wrapped optimizer refuses")
+@promise("illegal and misspelt options", engines=ANY_ENGINE, not_for_wrappers="the wrapped optimizer refuses", gc=False)
 def illegal_options(subject: Subject, engine: str) -> None:
     for name, values in ILLEGAL_OPTIONS.items():
         for value in values:
@@ -138,7 +138,9 @@ def illegal_options(subject: Subject, engine: str) -> None:
     refused(misspelt(clipnorm=1.0), "clipnorm", "clip_norm")
 
 
-@promise("foreach= and fused= of torch", engines=ANY_ENGINE, not_for_wrappers="the wrapped optimizer takes them")
+@promise(
+    "foreach= and fused= of torch", engines=ANY_ENGINE, not_for_wrappers="the wrapped optimizer takes them", gc=False
+)
 def torch_keywords(subject: Subject, engine: str) -> None:
     """Accepted where they agree with engine=, refused by name where they contradict it."""
     cls, settings = subject.cls, subject.settings
@@ -159,7 +161,7 @@ def torch_keywords(subject: Subject, engine: str) -> None:
     refused(lambda: cls(weights_of(SMALL), **settings, foreach=True, fused=True), "foreach", "fused")
 
 
-@promise("bad parameter lists", engines=ANY_ENGINE, not_for_wrappers="the wrapped optimizer refuses")
+@promise("bad parameter lists", engines=ANY_ENGINE, not_for_wrappers="the wrapped optimizer refuses", gc=False)
 def bad_parameters(subject: Subject, engine: str) -> None:
     p = torch.nn.Parameter(torch.zeros(2))
     refused(lambda: subject.make([]), "empty")
@@ -174,7 +176,7 @@ def bad_parameters(subject: Subject, engine: str) -> None:
         raise AssertionError(f"params={nonsense!r} was taken without a word")
 
 
-@promise("bad add_param_group changes nothing", engines=ANY_ENGINE)
+@promise("bad add_param_group changes nothing", engines=ANY_ENGINE, gc=False)
 def bad_group(subject: Subject, engine: str) -> None:
     params = weights_of(SMALL)
     optimizer = subject.make(params)
@@ -189,7 +191,7 @@ def bad_group(subject: Subject, engine: str) -> None:
     train(params, optimizer, SMALL, range(3, 5))
 
 
-@promise("mismatched state dictionaries change nothing", engines=ANY_ENGINE)
+@promise("mismatched state dictionaries change nothing", engines=ANY_ENGINE, gc=False)
 def bad_state(subject: Subject, engine: str) -> None:
     """Another number of groups or weights, other shapes, missing keys, another optimizer's state, no dictionary."""
     params = weights_of(SMALL)

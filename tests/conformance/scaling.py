@@ -55,7 +55,7 @@ def _assert_scaled_run_equals_plain(subject: Subject, engine: str, **options: An
             torch.testing.assert_close(a, b, rtol=RTOL, atol=ATOL)
 
 
-@promise("GradScaler, ordinary path")
+@promise("GradScaler, ordinary path", gc=False)
 def grad_scaler(subject: Subject, engine: str) -> None:
     _assert_scaled_run_equals_plain(subject, engine)
 
@@ -113,7 +113,7 @@ def _poisoned(subject: Subject, engine: str, bad: float, **options: Any) -> tupl
     return params, optimizer
 
 
-@promise('nonfinite="raise"')
+@promise('nonfinite="raise"', gc=False)
 def nonfinite_raise(subject: Subject, engine: str) -> None:
     """NaN or infinity anywhere: an error, and no weight, state or counter of any parameter has moved."""
     for bad in (math.nan, math.inf, -math.inf):
@@ -128,7 +128,7 @@ def nonfinite_raise(subject: Subject, engine: str) -> None:
         assert_identical(frozen(params, optimizer), before)
 
 
-@promise('nonfinite="skip"')
+@promise('nonfinite="skip"', gc=False)
 def nonfinite_skip(subject: Subject, engine: str) -> None:
     """The step is as if it had not been asked for, `last_step` says so, and the next one goes on as usual."""
     params, optimizer = _poisoned(subject, engine, math.nan, nonfinite="skip")

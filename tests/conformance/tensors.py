@@ -132,7 +132,7 @@ def _assert_rounds_once(subject: Subject, engine: str, dtype: torch.dtype, *shap
     assert exact >= 0.95 * total, f"{total - exact} of {total} elements are rounded otherwise"
 
 
-@promise("bf16 weights, fp32 state")
+@promise("bf16 weights, fp32 state", gc=False)
 def bfloat16(subject: Subject, engine: str) -> None:
     _assert_rounds_once(subject, engine, torch.bfloat16, (8, 6), (31,), (4, 3, 2, 2))
 
@@ -158,7 +158,7 @@ def _per_weight(optimizer: torch.optim.Optimizer) -> list[dict[str, object]]:
     return list(optimizer.state_dict()["state"].values())
 
 
-@promise("weights keep their storage")
+@promise("weights keep their storage", gc=False)
 def storage_kept(subject: Subject, engine: str) -> None:
     """Written in place, so views, flat buffers and other holders of the memory see the new numbers."""
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
@@ -268,7 +268,7 @@ def complex_weights(subject: Subject, engine: str) -> None:
     assert_weights(parts, run.weights, RTOL, ATOL)
 
 
-@promise("sparse gradients are refused, nothing changes")
+@promise("sparse gradients are refused, nothing changes", gc=False)
 def sparse(subject: Subject, engine: str) -> None:
     problem = random_problem([(3, 4), (5,)], seed=39)
     params = weights_of(problem)

@@ -79,7 +79,7 @@ def late_gradient(subject: Subject, engine: str) -> None:
     assert_weights(late[2:], [p.detach().numpy() for p in alone[2:]], RTOL, ATOL)
 
 
-@promise("maximize")
+@promise("maximize", gc=False)
 def maximize(subject: Subject, engine: str) -> None:
     """Maximizing with the negated gradients is minimizing (an engine may fold the sign into another operation)."""
     problem = unless_built(engine, PROBLEM, FEW)
@@ -89,7 +89,7 @@ def maximize(subject: Subject, engine: str) -> None:
     assert_weights(up, [p.detach().numpy() for p in down], RTOL, ATOL)
 
 
-@promise("lr as a tensor")
+@promise("lr as a tensor", gc=False)
 def tensor_lr(subject: Subject, engine: str) -> None:
     """A one-element tensor gives what its number gives, and filling it in place changes the next step.
 
@@ -126,7 +126,7 @@ SCHEDULERS: list[Callable[[torch.optim.Optimizer], Any]] = [
 ]
 
 
-@promise("any torch scheduler, momentum cycling included")
+@promise("any torch scheduler, momentum cycling included", gc=False)
 def schedulers(subject: Subject, engine: str) -> None:
     """Whatever a scheduler writes into the groups is what the next step uses: checked against the formula."""
     scheduled = ("lr", "momentum", "betas")
@@ -145,7 +145,7 @@ def schedulers(subject: Subject, engine: str) -> None:
         assert_weights(params, run.weights, RTOL, ATOL)
 
 
-@promise("clip_norm= is clip_grad_norm_ before the step")
+@promise("clip_norm= is clip_grad_norm_ before the step", gc=False)
 def clip_norm(subject: Subject, engine: str) -> None:
     """Against torch's own function. The joint norm may be summed in another order: float64 rounding only."""
     problem = unless_built(engine, PROBLEM, FEW)
@@ -160,7 +160,7 @@ def clip_norm(subject: Subject, engine: str) -> None:
     assert_weights(clipped, [p.detach().numpy() for p in by_hand], RTOL, ATOL)
 
 
-@promise("p.grad stays untouched")
+@promise("p.grad stays untouched", gc=False)
 def gradient_untouched(subject: Subject, engine: str) -> None:
     """Same tensor object, same bits, under everything that transforms a gradient: sign, clipping, L2, centring.
 
