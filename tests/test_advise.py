@@ -478,3 +478,9 @@ def test_what_is_no_model_or_optimizer_is_refused() -> None:
 def test_setups_are_values() -> None:
     setup = setup_of(on(mlp()))
     assert replace(setup, epochs=3).epochs == 3
+
+
+def test_a_scheduler_may_be_stepped_once_an_epoch() -> None:
+    made = cosine(mlp(), 30)
+    assert BY_NAME["schedule-length"](setup_of(made)) is not None
+    assert BY_NAME["schedule-length"](setup_of({**made, "schedule_steps": 30})) is None

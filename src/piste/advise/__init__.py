@@ -23,6 +23,7 @@ def advise(
     precision: str = "fp32",
     scaler: bool = True,
     total_steps: int | None = None,
+    schedule_steps: int | None = None,
     epochs: float | None = None,
     batch_size: int | None = None,
     domain: str = "",
@@ -42,7 +43,8 @@ def advise(
         scheduler: of learning rates, as made for this optimizer; None for a constant rate.
         precision: ``"fp32"``, or autocast to ``"bf16"`` or ``"fp16"``.
         scaler: False for ``precision="fp16"`` without a ``GradScaler``.
-        total_steps: steps of the scheduler and of the optimizer in the whole run.
+        total_steps: steps of the optimizer in the whole run.
+        schedule_steps: those of the scheduler, where it is stepped once an epoch; None for ``total_steps``.
         epochs: how many times each example is seen.
         batch_size: examples to a step, over all devices.
         domain: ``"vision"``, ``"nlp"`` or ``"rl"``.
@@ -79,6 +81,7 @@ def advise(
             precision=precision,
             scaler=scaler,
             total_steps=total_steps,
+            schedule_steps=schedule_steps,
             epochs=epochs,
             batch_size=batch_size,
             domain=domain,

@@ -44,6 +44,7 @@ class Setup:
     precision: str = "fp32"
     scaler: bool = True
     total_steps: int | None = None
+    schedule_steps: int | None = None
     epochs: float | None = None
     batch_size: int | None = None
     domain: str = ""
@@ -59,7 +60,7 @@ class Setup:
             raise TypeError(f"optimizer is a {type(self.optimizer).__name__}; legal: a torch.optim.Optimizer")
         check_choice("precision", self.precision, ("fp32", "bf16", "fp16"))
         check_choice("domain", self.domain, ("", "vision", "nlp", "rl"))
-        for name in ("total_steps", "epochs", "batch_size", "clip_norm", "memory"):
+        for name in ("total_steps", "schedule_steps", "epochs", "batch_size", "clip_norm", "memory"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and value > 0):
                 raise ValueError(f"{name}={value!r} is not legal; legal: a number above 0, or None")
@@ -176,12 +177,14 @@ class Setup:
     @property
     def steps(self) -> int | None:
         """Optimizer steps of the run, as said or as the scheduler was made for."""
-        return self.total_steps or own_length(self.scheduler)
+        return self.total_steps or (None if self.schedule_steps else own_length(self.scheduler))
 
     @cached_property
     def trace(self) -> Trace | None:
         """The learning rates to come; constant without a scheduler, None where they cannot be told."""
-        return Trace((1.0,)) if self.scheduler is None else trace(self.scheduler, self.total_steps)
+        return (
+            Trace((1.0,)) if self.scheduler is None else trace(self.scheduler, self.schedule_steps or self.total_steps)
+        )
 
     @property
     def is_scheduled(self) -> bool:

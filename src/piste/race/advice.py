@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -76,7 +77,7 @@ def advise(
     try:
         told = {"precision": precision, "total_steps": steps, "memory": None if memory is None else bytes_of(memory)}
         case = read(task, optimizer, lr, schedule, {key: value for key, value in told.items() if value is not None})
-        findings = piste.advise(**case.arguments)
+        findings = [_for_here(finding, task) for finding in piste.advise(**case.arguments)]
     except (TaskError, ValueError, TypeError) as error:
         click.echo(f"piste: {single_line(str(error))}", err=True)
         sys.exit(2)
@@ -85,6 +86,11 @@ def advise(
     else:
         show(Console(), case, findings)
     sys.exit(int(any(finding.severity == "error" for finding in findings)))
+
+
+def _for_here(finding: piste.Finding, task: str) -> piste.Finding:
+    """The same, with this task in the commands that it proposes."""
+    return dataclasses.replace(finding, fix=finding.fix.replace("TASK.py", shlex.quote(task)))
 
 
 def read(

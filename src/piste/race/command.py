@@ -1,4 +1,4 @@
-"""The commands: ``piste race``, ``piste advise``, ``piste memory``, ``piste list``, ``piste show``, ``piste report``."""
+"""The commands: ``piste race``, ``memory``, ``list``, ``show``, ``report``; and those that other files bring."""
 
 from __future__ import annotations
 

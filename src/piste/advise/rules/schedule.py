@@ -177,10 +177,10 @@ def _made_for(setup: Setup, steps: int) -> str:
 def schedule_length(setup: Setup) -> Found:
     """A scheduler counts its own steps. Made for fewer than it gets, a cosine rises again, OneCycleLR raises and others
     hold their last value; made for more, the rate never comes down. Mind whether it is stepped per batch or epoch."""
-    length = own_length(setup.scheduler)
-    if length is None or setup.total_steps is None or abs(length - setup.total_steps) <= 0.02 * setup.total_steps:
+    length, steps = own_length(setup.scheduler), setup.schedule_steps or setup.total_steps
+    if length is None or steps is None or abs(length - steps) <= 0.02 * steps:
         return None
-    return f"made for {length:,} steps, and the run takes {setup.total_steps:,}", _made_for(setup, setup.total_steps)
+    return f"made for {length:,} steps, and gets {steps:,}", _made_for(setup, steps)
 
 
 @rule("error", "The scheduler moves another optimizer", "torch.optim.lr_scheduler; davda54/sam, on load_state_dict")
