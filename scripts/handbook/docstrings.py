@@ -17,6 +17,8 @@ _MATH = re.compile(r":math:`([^`]+)`")
 _ROLE = re.compile(r":[a-z]+:`~?([^`]+)`")
 _LITERAL = re.compile(r"``([^`]+)``")
 _BETWEEN_FORMULAS = re.compile(r",\s*\\q?quad")
+#: fences that are as high as what they enclose, for those of a given size, which browsers set unevenly
+_OPENING, _CLOSING = re.compile(r"\\[bB]igg?l?(?=[\[(])"), re.compile(r"\\[bB]igg?r?(?=[\])])")
 _PAPER = re.compile(r"arXiv\s+(\d{4}\.\d{4,5})")
 
 Link = Callable[[str], str]
@@ -114,6 +116,7 @@ def papers(text: str) -> str:
 def _formula(text: str) -> str:
     """A displayed formula, one line for each equation of it."""
     latex = " ".join(text.removeprefix(".. math::").split())
+    latex = _CLOSING.sub(r"\\right", _OPENING.sub(r"\\left", latex))
     lines = [convert(part, display="block") for part in _apart(latex)]
     return '<div class="formula">\n' + "\n".join(lines) + "\n</div>"
 
@@ -123,9 +126,9 @@ def _apart(latex: str) -> list[str]:
     found, start = [], 0
     for cut in _BETWEEN_FORMULAS.finditer(latex):
         before = latex[: cut.start()]
-        depth = before.count("{") - before.count("}") + before.count(r"\begin") - before.count(r"\end")
-        depth += before.count(r"\left") - before.count(r"\leftarrow") - before.count(r"\right") + 0
-        if depth == 0:
+        opened = len(re.findall(r"\{|\\begin\b|\\left\b", before))
+        closed = len(re.findall(r"\}|\\end\b|\\right\b", before))
+        if opened == closed:
             found.append(latex[start : cut.start()])
             start = cut.end()
     return [part.strip() for part in [*found, latex[start:]] if part.strip()]

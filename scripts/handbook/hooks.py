@@ -24,7 +24,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         if _OPTIMIZERS in section:
             section[_OPTIMIZERS] = pages.navigation()
     placed = set(_paths(config.nav))
-    loose = sorted(str(path.relative_to(docs)) for path in docs.rglob("*.md") if str(path.relative_to(docs)) not in placed)
+    loose = sorted(
+        str(path.relative_to(docs)) for path in docs.rglob("*.md") if str(path.relative_to(docs)) not in placed
+    )
     if loose and config.nav is not None:
         config.nav.append({_MORE: loose})
     return config

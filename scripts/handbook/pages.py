@@ -59,7 +59,9 @@ def navigation() -> list[dict[str, Any]]:
 @cache
 def _template(name: str) -> jinja2.Template:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
     environment.filters |= {"cell": cell, "papers": papers}
     return environment.get_template(name)
 
@@ -114,7 +116,9 @@ def wrapper_page(name: str) -> str:
         sizes={},
         presets=[],
         conformance=_conformance(COLUMNS.get(name, "")),
-        rules=[rule for rule in RULES if rule.name.startswith((f"{name.lower()}-", "ema-" if name == "ModelEMA" else "-"))],
+        rules=[
+            rule for rule in RULES if rule.name.startswith((f"{name.lower()}-", "ema-" if name == "ModelEMA" else "-"))
+        ],
     )
 
 
@@ -143,7 +147,9 @@ def _preset(preset: piste.Preset) -> dict[str, str]:
         "description": preset.description,
         "source": papers(preset.source),
         "domains": ", ".join(
-            f"`domain={domain!r}`: `{key}={value!r}`" for domain, v in preset.domains.items() for key, value in v.items()
+            f"`domain={domain!r}`: `{key}={value!r}`"
+            for domain, v in preset.domains.items()
+            for key, value in v.items()
         ),
     }
 
@@ -189,7 +195,9 @@ def every_name() -> str:
 
 def choosing() -> str:
     topics = [
-        (inspect.getdoc(topic), [rule for rule in topic.RULES]) for topic in TOPICS if not topic.__name__.endswith("choice")
+        ((inspect.getdoc(topic) or "").rstrip("."), topic.RULES)
+        for topic in TOPICS
+        if not topic.__name__.endswith("choice")
     ]
     suggestions = [rule for rule in RULES if rule.severity == "suggestion"]
     return _template("choosing.md.jinja").render(
@@ -209,5 +217,12 @@ def _costs() -> list[tuple[str, str, str, str, str, str]]:
     found = []
     for name, state in COMPARED:
         cost = piste.estimate_memory(model, name, state=state)
-        found.append((name, state, f"{cost.state / cost.parameters:.2f}", *(f"{x / 2**30:.2f}" for x in (cost.state, cost.peak, cost.moved))))
+        found.append(
+            (
+                name,
+                state,
+                f"{cost.state / cost.parameters:.2f}",
+                *(f"{x / 2**30:.2f}" for x in (cost.state, cost.peak, cost.moved)),
+            )
+        )
     return found

@@ -260,7 +260,7 @@ class Setup:
         """The call that makes the inner optimizer, with some settings changed; None drops one."""
         kind = cls or _path(type(self.inner))
         params = params or f"piste.param_groups(model, weight_decay={self.weight_decay:g})"
-        settings = self._differing() | {"lr": self.made_with("lr")} | changed
+        settings = {"lr": self.made_with("lr")} | self._differing() | changed
         if "param_groups" in params:
             settings.pop("weight_decay", None)  # the groups say it
             if kind in _SORTED_FURTHER:
