@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -249,6 +251,17 @@ ROWS: dict[str, Row] = {
     ),
     "ademamix-warmup": Row(lambda: on(mlp(), "ademamix"), lambda: on(mlp(), "ademamix", warmup_steps=STEPS)),
     "sgd-without-momentum": Row(lambda: on(mlp(), "sgd", lr=0.01), lambda: on(mlp(), "sgd")),
+    "ranger21-decay": Row(
+        lambda: on(mlp(), "ranger21", faithful=True),
+        lambda: on(mlp(), "ranger21"),
+    ),
+    "amos-extra-l2": Row(
+        lambda: from_elsewhere("Amos", module="pytorch_optimizer.optimizer.amos", lr=1e-3, extra_l2=0.1),
+        lambda: from_elsewhere("Amos", module="pytorch_optimizer.optimizer.amos", lr=1e-3, extra_l2=0.0),
+    ),
+    "clipped-twice": Row(
+        lambda: on(mlp(), "stableadamw", clip_norm=1.0), lambda: on(mlp(), "stableadamw"), mends=False
+    ),
     # schedule
     "ranger-not-flat": Row(lambda: on(mlp(), "ranger", "one_cycle"), lambda: on(mlp(), "ranger")),
     "ranger21-scheduled": Row(lambda: on(mlp(), "ranger21", "one_cycle"), lambda: on(mlp(), "ranger21")),
@@ -484,3 +497,11 @@ def test_a_scheduler_may_be_stepped_once_an_epoch() -> None:
     made = cosine(mlp(), 30)
     assert BY_NAME["schedule-length"](setup_of(made)) is not None
     assert BY_NAME["schedule-length"](setup_of({**made, "schedule_steps": 30})) is None
+
+
+def test_the_cheat_sheet_page_names_rules_that_exist() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "cheatsheet.md").read_text(encoding="utf-8")
+    table = page[page.index("| the sheet | the rule |") :]
+    named = set(re.findall(r"`([a-z0-9]+(?:-[a-z0-9]+)+)`", table))
+    assert len(named) > 15
+    assert named <= set(BY_NAME)

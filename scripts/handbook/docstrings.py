@@ -16,8 +16,7 @@ _SECTION = re.compile(r"^(Args|Raises|Returns|Yields|Example|Examples):$")
 _MATH = re.compile(r":math:`([^`]+)`")
 _ROLE = re.compile(r":[a-z]+:`~?([^`]+)`")
 _LITERAL = re.compile(r"``([^`]+)``")
-_BETWEEN_FORMULAS = re.compile(r",\s*\\q?quad")
-#: fences that are as high as what they enclose, for those of a given size, which browsers set unevenly
+_BETWEEN_FORMULAS = re.compile(r",\s*\\q?quad\b|\\\\(?=\s)")
 _OPENING, _CLOSING = re.compile(r"\\[bB]igg?l?(?=[\[(])"), re.compile(r"\\[bB]igg?r?(?=[\])])")
 _PAPER = re.compile(r"arXiv\s+(\d{4}\.\d{4,5})")
 
@@ -102,7 +101,8 @@ def _example(lines: list[str]) -> str:
 
 def inline(text: str, link: Link) -> str:
     """Roles, literals, inline formulas and papers of a paragraph."""
-    text = _MATH.sub(lambda match: convert(match[1]), text)
+    # in a span, as Markdown takes a <math> that begins a line for a block
+    text = _MATH.sub(lambda match: f"<span>{convert(_fenced(match[1]))}</span>", text)
     text = _ROLE.sub(lambda match: link(match[1]), text)
     text = _LITERAL.sub(r"`\1`", text)
     return papers(text)
@@ -115,10 +115,15 @@ def papers(text: str) -> str:
 
 def _formula(text: str) -> str:
     """A displayed formula, one line for each equation of it."""
-    latex = " ".join(text.removeprefix(".. math::").split())
-    latex = _CLOSING.sub(r"\\right", _OPENING.sub(r"\\left", latex))
+    latex = _fenced(" ".join(text.removeprefix(".. math::").split()))
     lines = [convert(part, display="block") for part in _apart(latex)]
     return '<div class="formula">\n' + "\n".join(lines) + "\n</div>"
+
+
+def _fenced(latex: str) -> str:
+    """The same with fences that are as high as what they enclose: browsers set those of a given size unevenly."""
+    latex = latex.replace(r"\lVert", r"\left\|").replace(r"\rVert", r"\right\|").replace(r"\_", "_")
+    return _CLOSING.sub(r"\\right", _OPENING.sub(r"\\left", latex))
 
 
 def _apart(latex: str) -> list[str]:
@@ -131,7 +136,8 @@ def _apart(latex: str) -> list[str]:
         if opened == closed:
             found.append(latex[start : cut.start()])
             start = cut.end()
-    return [part.strip() for part in [*found, latex[start:]] if part.strip()]
+    parts = [part.strip() for part in [*found, latex[start:]]]
+    return [part if r"\begin" in part else part.replace("&", "") for part in parts if part]
 
 
 def links_of(pages: Mapping[str, str]) -> Link:

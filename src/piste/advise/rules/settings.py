@@ -241,8 +241,55 @@ def sgd_without_momentum(setup: Setup) -> Found:
     return f"momentum=0, lr={setup.lr:g}", setup.code(momentum=0.9, nesterov=True)
 
 
+@rule(
+    "warning",
+    "Ranger21's released code decays one tensor alone",
+    "ranger21 0.1.0, reproduced in tests/test_parity_ranger21.py",
+)
+def ranger21_decay(setup: Setup) -> Found:
+    """In the released code decay and norm loss stand beside the loop over parameters instead of in it: they act on the
+    last tensor of a group, and all others have none."""
+    as_released = setup.origin == "ranger21" or setup.setting("faithful", False)
+    if setup.family != "ranger21" or not as_released or not setup.weight_decay:
+        return None
+    return f"weight_decay={setup.weight_decay:g} for one tensor", setup.code(
+        cls="piste.Ranger21", faithful=None, total_steps=setup.steps
+    )
+
+
+@rule(
+    "error",
+    "Amos's extra decay makes weights grow",
+    "pytorch_optimizer's Amos, run; Tian & Parikh 2022, arXiv 2210.11693",
+)
+def amos_extra_l2(setup: Setup) -> Found:
+    """pytorch_optimizer's Amos subtracts extra_l2 from the decay where the paper adds it: at 0.1 and a small gradient,
+    weights grow by five percent in a step."""
+    if setup.family != "amos" or setup.origin != "pytorch_optimizer" or not setup.setting("extra_l2", 0):
+        return None
+    return f"extra_l2={setup.setting('extra_l2'):g}", setup.code(cls="piste.Amos", extra_l2=None)
+
+
+@rule(
+    "note",
+    "Gradients are clipped that the optimizer clips itself",
+    "Shazeer & Stern 2018, arXiv 1804.04235; Wortsman et al. 2023, arXiv 2304.13013; timm's Lamb",
+)
+def clipped_twice(setup: Setup) -> Found:
+    """Adafactor and StableAdamW shorten each tensor's step where its gradient is surprising, and LAMB of timm and apex
+    clips the global norm to 1 unasked. A clip outside on top makes comparisons unfair and tuning harder."""
+    own = setup.family in ("adafactor", "stableadamw") or (setup.family == "lamb" and setup.setting("max_grad_norm"))
+    if not own or not setup.clip_norm:
+        return None
+    return (
+        f"clip_norm={setup.clip_norm:g} before {type(setup.inner).__name__}",
+        "# without clip_grad_norm_\noptimizer.step()",
+    )
+
+
 RULES = (
     *(lr_out_of_range, adan_lr, adan_betas, lion_lr, lion_decay, lion_batch, prodigy_lr, prodigy_warmup),
     *(adabelief_eps, adabelief_eps_too_large, adabelief_fixed_decay, l2_in_adam, long_run_beta2),
     *(rectified_short_run, rmsprop_eps, madgrad_decay, ademamix_warmup, sgd_without_momentum),
+    *(ranger21_decay, amos_extra_l2, clipped_twice),
 )
