@@ -368,6 +368,129 @@ ROWS: dict[str, Row] = {
 }
 
 
+class MixerBlock(nn.Module):
+    """Known by its name, as in every library."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Linear(4, 4)
+
+
+class Tied(Words):
+    """The head shares the embedding's weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.weight = self.tokens.weight
+
+
+def words_of_torch(**settings: Any) -> Made:
+    model = Words()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, weight_decay=0.5, **settings)
+    return {"model": model, "optimizer": optimizer, "total_steps": STEPS}
+
+
+def in_8_bits(**group: Any) -> Made:
+    return from_elsewhere("AdamW8bit", Words(), module="bitsandbytes.optim.adamw", lr=1e-3, **group)
+
+
+def plain(optimizer: Callable[..., Any], model: nn.Module | None = None, **settings: Any) -> Made:
+    """Made by hand, with no scheduler."""
+    model = mlp() if model is None else model
+    return {"model": model, "optimizer": optimizer(model.parameters(), **settings)}
+
+
+def steady_one_cycle() -> Made:
+    made = one_cycle_of_torch(0.0)
+    optimizer = torch.optim.SGD(made["model"].parameters(), lr=0.3)
+    schedule = OneCycleLR(optimizer, 0.3, total_steps=STEPS, cycle_momentum=False)
+    return {**made, "optimizer": optimizer, "scheduler": schedule}
+
+
+#: the other sides of the rules that have several: does each speak of this?
+MORE: list[tuple[str, bool, Callable[[], Made]]] = [
+    ("sam-for-transformers", True, lambda: on(nn.Sequential(MixerBlock()), domain="vision")),
+    ("sam-for-transformers", False, lambda: on(mlp(), domain="vision")),
+    ("sam-for-transformers", False, lambda: on(Patches(), epochs=1)),
+    ("madgrad-for-transformers", True, lambda: on(large(lambda: Words(vocabulary=10_000_000)), "madgrad")),
+    ("madgrad-for-transformers", False, lambda: on(Words(), "madgrad")),
+    ("madgrad-for-transformers", False, lambda: on(large(lambda: Words(vocabulary=10_000_000)))),
+    ("memory-to-save", True, lambda: on(large(lambda: Words(vocabulary=5_000_000)))),
+    ("memory-to-save", False, lambda: on(large(lambda: Words(vocabulary=5_000_000)), state="8bit", fp32_state=())),
+    ("memory-to-save", False, lambda: on(mlp())),
+    ("embeddings-decayed", False, lambda: on(Tied(), lr=1e-3, weight_decay=0.5)),
+    ("embeddings-decayed", False, words_of_torch),
+    ("embeddings-decayed", False, lambda: without(on(Words(), lr=1e-3, weight_decay=0.5), "total_steps", "scheduler")),
+    ("embeddings-decayed", False, lambda: on(Words(), weight_decay=0.0)),
+    ("muon-on-embeddings", True, lambda: plain(foreign("Muon"), Words(), lr=0.02)),
+    ("muon-on-embeddings", False, lambda: on(mlp(), "normuon")),
+    ("embeddings-quantised", True, in_8_bits),
+    ("embeddings-quantised", False, lambda: in_8_bits(optim_bits=32)),
+    ("norms-decayed", False, lambda: bare(mlp(), piste.Amos, lr=0.02, weight_decay=0.01)),
+    ("lr-out-of-range", False, lambda: on(mlp(), "lion", lr=3.0)),
+    ("lr-out-of-range", True, lambda: on(mlp(), "adamw", lr=3.0)),
+    ("lr-out-of-range", False, lambda: from_elsewhere("Sophia", lr=3.0)),
+    ("adan-lr", True, lambda: on(mlp(), "adan", lr=2.0)),
+    ("l2-in-adam", True, words_of_torch),
+    ("l2-in-adam", False, lambda: words_of_torch(decoupled_weight_decay=True)),
+    ("l2-in-adam", True, lambda: plain(torch.optim.Adagrad, lr=1e-2, weight_decay=0.1)),
+    ("l2-in-adam", False, lambda: on(mlp(), "sgd_momentum", weight_decay=0.1, decoupled_weight_decay=False)),
+    ("l2-in-adam", False, lambda: from_elsewhere("Adam", module="bitsandbytes.optim", lr=1e-3, weight_decay=0.1)),
+    ("l2-in-adam", False, lambda: on(mlp(), "adam", weight_decay=1e-5)),
+    ("long-run-beta2", False, lambda: on(mlp(), total_steps=100_000)),
+    ("long-run-beta2", False, lambda: on(Words(attention=False), total_steps=100_000)),
+    ("long-run-beta2", False, lambda: on(Words(), total_steps=1_000)),
+    ("rectified-short-run", True, lambda: on(mlp(), "adabelief", total_steps=300)),
+    ("rectified-short-run", False, lambda: on(mlp(), "adabelief", total_steps=300, rectify=False)),
+    ("rectified-short-run", False, lambda: on(mlp(), "adamw", total_steps=300)),
+    ("sgd-without-momentum", False, lambda: on(mlp(), "sgd_momentum", lr=0.01)),
+    ("clipped-twice", True, lambda: {**from_elsewhere("Lamb", lr=5e-3, max_grad_norm=1.0), "clip_norm": 1.0}),
+    ("clipped-twice", False, lambda: {**on(mlp(), "lamb"), "clip_norm": 1.0}),
+    ("clipped-twice", False, lambda: {**on(mlp()), "clip_norm": 1.0}),
+    ("ranger-not-flat", True, lambda: without(on(mlp(), "ranger"), "scheduler")),
+    ("ranger-not-flat", True, lambda: on(mlp(), "ranger", "constant")),
+    ("ranger-not-flat", False, lambda: without(on(mlp()), "scheduler")),
+    ("ranger21-without-length", False, lambda: plain(foreign("Ranger21"), lr=1e-3)),
+    ("warmup-missing", True, lambda: on(mlp(), "lamb", "flat_cosine")),
+    ("warmup-missing", False, lambda: on(Words(), "radam", "flat_cosine")),
+    ("warmup-missing", True, lambda: without(on(Words()), "scheduler")),
+    ("never-annealed", True, lambda: without(on(mlp()), "scheduler")),
+    ("never-annealed", False, lambda: on(mlp(), "schedulefreesgd")),
+    ("schedule-free-scheduled", False, lambda: on(mlp(), "adamw")),
+    ("scheduler-elsewhere", False, lambda: without(on(mlp()), "scheduler")),
+    ("scheduler-elsewhere", False, lambda: {**on(mlp()), "scheduler": object()}),
+    ("one-cycle-momentum", False, steady_one_cycle),
+    ("step-not-fused", True, lambda: plain(torch.optim.AdamW)),
+    ("step-not-fused", False, lambda: plain(torch.optim.RAdam)),
+    ("step-not-fused", False, lambda: plain(torch.optim.AdamW, large(mlp))),
+    ("step-not-fused", False, lambda: plain(torch.optim.AdamW, foreach=True)),
+    ("step-not-fused", True, lambda: plain(piste.AdamW, engine="reference")),
+    ("step-not-fused", False, lambda: plain(piste.AdamW)),
+    ("bfloat16-weights", True, lambda: of_torch(half(mlp()), "SGD", lr=0.1)),
+    ("bfloat16-second-moment", False, lambda: on(half(mlp()))),
+    ("sam-rho", True, lambda: sam(mlp(), rho=0.05, adaptive="asam")),
+    ("sam-rho", False, lambda: sam(mlp(), rho=0.5, interval=10)),
+    ("sam-rho", False, lambda: on(mlp())),
+    ("lookahead-unfinished", False, looked_ahead),
+    ("lookahead-unfinished", True, lambda: on(mlp(), "ranger", "constant", total_steps=100)),
+    ("lookahead-unfinished", False, lambda: on(mlp(), "ranger21", total_steps=101)),
+    ("lookahead-twice", True, lambda: looked_ahead("ranger21")),
+    ("lookahead-undone", True, lambda: looked_ahead("schedulefreeadamw")),
+    ("weights-missing", False, replaced),
+]
+
+
+@pytest.mark.parametrize(("name", "speaks", "made"), MORE, ids=[f"{name}-{speaks}" for name, speaks, _ in MORE])
+def test_the_other_sides_of_a_rule(name: str, speaks: bool, made: Callable[[], Made]) -> None:
+    assert (BY_NAME[name](setup_of(made())) is not None) == speaks
+
+
+def test_torchs_adam_is_told_of_adamw() -> None:
+    finding = BY_NAME["l2-in-adam"](setup_of(words_of_torch()))
+    assert finding is not None
+    assert finding.fix.startswith("optimizer = torch.optim.AdamW(")
+
+
 def _timm_lookahead(model: nn.Module) -> Any:
     inside = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     made = foreign("Lookahead", "timm.optim.lookahead", torch.optim.Optimizer)(model.parameters(), {"k": 6})

@@ -64,9 +64,11 @@ def advise(
 
     >>> import piste, torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 1))
-    >>> optimizer, schedule = piste.create_with_schedule("ranger", model, 600)
-    >>> piste.advise(model, optimizer, schedule, total_steps=6000)[0].title
-    'The schedule was made for a run of another length'
+    >>> optimizer = piste.RAdam(model.parameters(), weight_decay=0.1)
+    >>> for finding in piste.advise(model, optimizer, piste.schedules.one_cycle(optimizer, 6000)):
+    ...     print(finding.severity, finding.title)
+    warning Norm scales and biases are decayed
+    warning Weight decay is an L2 term inside Adam
     >>> optimizer, schedule = piste.create_with_schedule("ranger", model, 6000)
     >>> piste.advise(model, optimizer, schedule, total_steps=6000)
     []
