@@ -433,7 +433,7 @@ MORE: list[tuple[str, bool, Callable[[], Made]]] = [
     ("adan-lr", True, lambda: on(mlp(), "adan", lr=2.0)),
     ("l2-in-adam", True, words_of_torch),
     ("l2-in-adam", False, lambda: words_of_torch(decoupled_weight_decay=True)),
-    ("l2-in-adam", True, lambda: plain(torch.optim.Adagrad, lr=1e-2, weight_decay=0.1)),
+    ("l2-in-adam", False, lambda: plain(torch.optim.Adagrad, lr=1e-2, weight_decay=0.1)),
     ("l2-in-adam", False, lambda: on(mlp(), "sgd_momentum", weight_decay=0.1, decoupled_weight_decay=False)),
     ("l2-in-adam", False, lambda: from_elsewhere("Adam", module="bitsandbytes.optim", lr=1e-3, weight_decay=0.1)),
     ("l2-in-adam", False, lambda: on(mlp(), "adam", weight_decay=1e-5)),

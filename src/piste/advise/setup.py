@@ -140,9 +140,12 @@ class Setup:
     def decoupled(self) -> bool | None:
         """Is decay apart from the gradient? None where that cannot be told."""
         flags = [self.setting(name, getattr(self.inner, name, None)) for name in _DECOUPLING]
-        known = [bool(flag) for flag in flags if flag is not None]
-        named = True if self.family in ("adamw", "lion", "muon") else None
-        return known[0] if known else False if self.origin == "torch" and not named else named
+        told = [bool(flag) for flag in flags if flag is not None]
+        if told:
+            return told[0]
+        if self.family in ("adamw", "lion", "muon"):
+            return True
+        return False if self.origin == "torch" else None
 
     @cached_property
     def lr(self) -> float | None:
@@ -182,9 +185,9 @@ class Setup:
     @cached_property
     def trace(self) -> Trace | None:
         """The learning rates to come; constant without a scheduler, None where they cannot be told."""
-        return (
-            Trace((1.0,)) if self.scheduler is None else trace(self.scheduler, self.schedule_steps or self.total_steps)
-        )
+        if self.scheduler is None:
+            return Trace((1.0,))
+        return trace(self.scheduler, self.schedule_steps or self.total_steps)
 
     @property
     def is_scheduled(self) -> bool:

@@ -14,6 +14,7 @@ logger = logging.getLogger("piste")
 
 _LARGE, _LARGE_BATCH = 100_000_000, 4096
 _STATE_WORTH_SAVING = 1 << 28
+_NUMBERS_WORTH_COUNTING = 1 << 23  # with fewer, no optimizer keeps so much
 _ADAM_LIKE = ("adam", "adamw", "nadam", "nadamw", "radam", "ranger", "adan", "stableadamw", "laprop", "lookaheadadam")
 
 
@@ -113,6 +114,8 @@ def eps_for_vision(setup: Setup) -> Found:
 def memory_to_save(setup: Setup) -> Found:
     """Moments in bfloat16, 8 or 4 bits keep the algorithm and cost a little precision of its averages; Lion, SM3 and
     Adafactor keep less by being other algorithms."""
+    if not (setup.memory or setup.size >= _NUMBERS_WORTH_COUNTING):
+        return None
     now = _cost(setup, _here(setup))
     if now is None or setup.setting("state", "fp32") != "fp32":
         return None
@@ -134,7 +137,7 @@ def _cost(setup: Setup, name: str, **settings: str) -> MemoryEstimate | None:
     """What an optimizer costs on the model; None where that cannot be told."""
     try:
         return estimate_memory(setup.model, name, **settings)
-    except (ValueError, RuntimeError, NotImplementedError) as error:
+    except Exception as error:  # a model that cannot be copied, say: advice goes on without numbers
         logger.debug("advise: no estimate for %s: %s", name, error)
         return None
 

@@ -8,7 +8,7 @@ from piste.advise.finding import Found, rule
 from piste.advise.setup import Setup
 from piste.presets import presets
 
-_L2_BY_DEFAULT = ("adam", "radam", "nadam", "adamax", "lookaheadadam", "adabelief", "rangeradabelief", "adagrad")
+_L2_BY_DEFAULT = ("adam", "radam", "nadam", "adamax", "lookaheadadam", "adabelief", "rangeradabelief")
 _OWN_RULE_FOR_LR = ("adan", "lion", "prodigy")
 _ADAMW_SCALE = 1e-3  # where most people's learning rate for AdamW is
 
@@ -151,7 +151,7 @@ def l2_in_adam(setup: Setup) -> Found:
     AdamW mean decoupled decay; torch's Adam, RAdam and NAdam need to be told."""
     if setup.family not in _L2_BY_DEFAULT or setup.decoupled is not False or setup.weight_decay < 1e-3:
         return None
-    if setup.family == "adagrad" or (setup.family == "adam" and setup.origin == "torch"):
+    if setup.family == "adam" and setup.origin == "torch":
         return f"weight_decay={setup.weight_decay:g}", setup.code(cls="torch.optim.AdamW")
     return f"weight_decay={setup.weight_decay:g}", setup.code(decoupled_weight_decay=True)
 
