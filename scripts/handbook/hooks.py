@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,10 @@ from mkdocs.structure.pages import Page
 from scripts.handbook import pages
 
 _OPTIMIZERS, _MORE = "Optimizers", "More"
+#: pages that have their place in the navigation and may not be written yet
+_AWAITED = ("race.md", "scaling.md")
+#: pages beside ``docs``, under their names on the site
+_OF_THE_ROOT = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -23,6 +26,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     for section in config.nav or []:
         if _OPTIMIZERS in section:
             section[_OPTIMIZERS] = pages.navigation()
+    config.nav = _without(config.nav, {page for page in _AWAITED if not (docs / page).exists()})
     placed = set(_paths(config.nav))
     loose = sorted(
         str(path.relative_to(docs)) for path in docs.rglob("*.md") if str(path.relative_to(docs)) not in placed
@@ -30,6 +34,15 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     if loose and config.nav is not None:
         config.nav.append({_MORE: loose})
     return config
+
+
+def _without(nav: Any, absent: set[str]) -> Any:
+    """The navigation without some pages, and without sections that are then empty."""
+    if isinstance(nav, dict):
+        return {name: kept for name, part in nav.items() if (kept := _without(part, absent))}
+    if isinstance(nav, list):
+        return [kept for part in nav if (kept := _without(part, absent))]
+    return None if nav in absent else nav
 
 
 def _paths(nav: Any) -> list[str]:
@@ -47,7 +60,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """The README is the home of the site."""
+    """Links to pages beside ``docs`` lead to where the site has them."""
     depth = page.file.src_uri.count("/")
-    outside = re.escape("../" * (depth + 1) + "README.md")
-    return re.sub(rf"\]\({outside}\)", f"]({'../' * depth}index.md)", markdown)
+    for outside, inside in _OF_THE_ROOT.items():
+        markdown = markdown.replace(f"]({'../' * (depth + 1)}{outside}", f"]({'../' * depth}{inside}")
+    return markdown
