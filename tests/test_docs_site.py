@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,19 +87,31 @@ def test_every_optimizer_has_what_a_page_needs(info: Any) -> None:
 # -- the site ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built strictly: a link that leads nowhere, or a page that no menu has, is an error."""
-    folder = tmp_path_factory.mktemp("site")
+@pytest.mark.slow
+def test_the_site(tmp_path: Path) -> None:
+    """One test, as it is built once."""
+    built(tmp_path)
+    is_complete(tmp_path)
+    loads_nothing_from_elsewhere(tmp_path)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Quiet, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        reads_well(f"http://127.0.0.1:{server.server_address[1]}")
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def built(folder: Path) -> None:
+    """Strictly: a link that leads nowhere, or a page that no menu has, is an error."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder
 
 
-@pytest.mark.slow
-def test_the_site_is_complete(site: Path) -> None:
+def is_complete(site: Path) -> None:
+    """Every optimizer has its page, every preset its line, every rule of advice its place."""
     for info in OPTIMIZERS:
         assert (site / "optimizers" / f"{info.name.lower()}.html").exists()
     names = (site / "optimizers" / "index.html").read_text(encoding="utf-8")
@@ -109,8 +120,8 @@ def test_the_site_is_complete(site: Path) -> None:
     assert not [rule.name for rule in RULES if f'id="{rule.name}"' not in choosing]
 
 
-@pytest.mark.slow
-def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
+def loads_nothing_from_elsewhere(site: Path) -> None:
+    """No script, picture, style or font of anybody else's."""
     pattern = re.compile(r"<(?:script|img|iframe|link)\b[^>]*(?:src|href)=\"(?:https?:)?//[^\"]+\"")
     found = {match[0] for page in site.rglob("*.html") for match in pattern.finditer(page.read_text(encoding="utf-8"))}
     assert not {tag for tag in found if 'rel="canonical"' not in tag}
@@ -123,17 +134,7 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(scope="module")
-def address(site: Path) -> Iterator[str]:
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Quiet, directory=str(site)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.mark.slow
-def test_the_site_in_a_browser(address: str) -> None:
+def reads_well(address: str) -> None:
     """No complaint, no request to anybody else, no page that a phone has to push sideways; and the search finds."""
     playwright, chromium = pytest.importorskip("playwright.sync_api"), shutil.which("chromium")
     if chromium is None:
