@@ -16,7 +16,7 @@ def _of_dtype(setup: Setup, dtype: torch.dtype) -> list[str]:
 
 @rule("error", "The weights themselves are float16", "torch.amp documentation; GradScaler refuses float16 gradients")
 def float16_weights(setup: Setup) -> Found:
-    """Updates below a 2048th of a weight are lost, Adam's eps of 1e-8 is 0 in float16, and a GradScaler refuses to
+    """Updates below a 4096th of a weight are lost, Adam's eps of 1e-8 is 0 in float16, and a GradScaler refuses to
     unscale float16 gradients. Keep weights in float32 and let autocast choose what is computed in half."""
     names = _of_dtype(setup, torch.float16)
     if not names:
@@ -53,8 +53,8 @@ def bfloat16_second_moment(setup: Setup) -> Found:
 
 @rule("error", "float16 autocast without a GradScaler", "torch.amp documentation")
 def float16_unscaled(setup: Setup) -> Found:
-    """Gradients below 6e-8 are 0 in float16, which is most of them in most models. A GradScaler multiplies the loss so
-    that they are not, and skips steps that overflow; bfloat16 needs none."""
+    """Gradients below 3e-8 are 0 in float16, and in many models many are. A GradScaler multiplies the loss so that they
+    are not, and skips steps that overflow; bfloat16 needs none."""
     if setup.precision != "fp16" or setup.scaler:
         return None
     return (
