@@ -20,7 +20,7 @@ environment = @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help race environment-race environment test test-all test-fast test-slow lint format bench precision sharpness gallery clean
+.PHONY: help race environment-race environment test test-all test-fast test-slow lint format docs bench precision sharpness gallery clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -51,6 +51,9 @@ lint: environment  ## ruff (rules and format) and mypy
 format: environment  ## let ruff rewrite what it can
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+docs: environment  ## build the documentation site into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet $(ARGS)
 
 bench: environment  ## speed and memory against torch's optimizers and other libraries'
 	$(VENV)/bin/python -m benchmarks $(ARGS)

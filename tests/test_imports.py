@@ -52,6 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "presets": {"checks", "optimizer", "optimizers", "schedules", "groups", "wrappings"},
     "registry": {"checks", "presets", "optimizers", "wrappings", "schedules", "groups", "optimizer"},
     "memory": {"bucket", "optimizer", "plan", "registry", "storage", "symbol"},
+    "advise": {"checks", "groups", "memory", "optimizer", "optimizers", "presets", "routing", "schedules", "wrappers"},
 }
 LIBRARY_ENTRANCE = "__init__"
 RACE = {"race", "cli", "integrations"}  # they stand on the library as any user does

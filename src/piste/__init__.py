@@ -1,6 +1,8 @@
 """piste: every PyTorch optimizer worth trying, one rule on every engine, raced honestly on your own problem."""
 
 from piste import schedules as schedules
+from piste.advise import Finding as Finding
+from piste.advise import advise as advise
 from piste.batchnorm import recalibrate as recalibrate
 from piste.groups import describe_groups as describe_groups
 from piste.groups import param_groups as param_groups

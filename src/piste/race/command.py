@@ -1,4 +1,4 @@
-"""The commands: ``piste race``, ``piste memory``, ``piste list``, ``piste show``, ``piste report``."""
+"""The commands: ``piste race``, ``memory``, ``list``, ``show``, ``report``; and those that other files bring."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rich.console import Console
 
 import piste
 from piste.race import footprint, report
+from piste.race.advice import advise
 from piste.race.catalogue import find, show, show_list
 from piste.race.contenders import ContenderError, make_contenders
 from piste.race.executor import ExecutorError
@@ -304,3 +305,6 @@ def _show(console: Console, store: Store, result: StudyResult) -> None:
         show_result(console, result, None)
         raise
     show_result(console, result, path)
+
+
+command.add_command(advise)

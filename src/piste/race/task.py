@@ -137,7 +137,7 @@ def load_task(reference: str) -> LoadedTask:
         module = importlib.import_module(BUILT_IN[reference])
         return _checked(module, reference, f"the built-in task {reference}")
     path, name = split_reference(reference)
-    module = _import_file(path)
+    module = import_file(path)
     where = str(path)
     return _checked(module, name or _only_task(module, where), where)
 
@@ -164,13 +164,17 @@ def split_reference(reference: str) -> tuple[Path, str]:
     return path, match[2] or ""
 
 
-def _import_file(path: Path) -> ModuleType:
+def import_file(path: Path) -> ModuleType:
+    """Run a task file; what stands beside it can be imported.
+
+    Raises:
+        TaskError: it raises.
+    """
     spec = importlib.util.spec_from_file_location(f"piste_task_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise TaskError(f"{path} cannot be imported as a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    # As when a script is run: what stands beside the file can be imported.
     sys.path.insert(0, str(path.resolve().parent))
     try:
         spec.loader.exec_module(module)
