@@ -63,6 +63,7 @@ class Adan(Optimizer):
     """
 
     betas_count = 3
+    cycles_momentum = False  # a schedule that cycles 0.95 to 0.85 means Adam's 0.9 and not this 0.98
 
     def __init__(
         self,
