@@ -13,13 +13,13 @@ import pytest
 import torch
 from oracles import matrix
 from oracles.replay import (
-    FormulaRun,
     assert_same,
     by_formula,
     by_optimizer,
     parameters,
     random_problem,
     set_gradients,
+    with_statistics,
 )
 from torch import nn
 
@@ -49,6 +49,7 @@ def _told(settings: dict[str, Any]) -> dict[str, Any]:
         {"graft": "sign", "every": 3, "statistics_every": 2, "start": 1},
         {"graft": "none", "exponent": 0.5, "relative_eps": True},
         {"graft_beta": 0.9, "graft_eps": 1e-2, "decoupled_weight_decay": False},
+        {"sides": "one", "block_size": 4},
     ],
     ids=str,
 )
@@ -94,26 +95,17 @@ def _given(settings: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("form", ["meta", "google"])
 def test_factors_of_other_gradients(form: str) -> None:
-    """Against the formulas; where they are the gradients themselves nothing changes; and none may be forgotten."""
-    other = random_problem([w.shape for w in PROBLEM.weights], seed=9, steps=PROBLEM.steps)
+    """Against the formulas; and none may be forgotten."""
     ours = PLAIN | {"form": form}
     params = parameters(PROBLEM)
     optimizer = piste.Shampoo(params, preconditioner_gradients=True, **ours)
-    run = FormulaRun(matrix.shampoo, PROBLEM.weights, [_told(ours)] * len(params))
     set_gradients(params, PROBLEM.gradients[0])
     before = [p.detach().clone() for p in params]
     with pytest.raises(ValueError, match=r"none for a weight of shape \(\)"):
         optimizer.step()
     assert all(map(torch.equal, params, before))
-    for row, statistics in zip(PROBLEM.gradients, other.gradients, strict=True):
-        optimizer.give_preconditioner_gradients({p: torch.tensor(s) for p, s in zip(params, statistics, strict=True)})
-        for state, s in zip(run.states, statistics, strict=True):
-            state["statistics"] = s
-        set_gradients(params, row)
-        optimizer.step()
-        run.step(row)
-    for p, w in zip(params, run.weights, strict=True):
-        np.testing.assert_allclose(p.detach().numpy(), w, rtol=1e-8, atol=1e-9)
+    found, expected = with_statistics(params, optimizer, matrix.shampoo, _told(ours), PROBLEM)
+    assert_same([found], [expected], 1e-8, 1e-9)
 
 
 def test_other_gradients_are_checked() -> None:
@@ -126,10 +118,35 @@ def test_other_gradients_are_checked() -> None:
     assert not optimizer.state
 
 
+def _told_apart(run: dict[str, Any]) -> str:
+    """A run's settings without those that all runs have."""
+    return "-".join(f"{k}={v}" for k, v in run["settings"].items() if any(v != r["settings"].get(k) for r in META["runs"]))
+
+
+# Gradients enough, before the first basis, for every eigenvector of a block of three to be its own.
+DETERMINED = random_problem([(), (5,), (3, 4), (4, 2, 3)], seed=12, steps=9)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"graft": "none"},
+        {"graft": "adam", "sides": "one"},
+        {"graft": "none", "betas": (0.8, 1.0), "beta3": 0.5},
+        {"graft": "none", "exponent": 0.25, "bias_correction": False},
+    ],
+    ids=str,
+)
+def test_corrected_eigenvalues_are_the_formulas(settings: dict[str, Any]) -> None:
+    ours = PLAIN | {"block_size": 3, "start": 4, "corrected": True} | settings
+    actual = by_optimizer(lambda p: piste.Shampoo(p, **ours), DETERMINED)
+    assert_same(actual, by_formula(matrix.shampoo, DETERMINED, _told(ours)), 1e-10, 1e-11)
+
+
 META = json.loads((Path(__file__).parent / "oracles" / "shampoo_meta.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("run", META["runs"], ids=lambda run: run["settings"]["graft"])
+@pytest.mark.parametrize("run", META["runs"], ids=_told_apart)
 def test_is_facebookresearchs(run: dict[str, Any]) -> None:
     """The weights that their code gave; the file says how they were made."""
     problem = random_problem([(5,), (3, 2), (4, 2, 3)], seed=11, steps=8)
@@ -306,8 +323,19 @@ def test_roots_rest_between_refreshes() -> None:
 
 def test_refused() -> None:
     w = nn.Parameter(torch.zeros(3, 3))
-    with pytest.raises(ValueError, match=r"exponent=0\.3 with root='newton'"):
+    with pytest.raises(ValueError, match=r"root='newton' with exponent=0\.3"):
         piste.Shampoo([w], root="newton", exponent=0.3)
+    with pytest.raises(ValueError, match="corrected=True; legal"):
+        piste.Shampoo([w], root="newton", corrected=True)
+    for option in ({"nesterov": True}, {"average_momentum": True}):
+        with pytest.raises(ValueError, match=f"{next(iter(option))}=True with form='meta'; legal: False"):
+            piste.Shampoo([w], **option)
+    with pytest.raises(ValueError, match=r"beta3=0\.5 with form='google'; legal: None"):
+        piste.Shampoo([w], form="google", beta3=0.5)
+    with pytest.raises(ValueError, match="corrected=True with form='google'"):
+        piste.Shampoo([w], form="google", corrected=True)
+    with pytest.raises(ValueError, match="sides='left'; legal: 'all' or 'one'"):
+        piste.Shampoo([w], sides="left")
     with pytest.raises(ValueError, match="block_size=0"):
         piste.Shampoo([w], block_size=0)
     with pytest.raises(ValueError, match=r"betas=\(1\.0, 0\.9\)"):

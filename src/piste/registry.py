@@ -131,7 +131,7 @@ OPTIMIZERS: tuple[OptimizerInfo, ...] = (
     _info(optimizers.SGD, "buf", "Sutskever et al. 2013", "torch.optim.SGD"),
     _info(
         optimizers.Shampoo,
-        "factors roots m v m_graft statistics",
+        "factors roots bases m v m_graft eigenvalues statistics",
         "Gupta et al. 2018, arXiv 1802.09568; Anil et al. 2020, arXiv 2002.09018; Shi et al. 2023, arXiv 2309.06497",
         "float64 formulas, numbers of facebookresearch/optimizers",
     ),
@@ -140,7 +140,7 @@ OPTIMIZERS: tuple[OptimizerInfo, ...] = (
     ),
     _info(
         optimizers.SOAP,
-        "factors bases m v",
+        "factors bases m v statistics",
         "Vyas et al. 2024, arXiv 2409.11321",
         "float64 formulas, the authors' soap.py",
     ),

@@ -147,7 +147,8 @@ def _magnitude(x: Array, g: Array, state: State, t: int, s: dict[str, Any]) -> A
 _SHAMPOO: dict[str, Any] = {
     "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-12, "weight_decay": 0.0, "form": "meta", "graft": "adam",
     "graft_beta": None, "graft_eps": 1e-8, "graft_normalized": False, "every": 10, "statistics_every": 1, "start": 10,
-    "block_size": 1024, "merge_dims": True, "exponent": None, "root": "eigen", "relative_eps": False,
+    "block_size": 1024, "merge_dims": True, "sides": "all", "corrected": False,
+    "exponent": None, "root": "eigen", "relative_eps": False,
     "bias_correction": True, "beta3": None, "nesterov": False, "average_momentum": False,
     "decoupled_weight_decay": True, "use_gc": False, "gc_conv_only": False,
 }  # fmt: skip
@@ -166,13 +167,13 @@ def shampoo(p: Array, g: Array, state: State, **settings: Any) -> Array:
     merge = block if s["merge_dims"] and s["block_size"] else 1
     shape = _merged(p.shape, merge, backwards=not google)
     places = _corners(shape, block)
-    order = len(shape)
+    axes = [shape.index(min(shape))] if s["sides"] == "one" else list(range(len(shape)))
     b2 = s["betas"][1]
     factors = state.setdefault("factors", {})
     roots = state.setdefault("roots", {})
     blocks = state.get("statistics", g).reshape(shape)
     for i, place in enumerate(places):
-        for axis in range(order):
+        for axis in axes:
             outer = _outer(blocks[place], axis)
             start = s["eps"] * np.eye(len(outer)) if google else np.zeros_like(outer)
             roots.setdefault((i, axis), np.eye(len(outer)))
@@ -186,21 +187,43 @@ def shampoo(p: Array, g: Array, state: State, **settings: Any) -> Array:
         for key, factor in factors.items():
             whole = factor / (1 - b2**updates) if corrects else factor
             ridge = s["eps"] * (np.linalg.eigvalsh(whole)[-1] if s["relative_eps"] else 1.0)
-            roots[key] = _power(whole, s["exponent"] or 1 / (2 * order), ridge)
+            if s["corrected"]:
+                roots[key] = np.linalg.eigh(whole)[1]
+            else:
+                roots[key] = _power(whole, s["exponent"] or 1 / (2 * len(axes)), ridge)
     step = (_google if google else _meta)(p, g, state, t, s, places, shape)
     if s["decoupled_weight_decay"]:
         p = p * (1 - s["lr"] * s["weight_decay"])
     return p - s["lr"] * step
 
 
+def _along_axes(x: Array, matrices: dict[int, Array]) -> Array:
+    for axis, matrix in matrices.items():
+        x = np.moveaxis(np.tensordot(matrix, x, axes=(1, axis)), 0, axis)
+    return x
+
+
 def _preconditioned(x: Array, roots: dict[tuple[int, int], Array], places: Any, shape: list[int]) -> Array:
     blocks = x.reshape(shape)
     result = np.zeros_like(blocks)
     for i, place in enumerate(places):
-        part = blocks[place]
-        for axis in range(len(shape)):
-            part = np.moveaxis(np.tensordot(roots[i, axis], part, axes=(1, axis)), 0, axis)
-        result[place] = part
+        result[place] = _along_axes(blocks[place], {axis: root for (block, axis), root in roots.items() if block == i})
+    return result
+
+
+def _corrected(x: Array, g: Array, state: State, t: int, s: dict[str, Any], places: Any, shape: list[int]) -> Array:
+    """Meta's eigenvalue correction: squares of gradients are averaged in whatever basis there is at the time."""
+    b2 = s["betas"][1]
+    x, g = x.reshape(shape), g.reshape(shape)
+    v = state.setdefault("eigenvalues", np.zeros(shape))
+    result = np.zeros(shape)
+    for i, place in enumerate(places):
+        bases = {axis: basis for (block, axis), basis in state["roots"].items() if block == i}
+        into = {axis: basis.T for axis, basis in bases.items()}
+        v[place] = b2 * v[place] + (1.0 if b2 == 1 else 1 - b2) * _along_axes(g[place], into) ** 2
+        whole = v[place] / (1 - b2**t) if s["bias_correction"] and b2 != 1 else v[place]
+        ratio = _along_axes(x[place], into) / (whole ** (s["exponent"] or 0.5) + s["eps"])
+        result[place] = _along_axes(ratio, bases)
     return result
 
 
@@ -213,9 +236,12 @@ def _meta(p: Array, g: Array, state: State, t: int, s: dict[str, Any], places: A
     if s["bias_correction"]:
         x = x / (1 - b3 * b1 ** (t - 1))
     magnitude = _magnitude(x, g, state, t, s)
+    if s["corrected"]:
+        d = _corrected(x, g, state, t, s, places, shape)
+    else:
+        d = _preconditioned(x, state["roots"], places, shape)
     if t < s["start"] and s["graft"] != "none":
         return magnitude
-    d = _preconditioned(x, state["roots"], places, shape)
     if s["graft"] != "none":
         wanted = magnitude.reshape(shape)
         for place in places:
@@ -281,7 +307,8 @@ def soap(
     axes = [i for i, n in enumerate(shape) if turns and n <= limit]
     beta = betas[1] if shampoo_beta is None else shampoo_beta
     factors = state.setdefault("factors", {i: np.zeros((shape[i], shape[i])) for i in axes})
-    new = {i: beta * factors[i] + (1 - beta) * _outer(x, i) for i in axes}
+    seen = state.get("statistics", g).reshape(shape)
+    new = {i: beta * factors[i] + (1 - beta) * _outer(seen, i) for i in axes}
     if "k" not in state:
         state.update(k=0, factors=new, m=np.zeros(shape), v=np.zeros(shape))
         state["bases"] = [np.linalg.eigh(new[i])[1][:, ::-1] if i in axes else None for i in range(len(shape))]
