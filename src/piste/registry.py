@@ -113,6 +113,12 @@ OPTIMIZERS: tuple[OptimizerInfo, ...] = (
     _info(optimizers.NovoGrad, "m v vmax", "Ginsburg et al. 2019, arXiv 1905.11286", "timm NvNovoGrad"),
     _info(optimizers.PNM, "odd even", "Xie et al. 2021, arXiv 2103.17182", "pytorch_optimizer PNM"),
     _info(optimizers.Prodigy, "m v s x0", "Mishchenko & Defazio 2023, arXiv 2306.06101", "prodigyopt 1.1.2"),
+    _info(
+        optimizers.PSGDKron,
+        "m factors",
+        "Li 2018, arXiv 1512.04202; Li 2024, arXiv 2402.11858",
+        "float64 formulas, numbers of kron_torch 884427c",
+    ),
     _info(optimizers.RAdam, "m v", "Liu et al. 2019, arXiv 1908.03265", "torch.optim.RAdam"),
     _info(optimizers.Ralamb, "m v", "Grankin 2019, mgrankin/over9000", "float64 formulas"),
     _info(optimizers.Ranger, "m v slow", "Wright 2019, ranger.py 20.4.11", "float64 formulas"),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from oracles.formulas import Array, State, adamw, centralized
 
@@ -333,3 +336,100 @@ def soap(
         state.update(bases=fresh, v=v, m=_turned(m, fresh))
     p = p - step * d
     return p * (1 - lr * weight_decay) if decoupled_weight_decay else p
+
+
+# --- PSGD -------------------------------------------------------------------------------------------------------------
+
+
+def _probe(shape: Sequence[int], seed: int, t: int) -> Array:
+    """The numbers that weights of this shape are promised in their own step t."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"probe {seed} {t}".encode()))
+    return torch.randn(tuple(shape), generator=generator).double().numpy()
+
+
+def _updates_until(t: float, flat: float, decay: float, least: float) -> int:
+    """The integral from 0 to t of a probability that is 1 until ``flat`` and falls exponentially to ``least``."""
+    end = flat - np.log(least) / decay
+    if t <= flat:
+        return int(t)
+    if t <= end:
+        return int(flat + (1 - np.exp(-decay * (t - flat))) / decay)
+    return int(flat + (1 - least) / decay + least * (t - end))
+
+
+def _lower_bound(a: Array) -> float:
+    """Li's bound of a spectral norm."""
+    size = np.abs(a).max()
+    a = a / size
+    x = a[:, (a * a).sum(0).argmax()] @ a
+    return float(np.linalg.norm(a @ (x / np.linalg.norm(x))) * size)
+
+
+def _fitted(x: Array, factors: list[Array], diagonal: list[bool], v: Array, rate: float) -> list[Array]:
+    """Li 2018, equation for dQ = E Q: each factor a little nearer to whitening x."""
+    x = x + np.sqrt(np.finfo(np.float32).eps) * np.abs(x).mean() * v
+    a = _along_axes(x, dict(enumerate(factors)))
+    b = _along_axes(v, {i: np.linalg.inv(q).T for i, q in enumerate(factors)})
+    new = []
+    for i, q in enumerate(factors):
+        seen, wanted = _outer(a, i), _outer(b, i)
+        if diagonal[i]:
+            slope = np.diag(np.diag(seen - wanted)) / np.diag(seen + wanted).max()
+        else:
+            slope = np.triu(seen - wanted) / _lower_bound(seen + wanted)
+        new.append(q - rate * slope @ q)
+    return new
+
+
+def psgd_kron(
+    p: Array,
+    g: Array,
+    state: State,
+    *,
+    lr: float = 3e-4,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    factor_lr: float = 0.1,
+    init_scale: float = 1.0,
+    whiten: str = "momentum",
+    clip_rms: float | None = 1.1,
+    flat_start: int = 500,
+    probability_decay: float = 1e-3,
+    least_probability: float = 0.03,
+    max_size: int | None = 8192,
+    diagonal: str = "none",
+    merge_dims: bool = True,
+    seed: int = 0,
+    decoupled_weight_decay: bool = True,
+    use_gc: bool = False,
+    gc_conv_only: bool = False,
+) -> Array:
+    if not decoupled_weight_decay:
+        g = g + weight_decay * p
+    if use_gc:
+        g = centralized(g, gc_conv_only)
+    t = state["t"] = state.get("t", 0) + 1
+    m = state["m"] = momentum * state.get("m", np.zeros_like(g)) + (1 - momentum) * g
+    shape = p.shape or (1,)
+    if p.ndim > 2 and merge_dims:
+        first, last = (len(p), -1), (-1, p.shape[-1])
+        shape = min((p.reshape(way).shape for way in (last, first)), key=lambda s: max(s) / min(s))
+    limit = max_size or max(shape)
+    diagonals = [diagonal == "all" or n == 1 or n > limit or len(shape) == 1 for n in shape]
+    if diagonal == "longest":
+        diagonals[int(np.argmax(shape))] = True
+    x = (m / (1 - momentum**t)).reshape(shape)
+    factors = state.setdefault("Q", [init_scale ** (1 / len(shape)) * np.eye(n) for n in shape])
+    count, before = (_updates_until(s, flat_start, probability_decay, least_probability) for s in (t, t - 1))
+    if count > before:
+        if count % 100 == 0:
+            sizes = [np.abs(q).max() for q in factors]
+            factors = [q * np.prod(sizes) ** (1 / len(sizes)) / size for q, size in zip(factors, sizes, strict=True)]
+        seen = x if whiten == "momentum" else g.reshape(shape)
+        factors = state["Q"] = _fitted(seen, factors, diagonals, _probe(shape, seed, t), factor_lr)
+    d = _along_axes(x, {i: q.T @ q for i, q in enumerate(factors)}).reshape(p.shape)
+    if clip_rms is not None:
+        d = d * min(1.0, clip_rms / (np.sqrt((d * d).mean()) + 1e-12))
+    if decoupled_weight_decay:
+        p = p * (1 - lr * weight_decay)
+    return p - lr * d
