@@ -544,12 +544,6 @@ def _decays(params: Iterable[Any], default: Any) -> list[Any]:
 
 def _warn_of_lost_distinction(preset: Preset, params: list[Any], decay: Any) -> None:
     grouped = any(isinstance(param, dict) for param in params)
-    if issubclass(preset.optimizer, optimizers.Muon) and not grouped:
-        logger.warning(
-            "create(%r): bare parameters do not say which are embeddings and heads, so Muon takes all matrices; "
-            "pass the model, or piste.Muon.groups(model)",
-            preset.name,
-        )
     if not (preset.wd.bn_wd or grouped or decay == 0):
         logger.warning(
             "create(%r): bare parameters do not say which are norms and biases, so all are decayed; "
