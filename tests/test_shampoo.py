@@ -108,6 +108,28 @@ def test_factors_of_other_gradients(form: str) -> None:
     assert_same([found], [expected], 1e-8, 1e-9)
 
 
+def test_sampled_gradients_make_fisher_factors() -> None:
+    """Softmax regression, whose Fisher matrix is known: with labels drawn from the model's own predictions the mean of
+    G G^T is that of |x|^2 (diag p - p p^T), over the size of the batch, whatever the true labels are."""
+    generator = torch.Generator().manual_seed(6)
+    x, y = torch.randn(5, 4, generator=generator), torch.tensor([0, 0, 1, 1, 2])
+    weight = nn.Parameter(torch.randn(3, 4, generator=generator))
+    settings: dict[str, Any] = {"lr": 0.0, "betas": (0.0, 1.0), "start": 10_000, "merge_dims": False}
+    optimizer = piste.Shampoo([weight], preconditioner_gradients=True, **settings)
+    draws = 1500
+    with torch.no_grad():
+        p = torch.softmax(x @ weight.T, 1)
+    weight.grad = (p - nn.functional.one_hot(y, 3)).T @ x / 5
+    for _ in range(draws):
+        sampled = nn.functional.one_hot(torch.multinomial(p, 1, generator=generator)[:, 0], 3)
+        optimizer.give_preconditioner_gradients({weight: (p - sampled).T @ x / 5})
+        optimizer.step()
+    expected = torch.einsum("i,ij,jk->jk", x.square().sum(1), p, torch.eye(3))
+    expected = (expected - torch.einsum("i,ij,ik->jk", x.square().sum(1), p, p)) / 25
+    found = optimizer.state[weight]["factors"][:9].view(3, 3) / draws
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.05 * float(expected.abs().max()))
+
+
 def test_other_gradients_are_checked() -> None:
     p, q = nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(2))
     optimizer = piste.Shampoo([{"params": [p], "preconditioner_gradients": True}, {"params": [q]}])
@@ -120,7 +142,8 @@ def test_other_gradients_are_checked() -> None:
 
 def _told_apart(run: dict[str, Any]) -> str:
     """A run's settings without those that all runs have."""
-    return "-".join(f"{k}={v}" for k, v in run["settings"].items() if any(v != r["settings"].get(k) for r in META["runs"]))
+    own = {k: v for k, v in run["settings"].items() if any(v != r["settings"].get(k) for r in META["runs"])}
+    return "-".join(f"{k}={v}" for k, v in own.items())
 
 
 # Gradients enough, before the first basis, for every eigenvector of a block of three to be its own.

@@ -107,8 +107,8 @@ def _heads(
     last = eligible[-1]
     if _in_repeated_block(model, last.name):
         raise ValueError(
-            f"{owner}.groups cannot tell which layer makes predictions: the last matrix, {last.name!r}, is one of several "
-            "layers, or in one of several blocks, that are alike; legal: heads= with the names of such layers, heads=() where there are none"
+            f"{owner}.groups cannot tell which layer makes predictions: the last matrix, {last.name!r}, is in one of "
+            "several blocks or layers alike; legal: heads= with the names of such layers, heads=() where there are none"
         )
     return {last.name}
 
@@ -121,9 +121,9 @@ def _named(owner: str, weights: list[ModelWeight], name: str) -> set[str]:
 
 
 def _in_repeated_block(model: nn.Module, name: str) -> bool:
-    """Is the layer of this weight inside of a block that stands in a row of blocks of its type, or one of several heads?
+    """Does the layer of this weight, or a block that it is in, stand in a row of others of its type?
 
-    In a ``Sequential`` the last layer is the last one to run; in a list or dictionary of layers that is anybody's guess.
+    In a ``Sequential`` the last layer is the last one to run; in a list or dictionary nobody can tell.
     """
     path = name.split(".")[:-1]
     module = model

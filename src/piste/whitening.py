@@ -174,4 +174,5 @@ def _spectral_norm_at_least(stack: Tensor) -> Tensor:
     x = a.gather(-1, longest[:, None, None].expand(-1, a.shape[-1], 1))
     x = a.mT @ x
     x = a @ (x / torch.linalg.vector_norm(x, dim=-2, keepdim=True).clamp(min=torch.finfo(a.dtype).tiny))
-    return torch.linalg.vector_norm(x, dim=(-2, -1)) * largest
+    stretched: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1))
+    return stretched * largest

@@ -367,7 +367,7 @@ def _lower_bound(a: Array) -> float:
 
 def _fitted(x: Array, factors: list[Array], diagonal: list[bool], v: Array, rate: float) -> list[Array]:
     """Li 2018, equation for dQ = E Q: each factor a little nearer to whitening x."""
-    x = x + np.sqrt(np.finfo(np.float32).eps) * np.abs(x).mean() * v
+    x = x + 2.0**-11.5 * np.abs(x).mean() * v  # the root of a unit in the last place of float32
     a = _along_axes(x, dict(enumerate(factors)))
     b = _along_axes(v, {i: np.linalg.inv(q).T for i, q in enumerate(factors)})
     new = []

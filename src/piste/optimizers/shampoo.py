@@ -71,9 +71,8 @@ class Shampoo(FactorsOfOthers):
             worked out then (``"meta"``), or in the first step (``"google"``).
         block_size: longest side of a block, None for whole weights.
         merge_dims: merge neighbouring axes while their product is at most ``block_size``; axes of one always go.
-        sides: ``"all"``, or ``"one"``: only the shortest axis of a weight has factors, so that a matrix is multiplied by
-            an inverse square root from one side (Xie et al. 2025); it takes the square of the shorter side in place of
-            both.
+        sides: ``"all"``, or ``"one"``: only the shortest axis of a weight has factors, so that a matrix is multiplied
+            from one side by an inverse square root (Xie et al. 2025), and factors take the square of the shorter side.
         corrected: the gradient is divided by a root mean square of its own in the eigenbasis of the factors, in the
             place of their roots: SOAP as Meta has it (see the page on matrices for what differs); ``"meta"`` alone.
         exponent: the power of the inverse, in the place of ``1 / (2 r)`` for r axes with factors, or of 1/2 with
