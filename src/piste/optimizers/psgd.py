@@ -41,9 +41,9 @@ class PSGDKron(Optimizer):
     The probes V follow from the group's ``seed``, the weight's own step and its shape: a run that is resumed goes on
     with the same ones, on every process alike. Weights of one shape share them.
 
-    **When to use**: where Shampoo and SOAP are used, with as little as one decomposition too many: on devices that
-    decompose slowly; recurrent and small networks, where the author shows it most. **When not**: gradients that are
-    nearly always zero (sparse embeddings), whose factors grow until the clip alone gives the step its length.
+    **When to use**: where Shampoo and SOAP are used, on devices that decompose matrices slowly; small and recurrent
+    networks, which its author shows most. **When not**: gradients that are nearly always zero (embeddings of rare
+    words), whose factors grow until the clip alone gives the step its length.
 
     State of a square matrix: 8 bytes per parameter of factors, 4 of momentum; ``diagonal="all"`` leaves 4, and next to
     nothing for factors. Under ``state="bf16"``, ``"8bit"``, ``"4bit"`` momentum takes 2, 1.02, 0.516;

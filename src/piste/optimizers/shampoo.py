@@ -51,7 +51,7 @@ class Shampoo(FactorsOfOthers):
     State of a square block: 8 bytes per parameter of factors and as much of roots, 4 of momentum, 4 of most magnitudes;
     ``"google"`` keeps a second momentum, 4, if ``start`` is above 1. A vector that fits into a block has the square of
     its length, twice. ``factors="bf16"`` halves factors and roots. Under ``state="bf16"``, ``"8bit"``, ``"4bit"`` the
-    moments of a matrix take 4, 2.05, 1.06.
+    moments of a matrix take 4, 2.05, 1.06. With ``corrected`` bases stand for roots, and 4 more bytes hold squares.
 
     Args:
         params: tensors, groups, or ``(name, tensor)`` pairs.
@@ -104,8 +104,8 @@ class Shampoo(FactorsOfOthers):
         >>> optimizer.step()
 
     Source: Gupta, Koren & Singer 2018, arXiv 1802.09568; Anil et al. 2020, arXiv 2002.09018; Shi et al. 2023, arXiv
-    2309.06497. Parity with formulas typed from both public codes, and with numbers that facebookresearch/optimizers
-    gave.
+    2309.06497; one side: Xie et al. 2025, arXiv 2503.10537. Parity with formulas typed from both public codes, and with
+    numbers that facebookresearch/optimizers gave.
     """
 
     shaping = ("block_size",)
