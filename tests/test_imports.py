@@ -45,7 +45,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("optimizer", "execution", "roster", "checks", "checkpoint", "slots", "variants", "parts"),
         *("batchnorm", "codecs", "sharding", "storage"),
     },
-    "optimizers": {"optimizer", "rules", "parts", "slots", "storage", "checks", "groups", "kronecker", "routing"},
+    "optimizers": {
+        *("optimizer", "rules", "parts", "slots", "storage", "checks", "groups", "kronecker", "routing", "whitening"),
+    },
     "schedules": {"checks"},
     "groups": {"checks"},
     "routing": {"groups"},

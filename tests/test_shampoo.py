@@ -346,10 +346,11 @@ def test_roots_rest_between_refreshes() -> None:
 
 def test_refused() -> None:
     w = nn.Parameter(torch.zeros(3, 3))
-    with pytest.raises(ValueError, match=r"root='newton' with exponent=0\.3"):
+    with pytest.raises(ValueError, match=r"exponent=0\.3 with root='newton'"):
         piste.Shampoo([w], root="newton", exponent=0.3)
-    with pytest.raises(ValueError, match="corrected=True; legal"):
-        piste.Shampoo([w], root="newton", corrected=True)
+    for option, value in (("root", "newton"), ("relative_eps", True)):
+        with pytest.raises(ValueError, match=f"{option}={value!r} with corrected=True; legal"):
+            piste.Shampoo([w], corrected=True, **{option: value})
     for option in ({"nesterov": True}, {"average_momentum": True}):
         with pytest.raises(ValueError, match=f"{next(iter(option))}=True with form='meta'; legal: False"):
             piste.Shampoo([w], **option)

@@ -23,6 +23,8 @@ _OF_FORM: Mapping[str, Mapping[str, Any]] = {
     "meta": {"nesterov": False, "average_momentum": False},
     "google": {"beta3": None, "corrected": False},
 }
+#: and what those of roots must be where there are none
+_CORRECTED: Mapping[str, Any] = {"root": "eigen", "relative_eps": False}
 
 
 class Shampoo(FactorsOfOthers):
@@ -147,15 +149,16 @@ class Shampoo(FactorsOfOthers):
     @classmethod
     def check_group(cls, group: Mapping[str, Any]) -> None:
         exponent, form = group["exponent"], group["form"]
-        whole = exponent is None or abs(1 / exponent - round(1 / exponent)) < 1e-9
-        if group["root"] == "newton" and (group["corrected"] or not whole):
+        if group["root"] == "newton" and exponent is not None and abs(1 / exponent - round(1 / exponent)) > 1e-9:
             raise ValueError(
-                f"{cls.__name__} got root='newton' with exponent={exponent!r}, corrected={group['corrected']!r}; "
-                "legal: an exponent of one over a whole number and corrected=False, or root='eigen'"
+                f"{cls.__name__} got exponent={exponent!r} with root='newton'; legal: one over a whole number, or "
+                "root='eigen'"
             )
-        for option, value in _OF_FORM[form].items():
-            if group[option] != value:
-                raise ValueError(f"{cls.__name__} got {option}={group[option]!r} with form={form!r}; legal: {value!r}")
+        bound = [(f"form={form!r}", _OF_FORM[form]), *([("corrected=True", _CORRECTED)] if group["corrected"] else [])]
+        for choice, options in bound:
+            for option, value in options.items():
+                if group[option] != value:
+                    raise ValueError(f"{cls.__name__} got {option}={group[option]!r} with {choice}; legal: {value!r}")
 
     @classmethod
     def pipeline(cls, group: Mapping[str, Any]) -> Pipeline:
