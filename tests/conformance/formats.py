@@ -18,9 +18,9 @@ LOW = piste.STATE_FORMATS[1:]
 STEPS = 8  # across a synchronisation of Lookahead
 #: above and below the size from which codes are used, one of them with a block that is cut off
 SHAPES = ((70, 61), (5, 7, 11, 13), (4200,), (30, 4))
-#: a sign that turns is a whole step, an estimate from all weights feels every one of them, and an inverse root or a
-#: whitening makes most of directions with the least in them
-SENSITIVE = {"Lion", "PSGDKron", "Prodigy", "Shampoo"}
+#: a sign that turns is a whole step, an estimate from all weights feels every one of them, and an inverse root makes
+#: most of directions with the least in them
+SENSITIVE = {"Lion", "Prodigy", "Shampoo"}
 NO_MOMENTS = dict.fromkeys(("MADGRAD", "MirrorMADGRAD", "ScheduleFreeSGD"), "keeps no moments")
 
 
