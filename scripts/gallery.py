@@ -62,17 +62,23 @@ HILLS = (
 )
 
 
+#: they are shown a matrix of 2 x 1, of which Muon has to be told, for a vector is none of their business
+BY_MATRIX = {"Muon": {"rule": "muon"}, "NorMuon": {"rule": "muon"}, "PSGDKron": {}, "Shampoo": {}, "SOAP": {}}
+
+
 def walk(name: str, lr: float, hill: Hill) -> np.ndarray:
     """The points that one run visits, the start among them; it ends early where it leaves all bounds."""
-    weight = torch.nn.Parameter(torch.tensor(hill.start, dtype=torch.float64))
+    start = torch.tensor(hill.start, dtype=torch.float64)
+    weight = torch.nn.Parameter(start[:, None] if name in BY_MATRIX else start)
     own = {"total_steps": hill.steps} if "total_steps" in piste.presets[name.lower()].arguments else {}
+    own |= BY_MATRIX.get(name, {})
     optimizer = piste.create(name, [weight], lr=lr, weight_decay=0.0, engine="reference", **own)
-    points = [weight.detach().numpy().copy()]
+    points = [start.numpy().copy()]
     for _ in range(hill.steps):
         optimizer.zero_grad()
-        hill.height(*weight).backward()
+        hill.height(*weight.flatten()).backward()
         optimizer.step()
-        points.append(weight.detach().numpy().copy())
+        points.append(weight.detach().flatten().numpy().copy())
         if not np.abs(points[-1]).max() < 1e3:
             break
     return np.array(points)

@@ -319,15 +319,16 @@ def test_a_tensor_at_rest_does_not_stop_the_others() -> None:
         assert not np.array_equal(seen[-1][0], DENSE.weights[0])
 
 
-def test_a_direction_of_zero_and_a_zero_gradient_move_nothing() -> None:
+@pytest.mark.parametrize("eps", [1e-16, 0.0])
+def test_a_direction_of_zero_and_a_zero_gradient_move_nothing(eps: float) -> None:
     params = parameters(DENSE)
     before = snapshot(params)
-    optimizer = piste.Graft(piste.Adam(params), piste.SGD(params, lr=0.0))
+    optimizer = piste.Graft(piste.Adam(params), piste.SGD(params, lr=0.0), eps=eps)
     set_gradients(params, DENSE.gradients[0])
     optimizer.step()
     for p in params:
         p.grad = torch.zeros_like(p)
-    zero = piste.Graft(piste.Adam(params), piste.SGD(params, lr=0.1))
+    zero = piste.Graft(piste.Adam(params), piste.SGD(params, lr=0.1), eps=eps)
     zero.step()
     for p, b in zip(params, before, strict=True):
         np.testing.assert_array_equal(p.detach().numpy(), b)

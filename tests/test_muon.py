@@ -243,6 +243,17 @@ def test_a_head_that_cannot_be_told_is_asked_for() -> None:
         piste.Muon.groups(model, heads=["haed"])
 
 
+@pytest.mark.parametrize("shelf", [nn.ModuleList, lambda layers: nn.ModuleDict({"a": layers[0], "b": layers[1]})])
+def test_one_of_several_heads_is_not_taken_for_the_head(shelf: Any) -> None:
+    """In a list or dictionary of layers nothing says which comes last; in a Sequential the place does."""
+    model = nn.Sequential(nn.Linear(4, 8), shelf([nn.Linear(8, 2), nn.Linear(8, 3)]))
+    with pytest.raises(ValueError, match=r"'1\.(1|b)\.weight'.*heads="):
+        piste.Muon.groups(model)
+    assert {name for name, (rule, _) in routed(model, heads=["1"]).items() if rule == "muon"} == {"0.weight"}
+    chain = nn.Sequential(nn.Linear(4, 8), nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)))
+    assert {name for name, (rule, _) in routed(chain).items() if rule == "adamw"} == {"1.2.weight"}
+
+
 def test_convolutions_and_recurrent_layers() -> None:
     model = nn.Sequential(
         nn.Conv2d(4, 8, 3, groups=2),
@@ -294,10 +305,21 @@ def test_create_sorts_by_itself_and_shows_it() -> None:
         piste.create("adamw", Language(), heads=())
 
 
-def test_bare_parameters_are_taken_with_a_word(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("cls", [piste.Muon, piste.NorMuon])
+def test_bare_parameters_are_taken_with_a_word(cls: type[piste.Muon], caplog: pytest.LogCaptureFixture) -> None:
+    """By create and by the class; not where somebody has said what weights are, nor for vectors."""
+    model = nn.Linear(3, 2)
     with caplog.at_level(logging.WARNING, "piste"):
-        piste.create("muon", nn.Linear(3, 2).parameters(), weight_decay=0.0)
-    assert "embeddings and heads" in caplog.text
+        piste.create(cls.__name__, model.parameters(), weight_decay=0.0)
+        assert f"{cls.__name__} goes by shapes for 1 weights: embeddings and heads" in caplog.text
+        caplog.clear()
+        optimizer = cls([model.bias])
+        optimizer.add_param_group({"params": [model.weight]})
+        assert len(caplog.records) == 1
+        caplog.clear()
+        cls([model.weight], rule="muon")
+        cls(cls.groups(model, heads=()))
+    assert not caplog.text
 
 
 def test_a_vector_or_a_split_that_does_not_fit_is_refused() -> None:

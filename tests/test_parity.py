@@ -372,7 +372,7 @@ def test_ranger_adabelief_keeps_decay_out_of_its_momentum() -> None:
 # --- groups, clipping, changing hyper-parameters ------------------------------------------------------------------
 
 # Rules of matrices have tests of their own, on problems whose singular values and eigenvectors are well determined.
-ELEMENTWISE = [name for name in FORMULAS if name not in ("Muon", "NorMuon", "Shampoo", "SOAP")]
+ELEMENTWISE = [name for name in FORMULAS if name not in ("Muon", "NorMuon", "PSGDKron", "Shampoo", "SOAP")]
 
 TWO_GROUPS = {
     "SGD": ({"momentum": 0.9, "lr": 0.1}, {"momentum": 0.5, "lr": 0.01, "weight_decay": 0.1}),

@@ -13,13 +13,13 @@ import pytest
 import torch
 from oracles import matrix
 from oracles.replay import (
-    FormulaRun,
     assert_same,
     by_formula,
     by_optimizer,
     parameters,
     random_problem,
     set_gradients,
+    with_statistics,
 )
 from torch import nn
 
@@ -49,6 +49,7 @@ def _told(settings: dict[str, Any]) -> dict[str, Any]:
         {"graft": "sign", "every": 3, "statistics_every": 2, "start": 1},
         {"graft": "none", "exponent": 0.5, "relative_eps": True},
         {"graft_beta": 0.9, "graft_eps": 1e-2, "decoupled_weight_decay": False},
+        {"sides": "one", "block_size": 4},
     ],
     ids=str,
 )
@@ -94,26 +95,39 @@ def _given(settings: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("form", ["meta", "google"])
 def test_factors_of_other_gradients(form: str) -> None:
-    """Against the formulas; where they are the gradients themselves nothing changes; and none may be forgotten."""
-    other = random_problem([w.shape for w in PROBLEM.weights], seed=9, steps=PROBLEM.steps)
+    """Against the formulas; and none may be forgotten."""
     ours = PLAIN | {"form": form}
     params = parameters(PROBLEM)
     optimizer = piste.Shampoo(params, preconditioner_gradients=True, **ours)
-    run = FormulaRun(matrix.shampoo, PROBLEM.weights, [_told(ours)] * len(params))
     set_gradients(params, PROBLEM.gradients[0])
     before = [p.detach().clone() for p in params]
     with pytest.raises(ValueError, match=r"none for a weight of shape \(\)"):
         optimizer.step()
     assert all(map(torch.equal, params, before))
-    for row, statistics in zip(PROBLEM.gradients, other.gradients, strict=True):
-        optimizer.give_preconditioner_gradients({p: torch.tensor(s) for p, s in zip(params, statistics, strict=True)})
-        for state, s in zip(run.states, statistics, strict=True):
-            state["statistics"] = s
-        set_gradients(params, row)
+    found, expected = with_statistics(params, optimizer, matrix.shampoo, _told(ours), PROBLEM)
+    assert_same([found], [expected], 1e-8, 1e-9)
+
+
+def test_sampled_gradients_make_fisher_factors() -> None:
+    """Softmax regression, whose Fisher matrix is known: with labels drawn from the model's own predictions the mean of
+    G G^T is that of |x|^2 (diag p - p p^T), over the size of the batch, whatever the true labels are."""
+    generator = torch.Generator().manual_seed(6)
+    x, y = torch.randn(5, 4, generator=generator), torch.tensor([0, 0, 1, 1, 2])
+    weight = nn.Parameter(torch.randn(3, 4, generator=generator))
+    settings: dict[str, Any] = {"lr": 0.0, "betas": (0.0, 1.0), "start": 10_000, "merge_dims": False}
+    optimizer = piste.Shampoo([weight], preconditioner_gradients=True, **settings)
+    draws = 1500
+    with torch.no_grad():
+        p = torch.softmax(x @ weight.T, 1)
+    weight.grad = (p - nn.functional.one_hot(y, 3)).T @ x / 5
+    for _ in range(draws):
+        sampled = nn.functional.one_hot(torch.multinomial(p, 1, generator=generator)[:, 0], 3)
+        optimizer.give_preconditioner_gradients({weight: (p - sampled).T @ x / 5})
         optimizer.step()
-        run.step(row)
-    for p, w in zip(params, run.weights, strict=True):
-        np.testing.assert_allclose(p.detach().numpy(), w, rtol=1e-8, atol=1e-9)
+    expected = torch.einsum("i,ij,jk->jk", x.square().sum(1), p, torch.eye(3))
+    expected = (expected - torch.einsum("i,ij,ik->jk", x.square().sum(1), p, p)) / 25
+    found = optimizer.state[weight]["factors"][:9].view(3, 3) / draws
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.05 * float(expected.abs().max()))
 
 
 def test_other_gradients_are_checked() -> None:
@@ -126,10 +140,36 @@ def test_other_gradients_are_checked() -> None:
     assert not optimizer.state
 
 
+def _told_apart(run: dict[str, Any]) -> str:
+    """A run's settings without those that all runs have."""
+    own = {k: v for k, v in run["settings"].items() if any(v != r["settings"].get(k) for r in META["runs"])}
+    return "-".join(f"{k}={v}" for k, v in own.items())
+
+
+# Gradients enough, before the first basis, for every eigenvector of a block of three to be its own.
+DETERMINED = random_problem([(), (5,), (3, 4), (4, 2, 3)], seed=12, steps=9)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"graft": "none"},
+        {"graft": "adam", "sides": "one"},
+        {"graft": "none", "betas": (0.8, 1.0), "beta3": 0.5},
+        {"graft": "none", "exponent": 0.25, "bias_correction": False},
+    ],
+    ids=str,
+)
+def test_corrected_eigenvalues_are_the_formulas(settings: dict[str, Any]) -> None:
+    ours = PLAIN | {"block_size": 3, "start": 4, "corrected": True} | settings
+    actual = by_optimizer(lambda p: piste.Shampoo(p, **ours), DETERMINED)
+    assert_same(actual, by_formula(matrix.shampoo, DETERMINED, _told(ours)), 1e-10, 1e-11)
+
+
 META = json.loads((Path(__file__).parent / "oracles" / "shampoo_meta.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("run", META["runs"], ids=lambda run: run["settings"]["graft"])
+@pytest.mark.parametrize("run", META["runs"], ids=_told_apart)
 def test_is_facebookresearchs(run: dict[str, Any]) -> None:
     """The weights that their code gave; the file says how they were made."""
     problem = random_problem([(5,), (3, 2), (4, 2, 3)], seed=11, steps=8)
@@ -308,6 +348,18 @@ def test_refused() -> None:
     w = nn.Parameter(torch.zeros(3, 3))
     with pytest.raises(ValueError, match=r"exponent=0\.3 with root='newton'"):
         piste.Shampoo([w], root="newton", exponent=0.3)
+    for option, value in (("root", "newton"), ("relative_eps", True)):
+        with pytest.raises(ValueError, match=f"{option}={value!r} with corrected=True; legal"):
+            piste.Shampoo([w], corrected=True, **{option: value})
+    for option in ({"nesterov": True}, {"average_momentum": True}):
+        with pytest.raises(ValueError, match=f"{next(iter(option))}=True with form='meta'; legal: False"):
+            piste.Shampoo([w], **option)
+    with pytest.raises(ValueError, match=r"beta3=0\.5 with form='google'; legal: None"):
+        piste.Shampoo([w], form="google", beta3=0.5)
+    with pytest.raises(ValueError, match="corrected=True with form='google'"):
+        piste.Shampoo([w], form="google", corrected=True)
+    with pytest.raises(ValueError, match="sides='left'; legal: 'all' or 'one'"):
+        piste.Shampoo([w], sides="left")
     with pytest.raises(ValueError, match="block_size=0"):
         piste.Shampoo([w], block_size=0)
     with pytest.raises(ValueError, match=r"betas=\(1\.0, 0\.9\)"):

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 import torch
 from oracles import matrix
-from oracles.replay import assert_same, by_formula, by_optimizer, random_problem
+from oracles.replay import (
+    assert_same,
+    by_formula,
+    by_optimizer,
+    parameters,
+    random_problem,
+    set_gradients,
+    with_statistics,
+)
 from torch import nn
 
 import piste
@@ -46,6 +54,18 @@ def test_vectors_have_a_basis_if_asked() -> None:
         p.grad = torch.tensor([3.0, 4.0, 0.0], dtype=torch.float64)
         optimizer.step()
     torch.testing.assert_close(p.detach(), torch.tensor([-0.6, -0.8, 0.0], dtype=torch.float64), rtol=1e-6, atol=1e-6)
+
+
+def test_bases_of_other_gradients() -> None:
+    """Against the formula; matrices alone need them, for vectors have no basis."""
+    ours = {"lr": 0.05, "every": 3}
+    params = parameters(PROBLEM)
+    optimizer = piste.SOAP(params, engine="reference", preconditioner_gradients=True, **ours)
+    set_gradients(params, PROBLEM.gradients[0])
+    with pytest.raises(ValueError, match=r"none for a weight of shape \(4, 4\)"):
+        optimizer.step()
+    found, expected = with_statistics(params, optimizer, matrix.soap, ours, PROBLEM)
+    assert_same([found], [expected], 1e-10, 1e-11)
 
 
 def test_the_first_step_moves_nothing() -> None:

@@ -33,6 +33,7 @@ from piste.optimizers import NAdamW as NAdamW
 from piste.optimizers import NorMuon as NorMuon
 from piste.optimizers import NovoGrad as NovoGrad
 from piste.optimizers import Prodigy as Prodigy
+from piste.optimizers import PSGDKron as PSGDKron
 from piste.optimizers import RAdam as RAdam
 from piste.optimizers import Ralamb as Ralamb
 from piste.optimizers import Ranger as Ranger

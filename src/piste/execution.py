@@ -73,12 +73,21 @@ def run(
         active = [b for b in buckets if stage < len(b.plan.stages)]
         for bucket in active:
             bucket.partials = {}
+            _forget(bucket, stage)
             engine.run(bucket, stage)
         _complete_reductions(active, totals)
         for bucket in active:
             for sym in bucket.plan.stages[stage].opaques:
                 bucket.values[sym] = _call_opaque(bucket, sym)
     return totals
+
+
+def _forget(bucket: Bucket, stage: int) -> None:
+    """What an earlier stage handed to opaque functions, where this one works it out anew, from states as stored."""
+    part = bucket.plan.stages[stage]
+    for sym in part.kept:
+        if part.loads.get(sym) != "value":
+            bucket.values.pop(sym, None)
 
 
 def _give_scale(bucket: Bucket, inverse_scale: Tensor) -> None:

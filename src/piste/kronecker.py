@@ -90,11 +90,13 @@ class Layout:
         shape: of the weight, with neighbours merged.
         block: longest side of a block; None for the whole weight.
         longest: axes longer than this have no factor; None for no limit.
+        one_sided: only the shortest axis has a factor, of equal ones the first.
     """
 
-    def __init__(self, shape: tuple[int, ...], block: int | None, longest: int | None) -> None:
+    def __init__(self, shape: tuple[int, ...], block: int | None, longest: int | None, *, one_sided: bool) -> None:
         self.shape = shape
-        self.axes = tuple(i for i, n in enumerate(shape) if longest is None or n <= longest)
+        sides = [shape.index(min(shape))] if one_sided else range(len(shape))
+        self.axes = tuple(i for i in sides if longest is None or shape[i] <= longest)
         self.kinds: list[_Alike] = []
         self.total = 0
         for parts in product(*(_parts(n, block) for n in shape)):
@@ -154,12 +156,14 @@ class Kronecker:
         merge: longest axis that merging neighbours may make; None merges nothing.
         backwards: merge from the last axis on.
         longest: axes longer than this have no factor; None for no limit.
+        one_sided: only the shortest axis has a factor.
     """
 
     block: int | None
     merge: int | None
     backwards: bool
     longest: int | None
+    one_sided: bool
 
     def layout(self, shape: Sequence[int]) -> Layout:
         """That of a weight of this shape."""
@@ -227,15 +231,20 @@ class Kronecker:
 @cache
 def _layout(how: Kronecker, shape: tuple[int, ...]) -> Layout:
     axes = (shape or (1,)) if how.merge is None else merged(shape, how.merge, backwards=how.backwards)
-    return Layout(axes, how.block, how.longest)
+    return Layout(axes, how.block, how.longest, one_sided=how.one_sided)
 
 
 @cache
 def kronecker(
-    block: int | None, merge: int | None = None, *, backwards: bool = False, longest: int | None = None
+    block: int | None,
+    merge: int | None = None,
+    *,
+    backwards: bool = False,
+    longest: int | None = None,
+    one_sided: bool = False,
 ) -> Kronecker:
     """The one :class:`Kronecker` of this choice, so that equal rules share their plans."""
-    return Kronecker(block, merge, backwards, longest)
+    return Kronecker(block, merge, backwards, longest, one_sided)
 
 
 Renewal = Callable[[Tensor, Tensor], "tuple[Tensor, int]"]
@@ -282,18 +291,24 @@ def rooting(how: Kronecker, method: str, relative: bool) -> Callable[..., Tensor
 
 @cache
 def rebasing(how: Kronecker, method: str) -> Callable[..., Tensor]:
-    """The function that renews eigenvectors of factors, those of the largest eigenvalues first.
+    """The function that renews eigenvectors of factors.
 
     Args:
         how: how weights are cut up.
-        method: ``"eigen"``, or ``"qr"``: one power iteration from the bases so far, made orthogonal again.
+        method: ``"eigen"``, those of the largest eigenvalues first; ``"rising"``, those of the smallest first; or
+            ``"qr"``: one power iteration from the bases so far, made orthogonal again, sorted as by ``"eigen"``.
 
     Returns:
         A function of stacks of factors and of bases, and the shape of the weight.
     """
-    renew = eigenbases if method == "eigen" else next_bases
+    renew = {"eigen": eigenbases, "rising": _rising, "qr": next_bases}[method]
 
     def bases(flat: Tensor, old: Tensor, *shape: float) -> Tensor:
         return _renewed(how, flat, old, shape, "eigenbases", renew)
 
     return bases
+
+
+def _rising(stack: Tensor, old: Tensor) -> tuple[Tensor, int]:
+    found, failed = eigenbases(stack, old.flip(-1))
+    return found.flip(-1), failed

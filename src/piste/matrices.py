@@ -22,6 +22,7 @@ __all__ = [
     "descending",
     "eigen",
     "eigenbases",
+    "full_precision",
     "inverse_roots",
     "largest_eigenvalue",
     "next_bases",
@@ -102,7 +103,7 @@ def _switches() -> list[tuple[Any, str, Any]]:
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """Products of float32 matrices in float32: TF32 and bfloat16 would ruin small eigenvalues."""
     before = [(place, name, getattr(place, name)) for place, name, _ in _switches()]
     try:
@@ -214,7 +215,7 @@ def inverse_roots(
         method: ``"eigen"``, or ``"newton"``, whose failures are tried again by eigendecomposition.
         relative: the ridge is ``eps`` times the largest eigenvalue.
     """
-    with _full_precision():
+    with full_precision():
         by = root_by_newton if method == "newton" else root_by_eigen
         found, residual = by(stack, exponent, eps, relative=relative)
         good = _trusted(found, residual)
@@ -235,7 +236,7 @@ def _trusted(found: Tensor, residual: Tensor) -> Tensor:
 
 def eigenbases(stack: Tensor, old: Tensor) -> tuple[Tensor, int]:
     """Eigenvectors of symmetric matrices, of the largest eigenvalue first, and how many could not be had: old ones."""
-    with _full_precision():
+    with full_precision():
         _, vectors, residual = eigen(stack)
     good = _trusted(vectors, residual)
     return torch.where(good[:, None, None], vectors.flip(-1), old), int((~good).sum())
@@ -243,7 +244,7 @@ def eigenbases(stack: Tensor, old: Tensor) -> tuple[Tensor, int]:
 
 def descending(stack: Tensor, bases: Tensor) -> Tensor:
     """The order of columns by the eigenvalues that ``Q^T A Q`` has on its diagonal, the largest first."""
-    with _full_precision():
+    with full_precision():
         return _order(stack @ bases, bases)
 
 
@@ -256,7 +257,7 @@ def _order(moved: Tensor, bases: Tensor) -> Tensor:
 
 def next_bases(stack: Tensor, old: Tensor) -> tuple[Tensor, int]:
     """Nearer to the eigenvectors by one power iteration: ``A Q`` in descending order, made orthogonal (QR)."""
-    with _full_precision():
+    with full_precision():
         moved = stack @ old
         order = _order(moved, old)[:, None, :].expand_as(old)
         found, _ = torch.linalg.qr(torch.nan_to_num(moved.gather(-1, order)))

@@ -28,7 +28,6 @@ __all__ = [
     "clamp",
     "debias",
     "exp",
-    "length_ratio",
     "lerp",
     "log",
     "maximum",
@@ -313,11 +312,6 @@ def mean(x: Value, keep: Sequence[int] = ()) -> Value:
 def norm(x: Value, keep: Sequence[int] = ()) -> Value:
     """The Euclidean norm over all axes but ``keep``."""
     return sqrt(sum_(square(x), keep))
-
-
-def length_ratio(wanted: Value, length: Value, eps: Value) -> Value:
-    """What brings something of this length to the length that is wanted (grafting); of no length, it stays so."""
-    return where(length > 0, wanted / (length + eps), 0.0)
 
 
 def total(x: Value, name: str) -> Value:

@@ -379,6 +379,8 @@ _PRIORS: Mapping[str, LrPrior] = {
     "NorMuon": LrPrior(2e-3),
     # Adam's, in another basis; 3e-3 is its authors' choice for language models.
     "SOAP": LrPrior(2e-3),
+    # A third of AdamW's (kron_torch): its steps have a root mean square near 1, as AdamW's have at most.
+    "PSGDKron": LrPrior(6e-4),
     # Grafted to Adam's length, so where Adam's is.
     "Shampoo": LrPrior(2e-3),
     "MADGRAD": LrPrior(5e-3, 1.2, 0.8),
@@ -668,6 +670,31 @@ presets = Presets(
                 "Anil et al. 2020, arXiv 2002.09018; google-research scalable_shampoo, its defaults",
                 "Google's Shampoo at the length of SGD with Nesterov momentum; roots every ten steps, not every step.",
                 lr_prior=LrPrior(0.05),
+            ),
+            _preset(
+                "shampoo_onesided",
+                optimizers.Shampoo,
+                {"sides": "one"},
+                _NORMS_SPARED,
+                "Xie et al. 2025, arXiv 2503.10537; An et al. 2025, arXiv 2503.20762",
+                "Shampoo from the shorter side alone, by an inverse square root, at Adam's length.",
+            ),
+            _preset(
+                "shampoo_corrected",
+                optimizers.Shampoo,
+                {"corrected": True, "graft": "none", "eps": 1e-8, "start": 1},
+                _NORMS_SPARED,
+                "Vyas et al. 2024, arXiv 2409.11321; facebookresearch/optimizers, EigenvalueCorrectedShampoo",
+                "SOAP as Meta has it: momentum stays in the weights' basis and no step is left out.",
+            ),
+            _preset(
+                "psgdkron",
+                optimizers.PSGDKron,
+                {},
+                _NORMS_SPARED,
+                "Li 2018, arXiv 1512.04202; Li 2024, arXiv 2402.11858; kron_torch",
+                "Momentum whitened by triangular factors that are found by descent.",
+                set_betas=False,
             ),
             _preset(
                 "soap",

@@ -113,6 +113,12 @@ OPTIMIZERS: tuple[OptimizerInfo, ...] = (
     _info(optimizers.NovoGrad, "m v vmax", "Ginsburg et al. 2019, arXiv 1905.11286", "timm NvNovoGrad"),
     _info(optimizers.PNM, "odd even", "Xie et al. 2021, arXiv 2103.17182", "pytorch_optimizer PNM"),
     _info(optimizers.Prodigy, "m v s x0", "Mishchenko & Defazio 2023, arXiv 2306.06101", "prodigyopt 1.1.2"),
+    _info(
+        optimizers.PSGDKron,
+        "m factors",
+        "Li 2018, arXiv 1512.04202; Li 2024, arXiv 2402.11858",
+        "float64 formulas, numbers of kron_torch 884427c",
+    ),
     _info(optimizers.RAdam, "m v", "Liu et al. 2019, arXiv 1908.03265", "torch.optim.RAdam"),
     _info(optimizers.Ralamb, "m v", "Grankin 2019, mgrankin/over9000", "float64 formulas"),
     _info(optimizers.Ranger, "m v slow", "Wright 2019, ranger.py 20.4.11", "float64 formulas"),
@@ -131,7 +137,7 @@ OPTIMIZERS: tuple[OptimizerInfo, ...] = (
     _info(optimizers.SGD, "buf", "Sutskever et al. 2013", "torch.optim.SGD"),
     _info(
         optimizers.Shampoo,
-        "factors roots m v m_graft statistics",
+        "factors roots bases m v m_graft eigenvalues statistics",
         "Gupta et al. 2018, arXiv 1802.09568; Anil et al. 2020, arXiv 2002.09018; Shi et al. 2023, arXiv 2309.06497",
         "float64 formulas, numbers of facebookresearch/optimizers",
     ),
@@ -140,7 +146,7 @@ OPTIMIZERS: tuple[OptimizerInfo, ...] = (
     ),
     _info(
         optimizers.SOAP,
-        "factors bases m v",
+        "factors bases m v statistics",
         "Vyas et al. 2024, arXiv 2409.11321",
         "float64 formulas, the authors' soap.py",
     ),
@@ -538,12 +544,6 @@ def _decays(params: Iterable[Any], default: Any) -> list[Any]:
 
 def _warn_of_lost_distinction(preset: Preset, params: list[Any], decay: Any) -> None:
     grouped = any(isinstance(param, dict) for param in params)
-    if issubclass(preset.optimizer, optimizers.Muon) and not grouped:
-        logger.warning(
-            "create(%r): bare parameters do not say which are embeddings and heads, so Muon takes all matrices; "
-            "pass the model, or piste.Muon.groups(model)",
-            preset.name,
-        )
     if not (preset.wd.bn_wd or grouped or decay == 0):
         logger.warning(
             "create(%r): bare parameters do not say which are norms and biases, so all are decayed; "

@@ -108,7 +108,7 @@ def _heads(
     if _in_repeated_block(model, last.name):
         raise ValueError(
             f"{owner}.groups cannot tell which layer makes predictions: the last matrix, {last.name!r}, is in one of "
-            "several blocks alike; legal: heads= with the names of such layers, heads=() where there are none"
+            "several blocks or layers alike; legal: heads= with the names of such layers, heads=() where there are none"
         )
     return {last.name}
 
@@ -121,13 +121,17 @@ def _named(owner: str, weights: list[ModelWeight], name: str) -> set[str]:
 
 
 def _in_repeated_block(model: nn.Module, name: str) -> bool:
-    """Is the layer of this weight inside of a block that stands in a row of blocks of its type?"""
+    """Does the layer of this weight, or a block that it is in, stand in a row of others of its type?
+
+    In a ``Sequential`` the last layer is the last one to run; in a list or dictionary nobody can tell.
+    """
     path = name.split(".")[:-1]
     module = model
     for depth, step in enumerate(path):
         child: nn.Module = getattr(module, step)
         alike = [other for other in module.children() if type(other) is type(child)]
-        if isinstance(module, CONTAINERS) and len(alike) > 1 and depth + 1 < len(path):
+        chained = isinstance(module, nn.Sequential) and depth + 1 == len(path)
+        if isinstance(module, CONTAINERS) and len(alike) > 1 and not chained:
             return True
         module = child
     return False

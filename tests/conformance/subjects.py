@@ -40,6 +40,8 @@ FULL_STATE: dict[str, dict[str, Any]] = {
     # centralization leaves a direction without gradients, in which a small eps would divide nothing but rounding.
     "SOAP": {"lr": 0.05, "eps": 0.05, "every": 3, "max_size": 5, "weight_decay": 0.05},
     "Shampoo": {"lr": 0.05, "eps": 0.05, "every": 3, "start": 2, "block_size": 12, "weight_decay": 0.05},
+    # Fewer updates than steps, from the third step on.
+    "PSGDKron": {"lr": 0.05, "flat_start": 2, "probability_decay": 0.3, "least_probability": 0.4, "weight_decay": 0.05},
     "AdaBelief": {"lr": 0.05, "eps": 1e-8, "amsgrad": True, "rectify": False, "weight_decay": 0.05},
 }
 # Rules with norms of whole weights, besides centralization.
@@ -50,6 +52,7 @@ REDUCING = {
     "Muon",
     "NorMuon",
     "NovoGrad",
+    "PSGDKron",
     "Prodigy",
     "Ralamb",
     "Ranger21",
@@ -60,7 +63,7 @@ REDUCING = {
     "StableAdamW",
 }
 # Rules that multiply matrices: their cost grows with the cube of a side.
-BY_MATRIX = {"Muon", "NorMuon", "SOAP", "Shampoo"}
+BY_MATRIX = {"Muon", "NorMuon", "PSGDKron", "SOAP", "Shampoo"}
 # What lets weights see each other (besides clipping), switched off.
 APART: dict[str, dict[str, Any]] = {"Ranger21": {"weight_decay": 0.0}}
 WRAPPED = "Lookahead(AdamW)"
@@ -159,7 +162,9 @@ def subjects() -> list[Subject]:
     grafted = Subject(GRAFTED, piste.Adam, {"lr": 0.05}, wrapped=True)
     google = replace(_subject("Shampoo", piste.Shampoo), variant="google")
     google = replace(google, settings=google.settings | {"form": "google", "graft": "rmsprop", "nesterov": True})
-    return [*plain, *map(_centralization_turned, plain), google, wrapped, grafted]
+    corrected = replace(_subject("Shampoo", piste.Shampoo), variant="corrected")
+    corrected = replace(corrected, settings=corrected.settings | {"corrected": True, "sides": "one", "block_size": 2})
+    return [*plain, *map(_centralization_turned, plain), google, corrected, wrapped, grafted]
 
 
 def unless_built(engine: str, problem: Problem, small: Problem) -> Problem:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from oracles.formulas import Array, State, adamw, centralized
 
@@ -147,7 +150,8 @@ def _magnitude(x: Array, g: Array, state: State, t: int, s: dict[str, Any]) -> A
 _SHAMPOO: dict[str, Any] = {
     "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-12, "weight_decay": 0.0, "form": "meta", "graft": "adam",
     "graft_beta": None, "graft_eps": 1e-8, "graft_normalized": False, "every": 10, "statistics_every": 1, "start": 10,
-    "block_size": 1024, "merge_dims": True, "exponent": None, "root": "eigen", "relative_eps": False,
+    "block_size": 1024, "merge_dims": True, "sides": "all", "corrected": False,
+    "exponent": None, "root": "eigen", "relative_eps": False,
     "bias_correction": True, "beta3": None, "nesterov": False, "average_momentum": False,
     "decoupled_weight_decay": True, "use_gc": False, "gc_conv_only": False,
 }  # fmt: skip
@@ -166,13 +170,13 @@ def shampoo(p: Array, g: Array, state: State, **settings: Any) -> Array:
     merge = block if s["merge_dims"] and s["block_size"] else 1
     shape = _merged(p.shape, merge, backwards=not google)
     places = _corners(shape, block)
-    order = len(shape)
+    axes = [shape.index(min(shape))] if s["sides"] == "one" else list(range(len(shape)))
     b2 = s["betas"][1]
     factors = state.setdefault("factors", {})
     roots = state.setdefault("roots", {})
     blocks = state.get("statistics", g).reshape(shape)
     for i, place in enumerate(places):
-        for axis in range(order):
+        for axis in axes:
             outer = _outer(blocks[place], axis)
             start = s["eps"] * np.eye(len(outer)) if google else np.zeros_like(outer)
             roots.setdefault((i, axis), np.eye(len(outer)))
@@ -186,21 +190,43 @@ def shampoo(p: Array, g: Array, state: State, **settings: Any) -> Array:
         for key, factor in factors.items():
             whole = factor / (1 - b2**updates) if corrects else factor
             ridge = s["eps"] * (np.linalg.eigvalsh(whole)[-1] if s["relative_eps"] else 1.0)
-            roots[key] = _power(whole, s["exponent"] or 1 / (2 * order), ridge)
+            if s["corrected"]:
+                roots[key] = np.linalg.eigh(whole)[1]
+            else:
+                roots[key] = _power(whole, s["exponent"] or 1 / (2 * len(axes)), ridge)
     step = (_google if google else _meta)(p, g, state, t, s, places, shape)
     if s["decoupled_weight_decay"]:
         p = p * (1 - s["lr"] * s["weight_decay"])
     return p - s["lr"] * step
 
 
+def _along_axes(x: Array, matrices: dict[int, Array]) -> Array:
+    for axis, matrix in matrices.items():
+        x = np.moveaxis(np.tensordot(matrix, x, axes=(1, axis)), 0, axis)
+    return x
+
+
 def _preconditioned(x: Array, roots: dict[tuple[int, int], Array], places: Any, shape: list[int]) -> Array:
     blocks = x.reshape(shape)
     result = np.zeros_like(blocks)
     for i, place in enumerate(places):
-        part = blocks[place]
-        for axis in range(len(shape)):
-            part = np.moveaxis(np.tensordot(roots[i, axis], part, axes=(1, axis)), 0, axis)
-        result[place] = part
+        result[place] = _along_axes(blocks[place], {axis: root for (block, axis), root in roots.items() if block == i})
+    return result
+
+
+def _corrected(x: Array, g: Array, state: State, t: int, s: dict[str, Any], places: Any, shape: list[int]) -> Array:
+    """Meta's eigenvalue correction: squares of gradients are averaged in whatever basis there is at the time."""
+    b2 = s["betas"][1]
+    x, g = x.reshape(shape), g.reshape(shape)
+    v = state.setdefault("eigenvalues", np.zeros(shape))
+    result = np.zeros(shape)
+    for i, place in enumerate(places):
+        bases = {axis: basis for (block, axis), basis in state["roots"].items() if block == i}
+        into = {axis: basis.T for axis, basis in bases.items()}
+        v[place] = b2 * v[place] + (1.0 if b2 == 1 else 1 - b2) * _along_axes(g[place], into) ** 2
+        whole = v[place] / (1 - b2**t) if s["bias_correction"] and b2 != 1 else v[place]
+        ratio = _along_axes(x[place], into) / (whole ** (s["exponent"] or 0.5) + s["eps"])
+        result[place] = _along_axes(ratio, bases)
     return result
 
 
@@ -213,9 +239,12 @@ def _meta(p: Array, g: Array, state: State, t: int, s: dict[str, Any], places: A
     if s["bias_correction"]:
         x = x / (1 - b3 * b1 ** (t - 1))
     magnitude = _magnitude(x, g, state, t, s)
+    if s["corrected"]:
+        d = _corrected(x, g, state, t, s, places, shape)
+    else:
+        d = _preconditioned(x, state["roots"], places, shape)
     if t < s["start"] and s["graft"] != "none":
         return magnitude
-    d = _preconditioned(x, state["roots"], places, shape)
     if s["graft"] != "none":
         wanted = magnitude.reshape(shape)
         for place in places:
@@ -281,7 +310,8 @@ def soap(
     axes = [i for i, n in enumerate(shape) if turns and n <= limit]
     beta = betas[1] if shampoo_beta is None else shampoo_beta
     factors = state.setdefault("factors", {i: np.zeros((shape[i], shape[i])) for i in axes})
-    new = {i: beta * factors[i] + (1 - beta) * _outer(x, i) for i in axes}
+    seen = state.get("statistics", g).reshape(shape)
+    new = {i: beta * factors[i] + (1 - beta) * _outer(seen, i) for i in axes}
     if "k" not in state:
         state.update(k=0, factors=new, m=np.zeros(shape), v=np.zeros(shape))
         state["bases"] = [np.linalg.eigh(new[i])[1][:, ::-1] if i in axes else None for i in range(len(shape))]
@@ -306,3 +336,100 @@ def soap(
         state.update(bases=fresh, v=v, m=_turned(m, fresh))
     p = p - step * d
     return p * (1 - lr * weight_decay) if decoupled_weight_decay else p
+
+
+# --- PSGD -------------------------------------------------------------------------------------------------------------
+
+
+def _probe(shape: Sequence[int], seed: int, t: int) -> Array:
+    """The numbers that weights of this shape are promised in their own step t."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"probe {seed} {t}".encode()))
+    return torch.randn(tuple(shape), generator=generator).double().numpy()
+
+
+def _updates_until(t: float, flat: float, decay: float, least: float) -> int:
+    """The integral from 0 to t of a probability that is 1 until ``flat`` and falls exponentially to ``least``."""
+    end = flat - np.log(least) / decay
+    if t <= flat:
+        return int(t)
+    if t <= end:
+        return int(flat + (1 - np.exp(-decay * (t - flat))) / decay)
+    return int(flat + (1 - least) / decay + least * (t - end))
+
+
+def _lower_bound(a: Array) -> float:
+    """Li's bound of a spectral norm."""
+    size = np.abs(a).max()
+    a = a / size
+    x = a[:, (a * a).sum(0).argmax()] @ a
+    return float(np.linalg.norm(a @ (x / np.linalg.norm(x))) * size)
+
+
+def _fitted(x: Array, factors: list[Array], diagonal: list[bool], v: Array, rate: float) -> list[Array]:
+    """Li 2018, equation for dQ = E Q: each factor a little nearer to whitening x."""
+    x = x + 2.0**-11.5 * np.abs(x).mean() * v  # the root of a unit in the last place of float32
+    a = _along_axes(x, dict(enumerate(factors)))
+    b = _along_axes(v, {i: np.linalg.inv(q).T for i, q in enumerate(factors)})
+    new = []
+    for i, q in enumerate(factors):
+        seen, wanted = _outer(a, i), _outer(b, i)
+        if diagonal[i]:
+            slope = np.diag(np.diag(seen - wanted)) / np.diag(seen + wanted).max()
+        else:
+            slope = np.triu(seen - wanted) / _lower_bound(seen + wanted)
+        new.append(q - rate * slope @ q)
+    return new
+
+
+def psgd_kron(
+    p: Array,
+    g: Array,
+    state: State,
+    *,
+    lr: float = 3e-4,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    factor_lr: float = 0.1,
+    init_scale: float = 1.0,
+    whiten: str = "momentum",
+    clip_rms: float | None = 1.1,
+    flat_start: int = 500,
+    probability_decay: float = 1e-3,
+    least_probability: float = 0.03,
+    max_size: int | None = 8192,
+    diagonal: str = "none",
+    merge_dims: bool = True,
+    seed: int = 0,
+    decoupled_weight_decay: bool = True,
+    use_gc: bool = False,
+    gc_conv_only: bool = False,
+) -> Array:
+    if not decoupled_weight_decay:
+        g = g + weight_decay * p
+    if use_gc:
+        g = centralized(g, gc_conv_only)
+    t = state["t"] = state.get("t", 0) + 1
+    m = state["m"] = momentum * state.get("m", np.zeros_like(g)) + (1 - momentum) * g
+    shape = p.shape or (1,)
+    if p.ndim > 2 and merge_dims:
+        first, last = (len(p), -1), (-1, p.shape[-1])
+        shape = min((p.reshape(way).shape for way in (last, first)), key=lambda s: max(s) / min(s))
+    limit = max_size or max(shape)
+    diagonals = [diagonal == "all" or n == 1 or n > limit or len(shape) == 1 for n in shape]
+    if diagonal == "longest":
+        diagonals[int(np.argmax(shape))] = True
+    x = (m / (1 - momentum**t)).reshape(shape)
+    factors = state.setdefault("Q", [init_scale ** (1 / len(shape)) * np.eye(n) for n in shape])
+    count, before = (_updates_until(s, flat_start, probability_decay, least_probability) for s in (t, t - 1))
+    if count > before:
+        if count % 100 == 0:
+            sizes = [np.abs(q).max() for q in factors]
+            factors = [q * np.prod(sizes) ** (1 / len(sizes)) / size for q, size in zip(factors, sizes, strict=True)]
+        seen = x if whiten == "momentum" else g.reshape(shape)
+        factors = state["Q"] = _fitted(seen, factors, diagonals, _probe(shape, seed, t), factor_lr)
+    d = _along_axes(x, {i: q.T @ q for i, q in enumerate(factors)}).reshape(p.shape)
+    if clip_rms is not None:
+        d = d * min(1.0, clip_rms / (np.sqrt((d * d).mean()) + 1e-12))
+    if decoupled_weight_decay:
+        p = p * (1 - lr * weight_decay)
+    return p - lr * d

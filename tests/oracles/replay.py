@@ -208,3 +208,23 @@ def assert_same(actual: Trajectory, expected: Trajectory, rtol: float, atol: flo
             np.testing.assert_allclose(
                 a, b, rtol=rtol, atol=atol, err_msg=f"step {step + 1}, weight {i} of shape {b.shape}"
             )
+
+
+def with_statistics(
+    params: Sequence[torch.nn.Parameter],
+    optimizer: Any,
+    formula: Formula,
+    settings: dict[str, Any],
+    problem: Problem,
+) -> tuple[list[Array], list[Array]]:
+    """The last weights where factors are made of other gradients: by the optimizer, and by the formula."""
+    other = random_problem([w.shape for w in problem.weights], seed=9, steps=problem.steps)
+    run = FormulaRun(formula, problem.weights, [settings] * len(params))
+    for row, statistics in zip(problem.gradients, other.gradients, strict=True):
+        optimizer.give_preconditioner_gradients({p: torch.tensor(s) for p, s in zip(params, statistics, strict=True)})
+        for state, s in zip(run.states, statistics, strict=True):
+            state["statistics"] = s
+        set_gradients(params, row)
+        optimizer.step()
+        run.step(row)
+    return [p.detach().numpy() for p in params], run.weights

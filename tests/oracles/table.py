@@ -35,6 +35,7 @@ FORMULAS: dict[str, Formula] = {
     "RangerAdaBelief": formulas.ranger_adabelief,
     "RangerLars": over9000.ranger_lars,
     "SM3": over9000.sm3,
+    "PSGDKron": matrix.psgd_kron,
     "Prodigy": self_tuning.prodigy,
     "ScheduleFreeAdamW": self_tuning.schedule_free_adamw,
     "ScheduleFreeRAdam": self_tuning.schedule_free_radam,

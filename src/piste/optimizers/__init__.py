@@ -24,6 +24,7 @@ from piste.optimizers.over9000 import RangerLars as RangerLars
 from piste.optimizers.pnm import PNM as PNM
 from piste.optimizers.pnm import AdaPNM as AdaPNM
 from piste.optimizers.prodigy import Prodigy as Prodigy
+from piste.optimizers.psgd import PSGDKron as PSGDKron
 from piste.optimizers.radam import RAdam as RAdam
 from piste.optimizers.ranger import Ranger as Ranger
 from piste.optimizers.ranger import RangerAdaBelief as RangerAdaBelief
@@ -61,6 +62,7 @@ __all__ = [
     "NAdamW",
     "NorMuon",
     "NovoGrad",
+    "PSGDKron",
     "Prodigy",
     "RAdam",
     "RMSprop",

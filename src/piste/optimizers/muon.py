@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["Muon", "NorMuon"]
+
+log = logging.getLogger("piste")
 
 
 class Muon(Optimizer):
@@ -36,7 +39,7 @@ class Muon(Optimizer):
     **Which weights**: embeddings, heads, norms and biases are no matrices that map features to features, and belong to
     AdamW. Shapes do not tell; modules do: :meth:`groups` (and ``piste.create("muon", model)``, which calls it) sorts
     weights into groups whose ``"rule"`` is ``"muon"`` or ``"adamw"``. Groups without one have ``"auto"``: AdamW for
-    vectors and numbers, Muon for all others, embeddings and heads included.
+    vectors and numbers, Muon for all others, embeddings and heads included, of which a warning tells.
 
     **When to use**: training transformers and convolutional nets from scratch, from moderate batches on. **When not**:
     fine-tuning a model that AdamW trained, or models that are mostly embeddings. Clipping by norm does next to nothing
@@ -108,6 +111,17 @@ class Muon(Optimizer):
     ) -> None:
         hyper = hyperparameters(locals())
         super().__init__(params, hyper | {"decoupled_weight_decay": True}, options)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        matrices = sum(p.ndim > 1 for p in group["params"])
+        if group["rule"] == "auto" and matrices:
+            log.warning(
+                "%s goes by shapes for %d weights: embeddings and heads among them are taken for matrices, too; "
+                "%s.groups(model) asks their modules, rule='muon' says that all are matrices",
+                type(self).__name__, matrices, type(self).__name__,
+            )  # fmt: skip
 
     @classmethod
     def check_group(cls, group: Mapping[str, Any]) -> None:

@@ -5,24 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from piste.kronecker import kronecker
-from piste.optimizer import Optimizer, Options, Params, hyperparameters
+from piste.optimizer import Options, Params, hyperparameters
+from piste.optimizers.statistics import FactorsOfOthers
 from piste.parts.prepare import l2
 from piste.parts.standard import standard
-from piste.rules.shampoo import shampoo_google, shampoo_meta, statistics
+from piste.rules.shampoo import shampoo_google, shampoo_meta
 from piste.slots import Pipeline
-from piste.storage import allocate
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["Shampoo"]
 
+#: what the options that only the other form has must be in each form
+_OF_FORM: Mapping[str, Mapping[str, Any]] = {
+    "meta": {"nesterov": False, "average_momentum": False},
+    "google": {"beta3": None, "corrected": False},
+}
+#: and what those of roots must be where there are none
+_CORRECTED: Mapping[str, Any] = {"root": "eigen", "relative_eps": False}
 
-class Shampoo(Optimizer):
+
+class Shampoo(FactorsOfOthers):
     r"""Gradients multiplied, along every axis, by an inverse root of what gradients have been along it.
 
     .. math::
@@ -48,7 +53,7 @@ class Shampoo(Optimizer):
     State of a square block: 8 bytes per parameter of factors and as much of roots, 4 of momentum, 4 of most magnitudes;
     ``"google"`` keeps a second momentum, 4, if ``start`` is above 1. A vector that fits into a block has the square of
     its length, twice. ``factors="bf16"`` halves factors and roots. Under ``state="bf16"``, ``"8bit"``, ``"4bit"`` the
-    moments of a matrix take 4, 2.05, 1.06.
+    moments of a matrix take 4, 2.05, 1.06. With ``corrected`` bases stand for roots, and 4 more bytes hold squares.
 
     Args:
         params: tensors, groups, or ``(name, tensor)`` pairs.
@@ -68,7 +73,12 @@ class Shampoo(Optimizer):
             worked out then (``"meta"``), or in the first step (``"google"``).
         block_size: longest side of a block, None for whole weights.
         merge_dims: merge neighbouring axes while their product is at most ``block_size``; axes of one always go.
-        exponent: the power of the inverse, in the place of ``1 / (2 r)``.
+        sides: ``"all"``, or ``"one"``: only the shortest axis of a weight has factors, so that a matrix is multiplied
+            from one side by an inverse square root (Xie et al. 2025), and factors take the square of the shorter side.
+        corrected: the gradient is divided by a root mean square of its own in the eigenbasis of the factors, in the
+            place of their roots: SOAP as Meta has it (see the page on matrices for what differs); ``"meta"`` alone.
+        exponent: the power of the inverse, in the place of ``1 / (2 r)`` for r axes with factors, or of 1/2 with
+            ``corrected``. Weights that need another one go into a group of their own.
         root: ``"eigen"`` or ``"newton"``: by eigendecomposition, or by the coupled Newton iteration, which needs
             products alone (for devices that decompose slowly) and an exponent of one over a whole number.
         relative_eps: the ridge is ``eps`` times the largest eigenvalue.
@@ -85,7 +95,8 @@ class Shampoo(Optimizer):
     A root whose residual is 0.1 or more, or that is not finite, is not taken: the last one stays, and the log says so.
 
     Raises:
-        ValueError: a value is out of range, or ``root="newton"`` with an exponent that is not one over a whole number.
+        ValueError: a value is out of range, ``root="newton"`` with an exponent that is not one over a whole number, or
+            an option of the other form.
 
     Example:
         >>> import torch, piste
@@ -95,8 +106,8 @@ class Shampoo(Optimizer):
         >>> optimizer.step()
 
     Source: Gupta, Koren & Singer 2018, arXiv 1802.09568; Anil et al. 2020, arXiv 2002.09018; Shi et al. 2023, arXiv
-    2309.06497. Parity with formulas typed from both public codes, and with numbers that facebookresearch/optimizers
-    gave.
+    2309.06497; one side: Xie et al. 2025, arXiv 2503.10537. Parity with formulas typed from both public codes, and with
+    numbers that facebookresearch/optimizers gave.
     """
 
     shaping = ("block_size",)
@@ -119,6 +130,8 @@ class Shampoo(Optimizer):
         start: int = 10,
         block_size: int | None = 1024,
         merge_dims: bool = True,
+        sides: str = "all",
+        corrected: bool = False,
         exponent: float | None = None,
         root: str = "eigen",
         relative_eps: bool = False,
@@ -133,60 +146,25 @@ class Shampoo(Optimizer):
         hyper = hyperparameters(locals())
         super().__init__(params, hyper | {"decoupled_weight_decay": True}, options)
 
-    def give_preconditioner_gradients(self, gradients: Mapping[Tensor, Tensor]) -> None:
-        """Say of which gradients the factors are made from the next step on, until others are given.
-
-        For statistics that are no gradients of the loss: sampled from the model's own predictions they make Fisher
-        matrices. Direction, momentum and length stay those of ``p.grad``. No loss scale may be in them.
-
-        Args:
-            gradients: for each weight, a tensor of its shape.
-
-        Raises:
-            ValueError: a tensor is no weight of a group with ``preconditioner_gradients=True``, or a gradient has
-                another shape; nothing has been changed then.
-        """
-        known = {p for group in self.param_groups if group["preconditioner_gradients"] for p in group["params"]}
-        for p, gradient in gradients.items():
-            if p not in known:
-                raise ValueError(
-                    f"give_preconditioner_gradients got a tensor of shape {tuple(p.shape)} that is in no group with "
-                    "preconditioner_gradients=True; legal: weights of such groups"
-                )
-            if gradient.shape != p.shape:
-                raise ValueError(
-                    f"give_preconditioner_gradients got {tuple(gradient.shape)} for a weight of {tuple(p.shape)}; "
-                    "legal: the shape of the weight"
-                )
-        with torch.no_grad():
-            for p, gradient in gradients.items():
-                kept = self.state[p]
-                if "statistics" not in kept:
-                    kept["statistics"] = allocate(statistics, p)
-                kept["statistics"].copy_(gradient)
-
-    def advance(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        for p in group["params"] if group["preconditioner_gradients"] else ():
-            if p.grad is not None and p.numel() and "statistics" not in self.state[p]:
-                raise ValueError(
-                    f"Shampoo has preconditioner_gradients=True and none for a weight of shape {tuple(p.shape)}; "
-                    "legal: to call give_preconditioner_gradients before the first step"
-                )
-        return {}
-
     @classmethod
     def check_group(cls, group: Mapping[str, Any]) -> None:
-        exponent = group["exponent"]
+        exponent, form = group["exponent"], group["form"]
         if group["root"] == "newton" and exponent is not None and abs(1 / exponent - round(1 / exponent)) > 1e-9:
             raise ValueError(
                 f"{cls.__name__} got exponent={exponent!r} with root='newton'; legal: one over a whole number, or "
                 "root='eigen'"
             )
+        bound = [(f"form={form!r}", _OF_FORM[form]), *([("corrected=True", _CORRECTED)] if group["corrected"] else [])]
+        for choice, options in bound:
+            for option, value in options.items():
+                if group[option] != value:
+                    raise ValueError(f"{cls.__name__} got {option}={group[option]!r} with {choice}; legal: {value!r}")
 
     @classmethod
     def pipeline(cls, group: Mapping[str, Any]) -> Pipeline:
         google = group["form"] == "google"
         block = group["block_size"]
-        how = kronecker(block, block if group["merge_dims"] and block else 1, backwards=not google)
+        merge = block if group["merge_dims"] and block else 1
+        how = kronecker(block, merge, backwards=not google, one_sided=group["sides"] == "one")
         rule = (shampoo_google if google else shampoo_meta)(how, group["factors"] == "bf16")
         return standard(group, rule, coupled=None if google else l2)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from piste.kronecker import kronecker
-from piste.optimizer import Optimizer, Options, Params, hyperparameters
+from piste.optimizer import Options, Params, hyperparameters
+from piste.optimizers.statistics import FactorsOfOthers
 from piste.parts.apply import decayed_last
 from piste.parts.prepare import l2
 from piste.parts.standard import standard
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["SOAP"]
 
 
-class SOAP(Optimizer):
+class SOAP(FactorsOfOthers):
     r"""Adam in the basis in which Shampoo's factors are diagonal.
 
     .. math::
@@ -56,6 +59,9 @@ class SOAP(Optimizer):
         normalize: bring every step of a weight to a root mean square of 1; for renewals that are far apart.
         bias_correction: correct moments for starting at zero.
         factors: how factors are kept: ``"fp32"`` (float64 for float64 weights) or ``"bf16"``.
+        preconditioner_gradients: factors, and so bases, are made of gradients that
+            :meth:`give_preconditioner_gradients` brings, not of those of the loss, of which both moments stay; 4 more
+            bytes per parameter of weights that have a basis.
         **options: see :class:`piste.optimizer.Options`.
 
     A basis that is not finite, or whose residual is 0.1 or more, is not taken: the last one stays, and the log says so.
@@ -94,6 +100,7 @@ class SOAP(Optimizer):
         normalize: bool = False,
         bias_correction: bool = True,
         factors: str = "fp32",
+        preconditioner_gradients: bool = False,
         **options: Unpack[Options],
     ) -> None:
         hyper = hyperparameters(locals())
@@ -112,3 +119,7 @@ class SOAP(Optimizer):
         how = kronecker(None, longest if group["merge_dims"] else None, longest=longest)
         apply = decayed_last if group["decoupled_weight_decay"] else plain
         return standard(group, soap(how, group["factors"] == "bf16"), coupled=l2, decoupled=None, apply=apply)
+
+    @staticmethod
+    def has_factors(group: Mapping[str, Any], weight: Tensor) -> bool:
+        return weight.ndim > 1 or group["precondition_1d"]

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from piste.ops import Value, length_ratio, maximum, sign, sqrt, square, sum_, total, where
+from piste.ops import Value, maximum, sign, sqrt, square, sum_, total, where
 from piste.slots import Hyper, Part, States, instead, update
 from piste.storage import State, anchor, number, squared_norm
 
-__all__ = ["Kit", "graft", "kit"]
+__all__ = ["Kit", "graft", "grafted", "kit"]
 
 _change = State("gradient")
+
+
+def grafted(d: Value, length: Value, wanted: Value, eps: Value) -> tuple[Value, Value]:
+    """``d``, of this length, at the length that is wanted, and the ratio of the two; of no length, it stays so.
+
+    Lengths are those of a weight, of each of its blocks, or of all weights together: whoever grafts says which.
+    """
+    ratio = where(length > 0, wanted / (length + eps), 0.0)
+    return ratio * d, ratio
 
 
 class Kit(NamedTuple):
@@ -56,8 +65,8 @@ def graft(p: Value, st: States, hp: Hyper) -> Value:
     ``scale`` is the running mean of the ratio of both steps, each divided by its learning rate.
     """
     norm = sqrt(st.size)
-    ratio = length_ratio(sqrt(st.magnitude), norm, hp.eps)
-    p = (p if hp.decay == 0 else p * (1 - hp.decay)) + hp.lr * ratio * st.change
+    change, ratio = grafted(st.change, norm, sqrt(st.magnitude), hp.eps)
+    p = (p if hp.decay == 0 else p * (1 - hp.decay)) + hp.lr * change
     if hp.unit == 0:  # a learning rate is 0: this step says nothing about the ratio
         return p
     counted = st.counted + maximum(sign(norm), 0.0)

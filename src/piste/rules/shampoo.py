@@ -6,8 +6,9 @@ from functools import cache
 
 import torch
 
-from piste.kronecker import Kronecker, rooting
-from piste.ops import Value, debias, length_ratio, lerp, norm, opaque, sign, sqrt, square
+from piste.kronecker import Kronecker, rebasing, rooting
+from piste.ops import Value, debias, lerp, norm, opaque, sign, sqrt, square
+from piste.parts.grafting import grafted
 from piste.rules.denominator import denominator
 from piste.slots import Hyper, Part, States, direction
 from piste.storage import State, moment, second_moment
@@ -19,6 +20,7 @@ __all__ = ["shampoo_google", "shampoo_meta", "statistics"]
 statistics = State("gradient")
 
 New = dict[str, Value]
+Shape = tuple[Value, ...]
 
 _TINY = 1e-30
 
@@ -55,10 +57,50 @@ def _factors(how: Kronecker, g: Value, before: Value, st: States, hp: Hyper, t: 
     return before + outer if hp.beta2 == 1 else lerp(before, outer, 1 - hp.beta2)
 
 
-def _renewed(how: Kronecker, factors: Value, st: States, hp: Hyper, shape: tuple[Value, ...]) -> Value:
+def _whole(factors: Value, hp: Hyper, t: Value) -> Value:
+    """Factors corrected for starting at zero, where they do."""
+    counted = (t - 1) // hp.statistics_every + 1
+    return debias(factors, hp.beta2, counted) if hp.bias_correction and hp.beta2 != 1 else factors
+
+
+def _renewed(how: Kronecker, factors: Value, st: States, hp: Hyper, shape: Shape) -> Value:
     exponent = 0.0 if hp.exponent is None else hp.exponent
     renew = rooting(how, hp.root, hp.relative_eps)
     return opaque(renew, factors, st.roots, exponent, hp.eps, *shape, kind=MATRIX)
+
+
+def _filtered(g: Value, st: States, hp: Hyper, t: Value) -> tuple[Value, New]:
+    """Momentum, of which another fraction may be used than is kept."""
+    if hp.beta1 == 0:
+        return g, {}
+    beta3 = hp.beta1 if hp.beta3 is None else hp.beta3
+    m = lerp(st.m, g, 1 - hp.beta1)
+    x = m if hp.beta3 is None else lerp(st.m, g, 1 - beta3)
+    return (x / (1 - beta3 * hp.beta1 ** (t - 1)) if hp.bias_correction else x), {"m": m}
+
+
+def _rooted(
+    how: Kronecker, x: Value, g: Value, factors: Value | None, st: States, hp: Hyper, t: Value, shape: Shape
+) -> tuple[Value, New]:
+    """``x`` times roots, which are renewed where there are ``factors``."""
+    if factors is None:
+        return opaque(how.times, x, st.roots), {}
+    roots = _renewed(how, factors, st, hp, shape)
+    return opaque(how.times, x, roots), {"roots": roots}
+
+
+def _corrected(
+    how: Kronecker, x: Value, g: Value, factors: Value | None, st: States, hp: Hyper, t: Value, shape: Shape
+) -> tuple[Value, New]:
+    """``x`` over the root mean square of gradients, in eigenbases that are renewed where there are ``factors``."""
+    new: New = {}
+    bases = st.bases
+    if factors is not None:
+        bases = new["bases"] = opaque(rebasing(how, "rising"), factors, st.bases, *shape, kind=MATRIX)
+    v = new["eigenvalues"] = hp.beta2 * st.eigenvalues + _share(hp.beta2) * square(opaque(how.turned, g, bases))
+    whole = debias(v, hp.beta2, t) if hp.bias_correction and hp.beta2 != 1 else v
+    root = sqrt(whole) if hp.exponent is None else whole**hp.exponent
+    return opaque(how.times, opaque(how.turned, x, bases) / (root + hp.eps), bases), new
 
 
 def _states(how: Kronecker, low: bool) -> dict[str, State]:
@@ -66,6 +108,8 @@ def _states(how: Kronecker, low: bool) -> dict[str, State]:
     return {
         "factors": State("accumulator", start=how.zeros, kind=MATRIX, dtype=dtype),
         "roots": State("accumulator", start=how.identity, kind=MATRIX, dtype=dtype),
+        "bases": State("accumulator", start=how.identity, kind=MATRIX),
+        "eigenvalues": second_moment,
         "statistics": statistics,
     }
 
@@ -75,36 +119,30 @@ def shampoo_meta(how: Kronecker, low: bool) -> Part:
     """The rule for weights cut up in this way, with factors in bfloat16 if ``low``."""
 
     @direction(m=moment, v=second_moment, **_states(how, low))
-    def shampoo(g: Value, st: States, hp: Hyper, t: Value, shape: tuple[Value, ...]) -> Value:
+    def shampoo(g: Value, st: States, hp: Hyper, t: Value, shape: Shape) -> Value:
         """facebookresearch/optimizers (Shi et al. 2023): momentum goes in, each block has the length of its own."""
         factors = _factors(how, g, st.factors, st, hp, t)
         new: New = {"factors": factors}
-        roots = st.roots
-        if t == hp.start or (t > hp.start and t % hp.every == 0):
-            counted = (t - 1) // hp.statistics_every + 1
-            whole = debias(factors, hp.beta2, counted) if hp.bias_correction and hp.beta2 != 1 else factors
-            roots = new["roots"] = _renewed(how, whole, st, hp, shape)
-        x = g
-        if hp.beta1 != 0:
-            new["m"] = lerp(st.m, g, 1 - hp.beta1)
-            x = new["m"] if hp.beta3 is None else lerp(st.m, g, 1 - hp.beta3)
-            if hp.bias_correction:
-                x = x / (1 - (hp.beta1 if hp.beta3 is None else hp.beta3) * hp.beta1 ** (t - 1))
+        renews = t == hp.start or (t > hp.start and t % hp.every == 0)
+        x, kept = _filtered(g, st, hp, t)
+        new |= kept
         magnitude, kept = _magnitude(x, g, st, hp, t)
         new |= kept
-        if t < hp.start and hp.graft != "none":
-            return magnitude, new
-        d = opaque(how.times, x, roots)
-        return (d if hp.graft == "none" else d * _ratio(how, magnitude, d)), new
+        precondition = _corrected if hp.corrected else _rooted
+        d, kept = precondition(how, x, g, _whole(factors, hp, t) if renews else None, st, hp, t, shape)
+        new |= kept
+        if hp.graft == "none":
+            return d, new
+        return (magnitude if t < hp.start else _grafted(how, d, magnitude)), new
 
     return shampoo
 
 
-def _ratio(how: Kronecker, magnitude: Value, d: Value) -> Value:
-    """What brings each block of ``d`` to the length of that block of ``magnitude``."""
+def _grafted(how: Kronecker, d: Value, magnitude: Value) -> Value:
+    """Each block of ``d`` at the length of that block of ``magnitude``."""
     if how.block is None:
-        return length_ratio(norm(magnitude), norm(d), 1e-16)
-    return length_ratio(opaque(how.norms, magnitude), opaque(how.norms, d), 1e-16)
+        return grafted(d, norm(d), norm(magnitude), 1e-16)[0]
+    return grafted(d, opaque(how.norms, d), opaque(how.norms, magnitude), 1e-16)[0]
 
 
 @cache
@@ -112,7 +150,7 @@ def shampoo_google(how: Kronecker, low: bool) -> Part:
     """The rule for weights cut up in this way, with factors in bfloat16 if ``low``."""
 
     @direction(m=moment, m_graft=moment, v=second_moment, **_states(how, low))
-    def shampoo(g: Value, p: Value, st: States, hp: Hyper, t: Value, shape: tuple[Value, ...]) -> Value:
+    def shampoo(g: Value, p: Value, st: States, hp: Hyper, t: Value, shape: Shape) -> Value:
         """google-research's scalable_shampoo (Anil et al. 2020): gradients go in, momentum is of what comes out."""
         before = st.factors + hp.eps * st.roots if t == 1 else st.factors  # roots begin as the identity
         factors = _factors(how, g, before, st, hp, t)
@@ -124,7 +162,7 @@ def shampoo_google(how: Kronecker, low: bool) -> Part:
         new |= kept
         d = opaque(how.times, g, roots)
         if hp.graft != "none":
-            d = d * length_ratio(norm(magnitude), norm(d), _TINY)
+            d, _ = grafted(d, norm(d), norm(magnitude), _TINY)
         if not hp.decoupled_weight_decay and hp.weight_decay != 0:
             d, magnitude = d + hp.weight_decay * p, magnitude + hp.weight_decay * p
         share = 1 - hp.beta1 if hp.average_momentum else 1.0

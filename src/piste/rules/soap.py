@@ -8,6 +8,7 @@ import torch
 
 from piste.kronecker import Kronecker, rebasing
 from piste.ops import Value, lerp, mean, opaque, sqrt, square
+from piste.rules.shampoo import statistics
 from piste.slots import Hyper, Part, States, direction
 from piste.storage import State, moment, second_moment
 from piste.symbol import MATRIX
@@ -35,7 +36,7 @@ def soap(how: Kronecker, low: bool) -> Part:
     factors_of = State("accumulator", start=how.zeros, kind=MATRIX, dtype=torch.bfloat16 if low else None)
     bases_of = State("accumulator", start=how.identity, kind=MATRIX)
 
-    @direction(m=moment, v=second_moment, factors=factors_of, bases=bases_of)
+    @direction(m=moment, v=second_moment, factors=factors_of, bases=bases_of, statistics=statistics)
     def soap(g: Value, st: States, hp: Hyper, t: Value, ndim: int, shape: tuple[Value, ...]) -> Value:
         """Vyas et al. 2024, algorithm 3, as released: the first gradient only makes a basis, which none sees itself."""
         taken = t - 1  # steps that moved the weight, with this one
@@ -45,7 +46,8 @@ def soap(how: Kronecker, low: bool) -> Part:
             m, v, d = _stepped(g, st, hp)
             return _sized(d, hp, taken), {"m": m, "v": v}
         beta = hp.beta2 if hp.shampoo_beta is None else hp.shampoo_beta
-        factors = lerp(st.factors, opaque(how.gram, g, kind=MATRIX), 1 - beta)
+        seen = st.statistics if hp.preconditioner_gradients else g
+        factors = lerp(st.factors, opaque(how.gram, seen, kind=MATRIX), 1 - beta)
         if t == 1:
             bases = opaque(rebasing(how, "eigen"), factors, st.bases, *shape, kind=MATRIX)
             return 0.0, {"factors": factors, "bases": bases}
