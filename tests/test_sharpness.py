@@ -220,7 +220,7 @@ def test_esam(way: str, faithful: bool) -> None:
         buffers = {n: b.clone() for n, b in twin.named_buffers()}
         g = list(torch.autograd.grad(before.mean(), weights))
         g = [x if on else torch.zeros_like(x) for x, on in zip(g, active, strict=True)]
-        draw = torch.Generator().manual_seed(3 + (t << 20))
+        draw = torch.Generator().manual_seed((3 + t * 0x9E3779B1) & 0xFFFFFFFF)
         masks = [torch.ones_like(x) if faithful else torch.empty_like(x).bernoulli_(0.6, generator=draw) for x in g]
         length = dot(g, g).sqrt() + (1e-7 if faithful else 0.0)
         moved = copy.deepcopy(twin)

@@ -302,7 +302,7 @@ class ESAM(SAM):
                 mask.fill_(1)
             else:
                 if p.device not in generators:
-                    generators[p.device] = torch.Generator(p.device).manual_seed(self.seed + (self.steps << 20))
+                    generators[p.device] = torch.Generator(p.device).manual_seed(self._drawn_from)
                 local(mask).bernoulli_(self.beta, generator=generators[p.device])
         numbers = [{"rho": self.rho_now, "beta": self.beta, "eps": 1e-7 if self.faithful else 1e-12}]
         return self.compute(of_some, weights, states, [0] * len(weights), numbers, gradients)["ascent"]
@@ -313,10 +313,15 @@ class ESAM(SAM):
         if counted:
             self._freeze()
 
+    @property
+    def _drawn_from(self) -> int:
+        """A seed for this step. torch's generators look at 32 bits, over which golden steps are spread evenly."""
+        return (self.seed + self.steps * 0x9E3779B1) & 0xFFFFFFFF
+
     def _freeze(self) -> None:
         """Leave out some tensors of the next first pass, as the released code does."""
         if self.faithful:
-            draw = random.Random(self.seed + (self.steps << 20))
+            draw = random.Random(self._drawn_from)
             self._frozen = [p for p in self._weights() if p.requires_grad and draw.random() > self.beta]
             for p in self._frozen:
                 p.requires_grad_(False)
