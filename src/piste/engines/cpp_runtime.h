@@ -14,6 +14,7 @@ const int64_t SHARE = 32768;   // elements for which a thread is worth waking
 const int64_t GROUP = 262144;  // elements that a thread takes at a time, or less where that leaves threads idle
 const int64_t BLOCK = 256;     // codes that share a word, or a multiple of them
 const int64_t RUN = 512;       // terms of a sum that are added before it goes on in double
+const int64_t HALVED = 256;    // elements for which a loop in two halves keeps what the second needs of the first
 const int64_t ROWS = 32;       // rows, likewise
 const int64_t SLOTS = 32;      // tasks of a weight whose axes matter
 const int MAX_RANK = 8;

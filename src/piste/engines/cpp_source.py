@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -83,6 +84,8 @@ _JOIN = {"sum": "Add()", "total": "Add()", "peak": "Peak()"}
 _CLAUSE = {"sum": "+", "total": "+", "peak": "peak"}
 #: how the innermost axis meets a choice of axes: not one of them, one of them, or with a stride known at run time
 _OUT, _IN, _ANY = 0, 1, 2
+#: functions of so many dependent operations that a loop with one of them is cut in front of it
+_LONG = {"exp", "log", "cbrt", "softplus"}
 
 
 @cache
@@ -193,6 +196,20 @@ def _place(symbols: Sequence[Sym], sought: Sym) -> int:
     return next(i for i, sym in enumerate(symbols) if sym is sought)
 
 
+class _Line(NamedTuple):
+    """A statement of a loop.
+
+    Attributes:
+        text: in C++.
+        sym: what it works out, loads or stores.
+        stores: whether it stores.
+    """
+
+    text: str
+    sym: Sym
+    stores: bool = False
+
+
 class _Writer:
     """One pass."""
 
@@ -234,7 +251,7 @@ class _Writer:
     def body(self, pattern: tuple[int, ...]) -> list[str]:
         self.names: dict[Sym, str] = {}
         self.before: list[str] = []
-        self.inside: list[str] = []
+        self.inside: list[_Line] = []
         self.pattern = pattern
         for i, column in enumerate(self.one.columns):
             self.pointer(i, column)
@@ -243,10 +260,7 @@ class _Writer:
         for sym in self.one.compute:
             self.compute(sym)
         after = self.results()
-        general = _ANY in pattern
-        loop = ["  for (int64_t i = 0; i < length; ++i) {", *(f"    {line}" for line in self.inside), "  }"]
-        if not general:
-            loop = self.vectorised(loop)
+        loop = self.in_two() or self.in_one()
         return [
             f"static ONCE void {self.body_name(pattern)}(",
             "    const int64_t* T, int64_t n, int64_t w, int64_t at, int64_t length, const R* __restrict h,",
@@ -257,8 +271,14 @@ class _Writer:
             "}",
         ]
 
-    def vectorised(self, loop: list[str]) -> list[str]:
-        """The loop as vector code. Sums grow in the precision of the numbers for a few of them, then in double."""
+    def in_one(self) -> list[str]:
+        """The loop, as vector code where that can be.
+
+        Sums grow in the precision of the numbers for a few of them, then in double.
+        """
+        loop = ["  for (int64_t i = 0; i < length; ++i) {", *(f"    {line.text}" for line in self.inside), "  }"]
+        if _ANY in self.pattern:
+            return loop
         sums = [_place(self.one.partials, r) for r in self.gathered() if r.op != "peak"]
         pragma = f"  #pragma omp simd{self.clauses()}"
         if not sums:
@@ -273,6 +293,58 @@ class _Writer:
             *(f"    a{i} += f{i};" for i in sums),
             "  }",
         ]
+
+    def in_two(self) -> list[str]:
+        """Two loops, with a long function at the head of the second; none where there is no such function.
+
+        A processor works on as many elements at once as it can hold instructions that wait. Of a long formula it holds
+        few elements; of each half, twice as many, and each takes half as long. What the second half needs of the first
+        waits in the cache.
+        """
+        cut = next((s for s in self.one.compute if s.op in _LONG and not is_small(s.kind)), None)
+        if cut is None or _ANY in self.pattern or self.one.partials:
+            return []
+        late = {cut}
+        for sym in self.one.compute:
+            if any(a in late for a in sym.args):
+                late.add(sym)
+        stored = [line.sym for line in self.inside if line.stores]
+        early = self.below([*cut.args, *(sym for sym in stored if sym not in late)])
+        # what the first loop has written cannot be read again
+        written = {home for home, sym in self.one.writes.items() if sym in early}
+        again = {sym for sym, home in self.one.loads.items() if home not in written}
+        needed = self.below([sym for sym in stored if sym in late], early - again)
+        inner = [line for line in self.inside if not line.stores]
+        waiting = [line.sym for line in inner if line.sym in early and line.sym in needed and line.sym not in again]
+        first = [line for line in self.inside if line.sym in early]
+        second = [line for line in self.inside if line.sym in needed - set(waiting)]
+        types = {sym: "bool" if sym.op in _COMPARISONS else "R" for sym in waiting}
+        return [
+            "  for (int64_t low = 0; low < length; low += HALVED) {",
+            "    const int64_t high = low + HALVED < length ? low + HALVED : length;",
+            *(f"    {types[sym]} w{i}[HALVED];" for i, sym in enumerate(waiting)),
+            "    #pragma omp simd",
+            "    for (int64_t i = low; i < high; ++i) {",
+            *(f"      {line.text}" for line in first),
+            *(f"      w{i}[i - low] = {self.names[sym]};" for i, sym in enumerate(waiting)),
+            "    }",
+            "    #pragma omp simd",
+            "    for (int64_t i = low; i < high; ++i) {",
+            *(f"      const {types[sym]} {self.names[sym]} = w{i}[i - low];" for i, sym in enumerate(waiting)),
+            *(f"      {line.text}" for line in second),
+            "    }",
+            "  }",
+        ]
+
+    def below(self, results: Sequence[Sym], known: Iterable[Sym] = ()) -> set[Sym]:
+        """What these results are worked out from, themselves included, down to loads and what is known."""
+        ends, found, stack = {*known, *self.one.loads}, set[Sym](), list(results)
+        while stack:
+            sym = stack.pop()
+            if sym not in found:
+                found.add(sym)
+                stack += () if sym in ends else sym.args
+        return found
 
     def gathered(self) -> list[Sym]:
         """Reductions that a loop leaves as one number."""
@@ -316,8 +388,14 @@ class _Writer:
             if (c.key == home if home != "value" and isinstance(c.key, str) else c.key is sym and c.source == "value")
         )
         index, hoisted = self.index(sym)
-        lines = self.before if hoisted else self.inside
-        lines.append(f"const R {name} = get<R>(c{source}, {index});")
+        self.add(f"const R {name} = get<R>(c{source}, {index});", sym, hoisted=hoisted)
+
+    def add(self, text: str, sym: Sym, *, hoisted: bool) -> None:
+        """A statement before the loop or in it."""
+        if hoisted:
+            self.before.append(text)
+        else:
+            self.inside.append(_Line(text, sym))
 
     def index(self, sym: Sym) -> tuple[str, bool]:
         """Where a value lies in the loop, and whether it is the same in all of it."""
@@ -331,8 +409,8 @@ class _Writer:
         op, args = ("mul", (sym.args[0], self.inverses[sym.args[1]])) if _by_number(sym) else (sym.op, sym.args)
         text = _ELEMENT[op].format(*map(self.argument, args))
         name = self.names[sym] = f"x{len(self.names)}"
-        lines = self.before if is_small(sym.kind) else self.inside
-        lines.append(f"const {'bool' if sym.op in _COMPARISONS else 'R'} {name} = {text};")
+        kind = "bool" if sym.op in _COMPARISONS else "R"
+        self.add(f"const {kind} {name} = {text};", sym, hoisted=self.index(sym)[1])
 
     def argument(self, sym: Sym) -> str:
         if sym.kind != HOST:
@@ -344,9 +422,10 @@ class _Writer:
         after: list[str] = []
         for i, column in enumerate(self.columns):
             if column.source == "home" and column.key in self.one.writes:
-                self.inside.append(f"put(c{i}, i, R({self.names[self.one.writes[str(column.key)]]}));")
+                sym = self.one.writes[str(column.key)]
+                self.inside.append(_Line(f"put(c{i}, i, R({self.names[sym]}));", sym, stores=True))
             elif column.source == "kept" and isinstance(column.key, Sym):
-                self.inside.append(f"c{i}[i] = R({self.names[column.key]});")
+                self.inside.append(_Line(f"c{i}[i] = R({self.names[column.key]});", column.key, stores=True))
             elif column.source == "partial" and isinstance(column.key, Sym):
                 after += self.gather(i, column.key)
         return after
@@ -359,7 +438,7 @@ class _Writer:
         general = _ANY in self.pattern
         local = f"{wide} a{number} = {_START[reduction.op]};"
         if reduction.kind == self.one.space:
-            self.inside.append(f"c{i}[i] = R({value});")
+            self.inside.append(_Line(f"c{i}[i] = R({value});", reduction, stores=True))
             return []
         if self.is_single(reduction):
             at = f"part[{_place(self.single, reduction)}]"
@@ -374,11 +453,13 @@ class _Writer:
                 else:
                     self.before.append(f"R* __restrict b{number} = rows[{place}];")
                 old = f"b{number}[{step}]"
-                self.inside.append(f"{old} = {f'maximum({old}, {value})' if peak else f'{old} + {value}'};")
+                text = f"{old} = {f'maximum({old}, {value})' if peak else f'{old} + {value}'};"
+                self.inside.append(_Line(text, reduction, stores=True))
                 return []
         self.before.append(local)
         name = f"a{number}" if peak or general else f"f{number}"
-        self.inside.append(f"{name} = {f'maximum({name}, {value})' if peak else f'{name} + {value}'};")
+        text = f"{name} = {f'maximum({name}, {value})' if peak else f'{name} + {value}'};"
+        self.inside.append(_Line(text, reduction, stores=True))
         return [f"{at} = {_JOIN[reduction.op]}({at}, {'double' if self.is_single(reduction) else wide}(a{number}));"]
 
     def is_single(self, reduction: Sym) -> bool:
