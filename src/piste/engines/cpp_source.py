@@ -617,15 +617,18 @@ class _Writer:
         tests = [" && ".join(f"s[{j}] == {step}" for j, step in enumerate(pattern)) for pattern in patterns]
         # each row has addresses of its own, but for what grows along it
         shared = [f"grid.shared({axes})" for axes in sorted({self.axes.index(r.kind.keep) for r in self.spread})]
+        known = " || ".join(f"({test})" for test in tests)
         return [
-            "    const auto group = [&](int64_t at, int64_t length, const int64_t* k, int64_t across, const int64_t* next) {",
+            f"    const bool known = {known};",
+            "    const auto group = [&](int64_t at, int64_t length, const int64_t* k, int64_t across,",
+            "                           const int64_t* next) {",
             *(f"    {line.replace('length)', f'length, {self.rows})')}" for line in takes),
             *(
                 f"      if ({test}) {self.body_name(pattern, self.rows)}{arguments[:-1]}, across, next);"
                 for test, pattern in zip(tests, patterns, strict=True)
             ),
             "    };",
-            f"    const bool grouped = {' && '.join(['grid.rank > 1', *shared])} && ({' || '.join(f'({t})' for t in tests)});",
+            f"    const bool grouped = {' && '.join(['grid.rank > 1', *shared, 'known'])};",
             f"    grid.walk(slot, row, group, grouped ? {self.rows} : 1);",
         ]
 
