@@ -176,7 +176,7 @@ def pairs(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 TRUE = {"exp": np.exp, "log": np.log, "cbrt": np.cbrt, "softplus": lambda x: np.logaddexp(0.0, x)}
 #: units in the last place; the promise is 2, or 3 where the error of exp counts in the smaller units of its logarithm,
 #: and this is what the arithmetic gives on every machine
-WORST = {"exp": 0.95, "log": 0.86, "cbrt": 0.55, "softplus": 2.7}
+WORST = {"exp": 1.25, "log": 0.86, "cbrt": 0.55, "softplus": 3.0}
 
 
 def units(actual: Any, true: Any) -> Any:

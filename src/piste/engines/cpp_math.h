@@ -69,20 +69,16 @@ static INLINE double softplus(double x) { return __builtin_log1p(__builtin_exp(-
 // exp(y) = fraction * 2^exponent, for -104 <= y <= 89.
 struct Exponential { float fraction; int32_t exponent; };
 
-// exp(y) = 2^n exp(r) with |r| <= ln(2)/2; eight terms of the series leave 5e-9. ln(2) stands in two parts, of which
-// the first has so few bits that its product with n is exact; what r loses to rounding comes back with the small terms.
+// exp(y) = 2^n exp(r) with |r| <= ln(2)/2, where the best polynomial of degree 6 that begins with 1 + r leaves 4e-9. ln(2)
+// stands in two parts, of which the first has so few bits that its product with n is exact. Terms are paired: a long
+// chain of operations, each of which waits for the one before, would be what a loop waits for.
 static INLINE Exponential exponential(float y) {
   // where floats are whole numbers, the addition rounds, and n stands in the last bits
   const float shifted = y * 0x1.715476p+0f + 0x1.8p23f, n = shifted - 0x1.8p23f;
-  const float high = y - n * 0x1.63p-1f, low = n * -0x1.bd0106p-13f;
-  const float r = high - low, lost = (high - r) - low;
-  float q = 1.0f / 5040;
-  q = q * r + 1.0f / 720;
-  q = q * r + 1.0f / 120;
-  q = q * r + 1.0f / 24;
-  q = q * r + 1.0f / 6;
-  q = q * r + 0.5f;
-  return {1.0f + (r + (lost + r * r * q)), bits_as<int32_t>(shifted) - 0x4b400000};
+  const float r = (y - n * 0x1.63p-1f) - n * -0x1.bd0106p-13f, square = r * r;
+  const float large = 0.49999994f + r * 0.16666521f, small = 0.04166826f + r * 0.008368666f;
+  const float q = large + square * (small + square * 0.0013821174f);
+  return {1.0f + (r + square * q), bits_as<int32_t>(shifted) - 0x4b400000};
 }
 
 // 2^k, for -126 <= k <= 127
@@ -130,23 +126,21 @@ static INLINE float cbrt(float x) {
   return ((whole > 0.0f) & (whole < __builtin_inff())) ? __builtin_copysignf(root, x) : x;
 }
 
-// log(1 + exp(x)) = max(x, 0) + log(1 + t), t = exp(-|x|) as above. t is at most 1, where t + t^2 q(t) is a logarithm
-// without a search for its range, and without a division; the best q of degree 8 leaves 5e-9. Below -87 the result stays
-// near 1e-38. Above 40, t is nothing beside x, and must not come near 1e-38, where products take several times as long.
+// log(1 + exp(x)) = max(x, 0) + log(1 + t), t = exp(-|x|) as above. t is at most 1, where t (1 + t q(t)) is a logarithm
+// without a search for its range, and without a division; the best q of degree 7 leaves 3e-8. Below -87 the result stays
+// near 1e-38. In q, t must not come near 1e-38, where products take several times as long: below 2^-30 it is nothing
+// beside 1. Both limits are taken of the bits, whose order is that of the numbers: with a choice between floats gcc works
+// the formula out for the limit, and then for the small number as well.
 static INLINE float softplus(float x) {
-  const float size = __builtin_fabsf(x), most = x > 0.0f ? 40.0f : 87.0f;
-  const Exponential e = exponential(size < most ? -size : -most);
+  const uint32_t below = bits_as<uint32_t>(x) | 0x80000000, lowest = bits_as<uint32_t>(-87.0f);
+  const Exponential e = exponential(bits_as<float>(below < lowest ? below : lowest));
   const float t = e.fraction * power_of_two(e.exponent);
-  float q = -0.0033184648f;
-  q = q * t + 0.020204552f;
-  q = q * t - 0.057664383f;
-  q = q * t + 0.1068054959f;
-  q = q * t - 0.1535539329f;
-  q = q * t + 0.196953997f;
-  q = q * t - 0.249585867f;
-  q = q * t + 0.3333051205f;
-  q = q * t - 0.4999993145f;
-  return x != x ? x : (x > 0.0f ? x : 0.0f) + (t + t * t * q);
+  const int32_t bits = bits_as<int32_t>(t), least = bits_as<int32_t>(0x1p-30f);
+  const float u = bits_as<float>(bits > least ? bits : least), square = u * u;
+  const float q0 = -0.49999648f + u * 0.3332133f, q1 = -0.24857217f + u * 0.19153848f;
+  const float q2 = -0.13754189f + u * 0.07920888f, q3 = -0.030068362f + u * 0.0053654467f;
+  const float q = (q0 + square * q1) + square * square * (q2 + square * q3);
+  return (x < 0.0f ? 0.0f : x) + t * (1.0f + u * q);
 }
 
 static INLINE float sqrt(float x) { return __builtin_sqrtf(x); }

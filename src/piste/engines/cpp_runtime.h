@@ -14,6 +14,7 @@ const int64_t SHARE = 32768;   // elements for which a thread is worth waking
 const int64_t GROUP = 262144;  // elements that a thread takes at a time, or less where that leaves threads idle
 const int64_t BLOCK = 256;     // codes that share a word, or a multiple of them
 const int64_t RUN = 512;       // terms of a sum that are added before it goes on in double
+const int64_t HALVED = 256;    // elements for which a loop in two halves keeps what the second needs of the first
 const int64_t ROWS = 32;       // rows, likewise
 const int64_t SLOTS = 32;      // tasks of a weight whose axes matter
 const int MAX_RANK = 8;
@@ -163,7 +164,11 @@ template <int K> struct Grid {
   }
 
   // row(at, length, offsets) for every run along the innermost axis
-  template <class Row> void walk(int64_t slot, Row row) const {
+  template <class Row> void walk(int64_t slot, Row row) const { walk(slot, row, [](auto...) {}, 1); }
+
+  // the same, and group(at, length, offsets, across, next) for so many runs at once, where they are more than one, that
+  // lie side by side; each begins `across` and `next` behind the one before
+  template <class Row, class Group> void walk(int64_t slot, Row row, Group group, int64_t rows) const {
     const int64_t low = size[split] * slot / slots, high = size[split] * (slot + 1) / slots;
     const int last = rank - 1;
     int64_t index[MAX_RANK + 1];
@@ -175,7 +180,13 @@ template <int K> struct Grid {
         offset[j] = 0;
         for (int d = 0; d < rank; ++d) offset[j] += index[d] * step[d][j];
       }
-      row(at, (last == split ? high : size[last]) - index[last], offset);
+      const int64_t length = (last == split ? high : size[last]) - index[last];
+      if (rows > 1 && index[last - 1] + rows <= (last - 1 == split ? high : size[last - 1])) {
+        group(at, length, offset, size[last], step[last - 1]);
+        index[last - 1] += rows - 1;
+      } else {
+        row(at, length, offset);
+      }
       int d = last - 1;
       for (; d >= 0; --d) {
         if (++index[d] < (d == split ? high : size[d])) break;
@@ -184,6 +195,9 @@ template <int K> struct Grid {
       if (d < 0) return;
     }
   }
+
+  // do runs that lie side by side meet the same elements of a tensor with the axes j, if they go along it?
+  bool shared(int j) const { return step[rank - 1][j] == 0 || step[rank - 2][j] == 0; }
 };
 
 // Sums over rows that lie side by side: a few rows in the precision of the numbers, and then in double.
@@ -195,10 +209,10 @@ template <class Real> struct RowSum {
   ONCE RowSum(int64_t longest, double* share) : row((Real*)calloc(longest + 1, sizeof(Real))), share(share) {}
   ONCE ~RowSum() { flush(), free(row); }
 
-  // the next row belongs to the elements from k on
-  void take(int64_t k, int64_t n) {
-    if (k != at || n != length || held == ROWS) flush(), at = k, length = n;
-    ++held;
+  // the next rows belong to the elements from k on
+  void take(int64_t k, int64_t n, int64_t rows = 1) {
+    if (k != at || n != length || held + rows > ROWS) flush(), at = k, length = n;
+    held += rows;
   }
 
   void flush() {

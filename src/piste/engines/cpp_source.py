@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -83,6 +84,10 @@ _JOIN = {"sum": "Add()", "total": "Add()", "peak": "Peak()"}
 _CLAUSE = {"sum": "+", "total": "+", "peak": "peak"}
 #: how the innermost axis meets a choice of axes: not one of them, one of them, or with a stride known at run time
 _OUT, _IN, _ANY = 0, 1, 2
+#: functions of so many dependent operations that a loop with one of them is cut in front of it
+_LONG = {"exp", "log", "cbrt", "softplus"}
+#: stretches of memory that a processor is good at following at the same time
+_STREAMS = 8
 
 
 @cache
@@ -193,6 +198,20 @@ def _place(symbols: Sequence[Sym], sought: Sym) -> int:
     return next(i for i, sym in enumerate(symbols) if sym is sought)
 
 
+class _Line(NamedTuple):
+    """A statement of a loop.
+
+    Attributes:
+        text: in C++.
+        sym: what it works out, loads or stores.
+        stores: whether it stores.
+    """
+
+    text: str
+    sym: Sym
+    stores: bool = False
+
+
 class _Writer:
     """One pass."""
 
@@ -216,10 +235,13 @@ class _Writer:
         self.widest = FIXED_COLUMNS + len(self.columns)
         self.single = [r for r in one.partials if is_small(r.kind) and r.kind != one.space]
         self.spread = [r for r in one.partials if r.kind.keep and r.kind != one.space]
+        full = sum(c.source == "home" and self.example(str(c.key)).kind == one.space for c in self.columns)
+        self.rows = max(2, _STREAMS // max(1, full))
 
     def lines(self) -> list[str]:
         patterns = self.patterns()
         bodies = [line for pattern in patterns for line in self.body(pattern)]
+        bodies += [line for pattern in self.together(patterns) for line in self.body(pattern, self.rows)]
         return [*bodies, *self.visitor(patterns), *self.entry()]
 
     def patterns(self) -> list[tuple[int, ...]]:
@@ -230,36 +252,52 @@ class _Writer:
         found = [tuple(_IN if a in keep else _OUT for keep in self.axes) for a in (*every, -1)]
         return [*dict.fromkeys(found), (_ANY,) * len(self.axes)]
 
+    def together(self, patterns: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """Patterns in which rows that lie side by side meet the same elements of something smaller than the weight."""
+        return [] if self.coded else [p for p in patterns if _IN in p and _ANY not in p]
+
     # the loop --------------------------------------------------------------------------------------------------------
-    def body(self, pattern: tuple[int, ...]) -> list[str]:
-        self.names: dict[Sym, str] = {}
+    def body(self, pattern: tuple[int, ...], rows: int = 1) -> list[str]:
+        """The function for one row of memory, or for some at once: what they share is read and written once for all."""
         self.before: list[str] = []
-        self.inside: list[str] = []
+        self.inside: list[_Line] = []
+        self.accumulators: dict[str, str] = {}
         self.pattern = pattern
-        for i, column in enumerate(self.one.columns):
-            self.pointer(i, column)
-        for sym, home in self.one.loads.items():
-            self.load(sym, home)
-        for sym in self.one.compute:
-            self.compute(sym)
-        after = self.results()
-        general = _ANY in pattern
-        loop = ["  for (int64_t i = 0; i < length; ++i) {", *(f"    {line}" for line in self.inside), "  }"]
-        if not general:
-            loop = self.vectorised(loop)
+        after: list[str] = []
+        for r in range(rows):
+            self.row = f"_{r}" if r else ""
+            self.names: dict[Sym, str] = {}
+            if r:
+                after_k = ", ".join(f"k[{j}] + {r} * next[{j}]" for j in range(len(self.axes)))
+                self.before.append(f"const int64_t at_{r} = at + {r} * across, k_{r}[] = {{{after_k}}};")
+            for i, column in enumerate(self.one.columns):
+                self.pointer(i, column)
+            for sym, home in self.one.loads.items():
+                self.load(sym, home)
+            for sym in self.one.compute:
+                self.compute(sym)
+            after += self.results()
+        loop = (rows == 1 and self.in_two()) or self.in_one()
+        more = ", int64_t across, const int64_t* next" if rows > 1 else ""
         return [
-            f"static ONCE void {self.body_name(pattern)}(",
+            f"static ONCE void {self.body_name(pattern, rows)}(",
             "    const int64_t* T, int64_t n, int64_t w, int64_t at, int64_t length, const R* __restrict h,",
-            f"    const int64_t* k, const int64_t* s, double* part, double** share, R** rows{self.tiles}) {{",
+            f"    const int64_t* k, const int64_t* s, double* part, double** share, R** rows{self.tiles}{more}) {{",
             *(f"  {line}" for line in self.before),
             *loop,
             *(f"  {line}" for line in after),
             "}",
         ]
 
-    def vectorised(self, loop: list[str]) -> list[str]:
-        """The loop as vector code. Sums grow in the precision of the numbers for a few of them, then in double."""
-        sums = [_place(self.one.partials, r) for r in self.gathered() if r.op != "peak"]
+    def in_one(self) -> list[str]:
+        """The loop, as vector code where that can be.
+
+        Sums grow in the precision of the numbers for a few of them, then in double.
+        """
+        loop = ["  for (int64_t i = 0; i < length; ++i) {", *(f"    {line.text}" for line in self.inside), "  }"]
+        if _ANY in self.pattern:
+            return loop
+        sums = [number for number, op in self.accumulators.items() if op != "peak"]
         pragma = f"  #pragma omp simd{self.clauses()}"
         if not sums:
             return [pragma, *loop]
@@ -274,17 +312,65 @@ class _Writer:
             "  }",
         ]
 
-    def gathered(self) -> list[Sym]:
-        """Reductions that a loop leaves as one number."""
-        return [*self.single, *(r for r in self.spread if self.meets(r) == _OUT)]
+    def in_two(self) -> list[str]:
+        """Two loops, with a long function at the head of the second; none where there is no such function.
 
-    def body_name(self, pattern: tuple[int, ...]) -> str:
-        return "_".join([f"{self.name}_body", *map(str, pattern)])
+        A processor works on as many elements at once as it can hold instructions that wait. Of a long formula it holds
+        few elements; of each half, twice as many, and each takes half as long. What the second half needs of the first
+        waits in the cache.
+        """
+        cut = next((s for s in self.one.compute if s.op in _LONG and not is_small(s.kind)), None)
+        if cut is None or _ANY in self.pattern or self.one.partials:
+            return []
+        late = {cut}
+        for sym in self.one.compute:
+            if any(a in late for a in sym.args):
+                late.add(sym)
+        stored = [line.sym for line in self.inside if line.stores]
+        early = self.below([*cut.args, *(sym for sym in stored if sym not in late)])
+        # what the first loop has written cannot be read again
+        written = {home for home, sym in self.one.writes.items() if sym in early}
+        again = {sym for sym, home in self.one.loads.items() if home not in written}
+        needed = self.below([sym for sym in stored if sym in late], early - again)
+        inner = [line for line in self.inside if not line.stores]
+        waiting = [line.sym for line in inner if line.sym in early and line.sym in needed and line.sym not in again]
+        first = [line for line in self.inside if line.sym in early]
+        second = [line for line in self.inside if line.sym in needed - set(waiting)]
+        types = {sym: "bool" if sym.op in _COMPARISONS else "R" for sym in waiting}
+        return [
+            "  for (int64_t low = 0; low < length; low += HALVED) {",
+            "    const int64_t high = low + HALVED < length ? low + HALVED : length;",
+            *(f"    {types[sym]} w{i}[HALVED];" for i, sym in enumerate(waiting)),
+            "    #pragma omp simd",
+            "    for (int64_t i = low; i < high; ++i) {",
+            *(f"      {line.text}" for line in first),
+            *(f"      w{i}[i - low] = {self.names[sym]};" for i, sym in enumerate(waiting)),
+            "    }",
+            "    #pragma omp simd",
+            "    for (int64_t i = low; i < high; ++i) {",
+            *(f"      const {types[sym]} {self.names[sym]} = w{i}[i - low];" for i, sym in enumerate(waiting)),
+            *(f"      {line.text}" for line in second),
+            "    }",
+            "  }",
+        ]
+
+    def below(self, results: Sequence[Sym], known: Iterable[Sym] = ()) -> set[Sym]:
+        """What these results are worked out from, themselves included, down to loads and what is known."""
+        ends, found, stack = {*known, *self.one.loads}, set[Sym](), list(results)
+        while stack:
+            sym = stack.pop()
+            if sym not in found:
+                found.add(sym)
+                stack += () if sym in ends else sym.args
+        return found
+
+    def body_name(self, pattern: tuple[int, ...], rows: int = 1) -> str:
+        return "_".join([f"{self.name}_body", *map(str, pattern), *([f"rows{rows}"] if rows > 1 else [])])
 
     def clauses(self) -> str:
         return "".join(
-            f" reduction({_CLAUSE[r.op]} : {'a' if r.op == 'peak' else 'f'}{_place(self.one.partials, r)})"
-            for r in self.gathered()
+            f" reduction({_CLAUSE[op]} : {'a' if op == 'peak' else 'f'}{number})"
+            for number, op in self.accumulators.items()
         )
 
     def meets(self, sym: Sym) -> int:
@@ -298,10 +384,13 @@ class _Writer:
         if column.source == "partial" and kind != self.one.space:
             return
         if key in self.coded:
-            self.before.append(f"float* __restrict c{i} = tile[{list(self.coded).index(str(key))}] + (at - base);")
+            self.before.append(
+                f"float* __restrict c{i}{self.row} = tile[{list(self.coded).index(str(key))}] + (at - base);"
+            )
             return
-        offset = " + at" if kind == self.one.space else f" + k[{self.axes.index(kind.keep)}]" if kind.keep else ""
-        self.before.append(f"{stored}* __restrict c{i} = ({stored}*)T[{FIXED_COLUMNS + i} * n + w]{offset};")
+        at = f"k{self.row}[{self.axes.index(kind.keep)}]" if kind.keep and kind != self.one.space else ""
+        offset = f" + at{self.row}" if kind == self.one.space else f" + {at}" if at else ""
+        self.before.append(f"{stored}* __restrict c{i}{self.row} = ({stored}*)T[{FIXED_COLUMNS + i} * n + w]{offset};")
 
     def example(self, home: str) -> Sym:
         """A symbol that is read from or written to this home."""
@@ -309,15 +398,21 @@ class _Writer:
         return written if written is not None else next(s for s, h in self.one.loads.items() if h == home)
 
     def load(self, sym: Sym, home: str) -> None:
-        name = self.names[sym] = f"x{len(self.names)}"
+        name = self.names[sym] = f"x{len(self.names)}{self.row}"
         source = next(
             i
             for i, c in enumerate(self.columns)
             if (c.key == home if home != "value" and isinstance(c.key, str) else c.key is sym and c.source == "value")
         )
         index, hoisted = self.index(sym)
-        lines = self.before if hoisted else self.inside
-        lines.append(f"const R {name} = get<R>(c{source}, {index});")
+        self.add(f"const R {name} = get<R>(c{source}{self.row}, {index});", sym, hoisted=hoisted)
+
+    def add(self, text: str, sym: Sym, *, hoisted: bool) -> None:
+        """A statement before the loop or in it."""
+        if hoisted:
+            self.before.append(text)
+        else:
+            self.inside.append(_Line(text, sym))
 
     def index(self, sym: Sym) -> tuple[str, bool]:
         """Where a value lies in the loop, and whether it is the same in all of it."""
@@ -330,9 +425,9 @@ class _Writer:
     def compute(self, sym: Sym) -> None:
         op, args = ("mul", (sym.args[0], self.inverses[sym.args[1]])) if _by_number(sym) else (sym.op, sym.args)
         text = _ELEMENT[op].format(*map(self.argument, args))
-        name = self.names[sym] = f"x{len(self.names)}"
-        lines = self.before if is_small(sym.kind) else self.inside
-        lines.append(f"const {'bool' if sym.op in _COMPARISONS else 'R'} {name} = {text};")
+        name = self.names[sym] = f"x{len(self.names)}{self.row}"
+        kind = "bool" if sym.op in _COMPARISONS else "R"
+        self.add(f"const {kind} {name} = {text};", sym, hoisted=self.index(sym)[1])
 
     def argument(self, sym: Sym) -> str:
         if sym.kind != HOST:
@@ -344,42 +439,51 @@ class _Writer:
         after: list[str] = []
         for i, column in enumerate(self.columns):
             if column.source == "home" and column.key in self.one.writes:
-                self.inside.append(f"put(c{i}, i, R({self.names[self.one.writes[str(column.key)]]}));")
+                sym = self.one.writes[str(column.key)]
+                self.inside.append(_Line(f"put(c{i}{self.row}, i, R({self.names[sym]}));", sym, stores=True))
             elif column.source == "kept" and isinstance(column.key, Sym):
-                self.inside.append(f"c{i}[i] = R({self.names[column.key]});")
+                self.inside.append(_Line(f"c{i}{self.row}[i] = R({self.names[column.key]});", column.key, stores=True))
             elif column.source == "partial" and isinstance(column.key, Sym):
                 after += self.gather(i, column.key)
         return after
 
     def gather(self, i: int, reduction: Sym) -> list[str]:
         value = self.names[reduction.args[0]]
-        number = _place(self.one.partials, reduction)
+        shared = self.is_single(reduction) or (reduction.kind != self.one.space and self.meets(reduction) == _IN)
+        number = f"{_place(self.one.partials, reduction)}{'' if shared else self.row}"
         peak = reduction.op == "peak"
         wide = "R" if peak else "double"  # a sum grows beyond its terms, a peak is one of them
         general = _ANY in self.pattern
-        local = f"{wide} a{number} = {_START[reduction.op]};"
         if reduction.kind == self.one.space:
-            self.inside.append(f"c{i}[i] = R({value});")
+            self.inside.append(_Line(f"c{i}{self.row}[i] = R({value});", reduction, stores=True))
             return []
+        before: list[str] = []
         if self.is_single(reduction):
             at = f"part[{_place(self.single, reduction)}]"
         else:
             place = _place(self.spread, reduction)
             axes = self.axes.index(reduction.kind.keep)
-            at = f"(({wide}*)share[{place}])[k[{axes}]]"
+            at = f"(({wide}*)share[{place}])[k{self.row}[{axes}]]"
             if self.meets(reduction) != _OUT:
                 step = "i" if self.meets(reduction) == _IN else f"i * s[{axes}]"
                 if peak or general:
-                    self.before.append(f"{wide}* __restrict b{number} = ({wide}*)share[{place}] + k[{axes}];")
+                    before = [f"{wide}* __restrict b{number} = ({wide}*)share[{place}] + k[{axes}];"]
                 else:
-                    self.before.append(f"R* __restrict b{number} = rows[{place}];")
-                old = f"b{number}[{step}]"
-                self.inside.append(f"{old} = {f'maximum({old}, {value})' if peak else f'{old} + {value}'};")
+                    before = [f"R* __restrict b{number} = rows[{place}];"]
+                self.before += [] if self.row else before
+                self.grow(f"b{number}[{step}]", value, reduction)
                 return []
-        self.before.append(local)
-        name = f"a{number}" if peak or general else f"f{number}"
-        self.inside.append(f"{name} = {f'maximum({name}, {value})' if peak else f'{name} + {value}'};")
+        self.grow(f"{'a' if peak or general else 'f'}{number}", value, reduction)
+        if number in self.accumulators:
+            return []
+        self.accumulators[number] = reduction.op
+        self.before.append(f"{wide} a{number} = {_START[reduction.op]};")
         return [f"{at} = {_JOIN[reduction.op]}({at}, {'double' if self.is_single(reduction) else wide}(a{number}));"]
+
+    def grow(self, old: str, value: str, reduction: Sym) -> None:
+        """One more term of a reduction."""
+        text = f"maximum({old}, {value})" if reduction.op == "peak" else f"{old} + {value}"
+        self.inside.append(_Line(f"{old} = {text};", reduction, stores=True))
 
     def is_single(self, reduction: Sym) -> bool:
         return any(reduction is r for r in self.single)
@@ -496,13 +600,37 @@ class _Writer:
         for place, _ in sums:
             lines.append(f"    RowSum<R> sum{place}(grid.size[grid.rank - 1], share[{place}]);")
             lines.append(f"    rows[{place}] = sum{place}.row;")
-        calls = [*(f"  if (s[{axes}] == 1) sum{place}.take(k[{axes}], length);" for place, axes in sums), *calls]
+        takes = [f"  if (s[{axes}] == 1) sum{place}.take(k[{axes}], length);" for place, axes in sums]
+        calls = [*takes, *calls]
         row = "[&](int64_t at, int64_t length, const int64_t* k) {"
         if not self.coded:
-            return [*lines, f"    grid.walk(slot, {row}", *(f"    {line}" for line in calls), "    });"]
+            lines += ["    const auto row = " + row, *(f"    {line}" for line in calls), "    };"]
+            return [*lines, *self.groups(self.together(patterns), takes, arguments)]
         low, high = (self.edge(f"grid.edge(slot{more})") for more in ("", " + 1"))
         lines.append(f"    const int64_t low = {low}, high = slot + 1 < grid.slots ? {high} : grid.numel;")
         return [*lines, *self.tiled(f"grid.stretch(base, base + size, {row}", *calls, "});")]
+
+    def groups(self, patterns: list[tuple[int, ...]], takes: list[str], arguments: str) -> list[str]:
+        """The walk of single rows, and of some at once where there are functions for that."""
+        if not patterns:
+            return ["    grid.walk(slot, row);"]
+        tests = [" && ".join(f"s[{j}] == {step}" for j, step in enumerate(pattern)) for pattern in patterns]
+        # each row has addresses of its own, but for what grows along it
+        shared = [f"grid.shared({axes})" for axes in sorted({self.axes.index(r.kind.keep) for r in self.spread})]
+        known = " || ".join(f"({test})" for test in tests)
+        return [
+            f"    const bool known = {known};",
+            "    const auto group = [&](int64_t at, int64_t length, const int64_t* k, int64_t across,",
+            "                           const int64_t* next) {",
+            *(f"    {line.replace('length)', f'length, {self.rows})')}" for line in takes),
+            *(
+                f"      if ({test}) {self.body_name(pattern, self.rows)}{arguments[:-1]}, across, next);"
+                for test, pattern in zip(tests, patterns, strict=True)
+            ),
+            "    };",
+            f"    const bool grouped = {' && '.join(['grid.rank > 1', *shared, 'known'])};",
+            f"    grid.walk(slot, row, group, grouped ? {self.rows} : 1);",
+        ]
 
     def entry(self) -> list[str]:
         single, spread = self.single, self.spread
