@@ -20,6 +20,7 @@ __all__ = [
     "log",
     "maximum",
     "minimum",
+    "peak",
     "power",
     "root",
     "rroot",
@@ -119,12 +120,12 @@ def sign(x):
 @triton.jit
 def minimum(x, y):
     """A NaN on either side is the result, and of equals the first."""
-    return tl.where((y < x) | (y != y), y, x)
+    return tl.where(y < x, y, tl.where(y != y, y, x))
 
 
 @triton.jit
 def maximum(x, y):
-    return tl.where((y > x) | (y != y), y, x)
+    return tl.where(y > x, y, tl.where(y != y, y, x))
 
 
 @triton.jit

@@ -62,11 +62,12 @@ _ELEMENT = {
     "ge": "({} >= {})",
     "eq": "({} == {})",
     "ne": "({} != {})",
-    "where": "tl.where({} != 0, {}, {})",
+    "where": "tl.where({}, {}, {})",
     "lerp": "lerp({}, {}, {})",
     "scratch": "{}",
     "expand": "{0}",
 }
+_COMPARISONS = {"lt", "le", "gt", "ge", "eq", "ne"}
 
 
 def single(one: Pass) -> list[Sym]:
@@ -366,7 +367,10 @@ class _Writer:
         op = sym.op
         if is_divided(sym):
             op, args = "mul", (sym.args[0], self.inverses[sym.args[1]])
-        text = _ELEMENT[op].format(*map(self.argument, args))
+        texts = [self.argument(a) for a in args]
+        if op == "where" and args[0].op not in _COMPARISONS:
+            texts[0] = f"({texts[0]} != 0)"
+        text = _ELEMENT[op].format(*texts)
         name = self.names[sym] = f"x{len(self.body)}"
         self.body.append(f"{name} = {text}")
 
