@@ -112,7 +112,7 @@ class Triton(Native):
         return Kernels(
             source=text,
             stages=stages,
-            inputs=_Inputs(compile_host(numbers), len(numbers), unit(codecs)),
+            inputs=_Inputs(compile_host(numbers), len(numbers), unit(codecs) or TILE),
             by_axes=any(one.axes or spread(one) for one in native.values()),
             in_torch=any(step.kernel is None for steps in stages for step in steps),
         )

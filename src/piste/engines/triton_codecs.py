@@ -32,7 +32,7 @@ _SYNTAX = Syntax(
     declare="{name} = {text}",
     kinds={"real": "", "whole": "", "truth": ""},
     real="{!r}",
-    quotient="divide({}, {})",
+    quotient="tl.div_rn({}, {})",
     ratio="{} // {}",
     left="{} << {}",
     bits="{}.to(tl.int32, bitcast=True)",
