@@ -62,7 +62,7 @@ def _loaded(text: str) -> dict[str, Any]:
     name = f"<piste kernels {hash(text):x}>"
     linecache.cache[name] = len(text), None, text.splitlines(keepends=True), name
     space: dict[str, Any] = {name: getattr(_math(), name) for name in _math().__all__}
-    space |= {"triton": _math().triton, "tl": _math().tl}
+    space |= {"__name__": "piste_kernels", "triton": _math().triton, "tl": _math().tl}
     exec(compile(text, name, "exec"), space)
     return space
 
@@ -134,15 +134,16 @@ class Triton(Native):
             columns += column(bucket, table, argument)
         axes, geometry = _geometry(bucket, table, space)
         given = _sent(bucket, (id(step.work), "table"), columns + geometry)
+        aligned = not any(at % 16 for at in columns[3 * len(bucket) :])
         numbers = bucket.seats.kept["triton.numbers"]
         for reduction, kernel in kernels.reductions:
             results = [-(-n // RESULTS) for n in table.space(reduction.kind, bucket.homes["p"])]
             results = [n if size else 0 for n, size in zip(results, sizes, strict=True)]
             tiles = _tiles(bucket, ("results", reduction.kind), results)
             if tiles.count:
-                kernel[(tiles.count,)](given, len(bucket), axes, numbers, tiles.map, tiles.count, given)
+                kernel[(tiles.count,)](given, len(bucket), axes, numbers, tiles.map, tiles.count, given, aligned)
         if kernels.main is not None:
-            _main(bucket, table, step, _main_tiles(bucket, table, step, inputs), axes, given, numbers)
+            _main(bucket, step, _main_tiles(bucket, table, step, inputs), axes, given, numbers, aligned)
 
 
 class _Tiles(NamedTuple):
@@ -173,11 +174,11 @@ def _tiles(bucket: Bucket, key: Any, counts: Sequence[int]) -> _Tiles:
     return found
 
 
-def _main(bucket: Bucket, table: Table, step: Step, tiles: _Tiles, axes: int, given: Tensor, numbers: Tensor) -> None:
+def _main(bucket: Bucket, step: Step, tiles: _Tiles, axes: int, given: Tensor, numbers: Tensor, aligned: bool) -> None:
     reductions = single(step.work)
     parts = torch.empty(max(1, tiles.count * len(reductions)), dtype=torch.float64, device=bucket.device)
     if tiles.count:
-        step.kernel.main[(tiles.count,)](given, len(bucket), axes, numbers, tiles.map, tiles.count, parts)
+        step.kernel.main[(tiles.count,)](given, len(bucket), axes, numbers, tiles.map, tiles.count, parts, aligned)
     for place, reduction in enumerate(reductions):
         results = bucket.partials[reduction]
         if reduction.kind == ALL:

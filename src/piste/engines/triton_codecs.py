@@ -18,7 +18,7 @@ import torch
 from piste.codecs import STRIDE, Codec
 from piste.engines.lane_text import Syntax, TextLanes
 
-__all__ = ["decoded", "encoded", "places", "triton_types", "unit"]
+__all__ = ["decoded", "encoded", "places", "triton_types", "unit", "whole_places"]
 
 _TYPES = {
     torch.int8: "tl.int8",
@@ -77,6 +77,20 @@ def places(codecs: Mapping[str, Codec], tile: int) -> list[str]:
     else:
         lines += [f"col = block % per_row * {piece} + lane % {piece}", "live = col < row"]
     return [*lines, "at = line * row + col", "live = live & (at < size)"]
+
+
+def whole_places(codecs: Mapping[str, Codec], tile: int) -> list[str]:
+    """The same where the tile is one stretch of a weight whose rows need no telling apart."""
+    lines = [f"at = number * {tile} + lane", "live = tl.full(lane.shape, 1, tl.int1)"]
+    if codecs:
+        lines += ["line = number * 0", "col = at"]
+    for block in {codec.block for codec in codecs.values() if codec.packed}:
+        lines += [
+            f"first = number * {tile} + lane // {block} * {block}",
+            f"side = lane % {block} // {block // 2}",
+            f"seat = lane % {block // 2}",
+        ]
+    return lines
 
 
 def _code_place(codec: Codec) -> str:

@@ -28,10 +28,6 @@ __all__ = [
     "softplus",
 ]
 
-#: are kernels run by the interpreter?
-INTERPRETED = type(triton.jit(lambda: None)).__name__ == "InterpretedFunction"
-_DEVICE = tl.constexpr(not INTERPRETED)
-
 
 @triton.jit
 def divide(x, y):
@@ -39,6 +35,11 @@ def divide(x, y):
         return tl.div_rn(x, y)
     else:
         return x / y
+
+
+#: are kernels run by the interpreter?
+INTERPRETED = type(divide).__name__ == "InterpretedFunction"
+_DEVICE = tl.constexpr(not INTERPRETED)
 
 
 @triton.jit

@@ -11,14 +11,14 @@ in which programs run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import inf, isinf, isnan
 
 import torch
 
 from piste.codecs import GOLDEN, Codec
 from piste.engines.kernel import Column, Pass, host_numbers, is_divided, is_small
-from piste.engines.triton_codecs import decoded, encoded, places, triton_types
+from piste.engines.triton_codecs import decoded, encoded, places, triton_types, whole_places
 from piste.plan import Plan
 from piste.symbol import HOST, Sym
 
@@ -68,6 +68,10 @@ _ELEMENT = {
     "expand": "{0}",
 }
 _COMPARISONS = {"lt", "le", "gt", "ge", "eq", "ne"}
+
+#: sizes and counts are no part of what is compiled
+_HEAD = "@triton.jit(do_not_specialize=['n', 'axes', 'tiles'])"
+_ARGUMENTS = "table, n, axes, host, map, tiles, parts, ALIGNED: tl.constexpr"
 
 
 def single(one: Pass) -> list[Sym]:
@@ -143,31 +147,57 @@ class _Writer:
 
     # a kernel over tiles ---------------------------------------------------------------------------------------------
     def kernel(self, name: str) -> list[str]:
-        self.begin()
-        head = "@triton.jit(do_not_specialize=['n', 'axes', 'tiles'])"
-        arguments_ = "table, n, axes, host, map, tiles, parts"
-        self.body += [
-            "program = tl.program_id(0).to(tl.int64)",
-            "w = tl.load(map + program)",
-            "number = tl.load(map + tiles + program)",
-            f"lane = tl.arange(0, {TILE})",
-            *self.common(),
+        """A tile in the middle of a weight has no end to look out for, and lies as one stretch of memory: there, loads
+        and stores are as wide as the device has them."""
+        whole = "(number + 1) * TILE <= size".replace("TILE", str(TILE))
+        if self.codecs:
+            whole = f"({whole}) & ({self.entry('row')} == size)"
+        given = "table, n, axes, host, w, number, size, program, parts"
+        return [
+            "@triton.jit",
+            f"def {name}_tile({given}, WHOLE: tl.constexpr, ALIGNED: tl.constexpr):",
+            *_indented(self.tile()),
+            "",
+            "",
+            _HEAD,
+            f"def {name}({_ARGUMENTS}):",
+            *_indented(self.common()),
+            f"    if {whole}:",
+            f"        {name}_tile({given}, True, ALIGNED)",
+            "    else:",
+            f"        {name}_tile({given}, False, ALIGNED)",
         ]
+
+    def tile(self) -> list[str]:
+        self.begin()
+        self.body.append(f"lane = tl.arange(0, {TILE})")
         if self.codecs:
             self.body += [
                 f"row = {self.entry('row')}",
                 f"phase = (({self.entry('phase')} + tl.load(table + 2 * n + w) * {GOLDEN}) & 0xffff).to(tl.int32)",
-                *places(self.codecs, TILE),
             ]
-        else:
-            self.body += [f"at = number * {TILE} + lane", "live = at < size"]
+        self.body += [
+            "if WHOLE:",
+            *_indented(whole_places(self.codecs, TILE)),
+            "else:",
+            *_indented(
+                places(self.codecs, TILE) if self.codecs else [f"at = number * {TILE} + lane", "live = at < size"]
+            ),
+        ]
         self.values([*self.one.writes.values(), *self.one.kept, *(r.args[0] for r in self.stored())])
         self.store()
         self.gather()
-        return [head, f"def {name}({arguments_}):", *(f"    {line}" for line in self.body)]
+        return self.body
 
     def common(self) -> list[str]:
-        return ["size = tl.load(table + w)", f"host = host + tl.load(table + n + w) * {max(1, self.count)}"]
+        """What a program is there for."""
+        return [
+            "program = tl.program_id(0).to(tl.int64)",
+            "w = tl.load(map + program)",
+            "number = tl.load(map + tiles + program)",
+            "size = tl.load(table + w)",
+            f"host = host + tl.load(table + n + w) * {max(1, self.count)}",
+        ]
 
     def entry(self, source: str) -> str:
         place = next(i for i, c in enumerate(self.columns) if c.source == source)
@@ -215,14 +245,10 @@ class _Writer:
     def reduction(self, name: str, reduction: Sym) -> list[str]:
         self.begin()
         keep = reduction.kind.keep
-        head = "@triton.jit(do_not_specialize=['n', 'axes', 'tiles'])"
         out = self.address(Column("partial", reduction))
         start = "float('-inf')" if reduction.op == "peak" else "0"
         wide = self.real if reduction.op == "peak" else "tl.float64"
         before = [
-            "program = tl.program_id(0).to(tl.int64)",
-            "w = tl.load(map + program)",
-            "number = tl.load(map + tiles + program)",
             *self.common(),
             *([f"row = {self.entry('row')}"] if self.codecs else []),
             f"out = {out}",
@@ -255,11 +281,10 @@ class _Writer:
             self.body.append(f"total = maximum(total, peak(tl.where(live, {full}, float('-inf')), 1))")
         else:
             self.body.append(f"total += tl.sum(tl.where(live, {full}, 0), axis=1).to(tl.float64)")
-        line = f"def {name}(table, n, axes, host, map, tiles, parts):"
         place = f"out + number * {RESULTS} + tl.arange(0, {RESULTS})"
         after = f"tl.store({place}, total.to({self.real}), mask=number * {RESULTS} + tl.arange(0, {RESULTS}) < results)"
-        text = [*before, *(f"    {x}" for x in self.body), after]
-        return [head, line, *(f"    {x}" for x in text)]
+        text = [*before, *_indented(self.body), after]
+        return [_HEAD, f"def {name}({_ARGUMENTS}):", *_indented(text)]
 
     def halves(self) -> list[str]:
         """Where packed codes of any elements lie; see :mod:`piste.engines.triton_codecs`."""
@@ -339,7 +364,7 @@ class _Writer:
         place = self.place(column)
         if place not in self.pointers:
             name = self.pointers[place] = f"p{place}"
-            self.body.append(f"{name} = {self.address(column)}")
+            self.body += [f"{name} = {self.address(column)}", "if ALIGNED:", f"    {name} = tl.multiple_of({name}, 16)"]
         return self.pointers[place]
 
     def place(self, column: Column) -> int:
@@ -383,6 +408,10 @@ class _Writer:
             self.names[sym] = name = f"x{len(self.body)}"
             self.body.append(f"{name} = tl.load(host + {self.number_of[sym]})")
         return self.names[sym]
+
+
+def _indented(lines: Iterable[str]) -> list[str]:
+    return [f"    {line}" for line in lines]
 
 
 def _literal(value: float) -> str:
