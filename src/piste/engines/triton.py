@@ -4,13 +4,14 @@ The text comes from :mod:`piste.engines.triton_source` (``source(plan)`` shows i
 table of addresses; it is sent to the device only when it differs from the one that is there. Host numbers are sent in
 every step, and nothing that changes with the step is compiled in.
 
-It runs weights on a GPU, or on the CPU where Triton interprets kernels (``TRITON_INTERPRET=1``, for tests). For others,
-and where Triton is not installed, the cpp engine does the work.
+It takes weights on a GPU, and on the CPU where Triton interprets kernels (``TRITON_INTERPRET=1``, for tests). Where
+Triton is not installed, for other weights and for number formats that kernels do not know, foreach does the work.
 """
 
 from __future__ import annotations
 
 import linecache
+import logging
 import struct
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from piste.bucket import Bucket
-from piste.codecs import Codec
+from piste.codecs import GOLDEN, Codec
 from piste.engines.kernel import Pass, host_numbers, is_small, passes
 from piste.engines.native import Kernels, Native, Step, native_passes, plain_homes
 from piste.engines.tables import Stacked, Table, column
@@ -33,6 +34,8 @@ from piste.plan import Plan
 from piste.symbol import ALL, FULL, Kind, Sym, compile_host
 
 __all__ = ["Triton", "source", "works_on"]
+
+_LOG = logging.getLogger("piste")
 
 
 @cache
@@ -50,6 +53,13 @@ def works_on(device: torch.device) -> bool:
     if device.type == "cuda":
         return _math() is not None
     return device.type == "cpu" and _math() is not None and bool(_math().INTERPRETED)
+
+
+@cache
+def _explain(device: str) -> None:
+    """Once for each kind of device."""
+    missing = "Triton is not installed" if _math() is None else f"its kernels do not run on {device!r}"
+    _LOG.warning("the foreach engine takes over from the triton engine: %s", missing)
 
 
 def source(plan: Plan) -> str:
@@ -78,7 +88,6 @@ class _Inputs(NamedTuple):
     """How host numbers are worked out, and what is cut into pieces of this length."""
 
     host: Any
-    count: int
     unit: int
 
 
@@ -88,6 +97,8 @@ class Triton(Native):
     name = "triton"
 
     def takes(self, bucket: Bucket, homes: Mapping[str, torch.dtype]) -> bool:
+        if not works_on(bucket.device):
+            _explain(bucket.device.type)
         return works_on(bucket.device) and TYPES.keys() >= set(homes.values())
 
     def lower(
@@ -112,7 +123,7 @@ class Triton(Native):
         return Kernels(
             source=text,
             stages=stages,
-            inputs=_Inputs(compile_host(numbers), len(numbers), unit(codecs) or TILE),
+            inputs=_Inputs(compile_host(numbers), unit(codecs) or TILE),
             by_axes=any(one.axes or spread(one) for one in native.values()),
             in_torch=any(step.kernel is None for steps in stages for step in steps),
         )
@@ -129,19 +140,28 @@ class Triton(Native):
     def launch(self, bucket: Bucket, table: Table, inputs: Any, step: Step) -> None:
         space, kernels = step.work.space, step.kernel
         sizes = table.space(space, bucket.homes["p"])
-        columns = [*sizes, *bucket.row_of, *bucket.steps]
+        places: list[int] = []
+        others: list[int] = []
         for argument in step.columns:
-            columns += column(bucket, table, argument)
+            if argument.source == "phase":
+                others += [
+                    begin + step_ * GOLDEN & 0xFFFF
+                    for begin, step_ in zip(bucket.seats.phases, bucket.steps, strict=True)
+                ]
+            elif argument.source == "row":
+                others += table.rows
+            else:
+                places += column(bucket, table, argument)
         axes, geometry = _geometry(bucket, table, space)
-        given = _sent(bucket, (id(step.work), "table"), columns + geometry)
-        aligned = not any(at % 16 for at in columns[3 * len(bucket) :])
+        given = _sent(bucket, (id(step.work), "table"), [*sizes, *bucket.row_of, *places, *others, *geometry])
+        aligned = not any(at % 16 for at in places)
         numbers = bucket.seats.kept["triton.numbers"]
         for reduction, kernel in kernels.reductions:
             results = [-(-n // RESULTS) for n in table.space(reduction.kind, bucket.homes["p"])]
             results = [n if size else 0 for n, size in zip(results, sizes, strict=True)]
             tiles = _tiles(bucket, ("results", reduction.kind), results)
-            if tiles.count:
-                kernel[(tiles.count,)](given, len(bucket), axes, numbers, tiles.map, tiles.count, given, aligned)
+            if tiles.amount:
+                _run(kernel, tiles, given, len(bucket), axes, numbers, given, aligned)
         if kernels.main is not None:
             _main(bucket, step, _main_tiles(bucket, table, step, inputs), axes, given, numbers, aligned)
 
@@ -149,9 +169,17 @@ class Triton(Native):
 class _Tiles(NamedTuple):
     """The tiles of all weights: how many, which weight and which of its tiles each is, and each weight's first."""
 
-    count: int
+    amount: int
     map: Tensor
     first: Tensor
+
+
+def _run(
+    kernel: Any, tiles: _Tiles, given: Tensor, n: int, axes: int, numbers: Tensor, parts: Tensor, aligned: bool
+) -> None:
+    # products and sums are rounded one by one, as on every engine
+    own = {"enable_fp_fusion": False}
+    kernel[(tiles.amount,)](given, n, axes, numbers, tiles.map, tiles.amount, parts, aligned, **own)
 
 
 def _main_tiles(bucket: Bucket, table: Table, step: Step, inputs: _Inputs) -> _Tiles:
@@ -176,9 +204,9 @@ def _tiles(bucket: Bucket, key: Any, counts: Sequence[int]) -> _Tiles:
 
 def _main(bucket: Bucket, step: Step, tiles: _Tiles, axes: int, given: Tensor, numbers: Tensor, aligned: bool) -> None:
     reductions = single(step.work)
-    parts = torch.empty(max(1, tiles.count * len(reductions)), dtype=torch.float64, device=bucket.device)
-    if tiles.count:
-        step.kernel.main[(tiles.count,)](given, len(bucket), axes, numbers, tiles.map, tiles.count, parts, aligned)
+    parts = torch.empty(max(1, tiles.amount * len(reductions)), dtype=torch.float64, device=bucket.device)
+    if tiles.amount:
+        _run(step.kernel.main, tiles, given, len(bucket), axes, numbers, parts, aligned)
     for place, reduction in enumerate(reductions):
         results = bucket.partials[reduction]
         if reduction.kind == ALL:

@@ -2,7 +2,7 @@
 
 Each pass becomes a kernel over all weights of a bucket: one program works on one tile of one weight, and finds its
 tensors through a table. A table has, one column after the other with an entry per weight: number of elements, row of
-the host numbers, step number, the addresses in ``Pass.columns``, and the sizes and strides of axes.
+the host numbers, the addresses in ``Pass.columns``, and the sizes and strides of axes.
 
 Sums and peaks that keep no axes leave a number per tile; those that keep some have a kernel of their own before the
 pass, in which a program works on a few results, going along everything that is reduced. No result depends on the order
@@ -16,7 +16,7 @@ from math import inf, isinf, isnan
 
 import torch
 
-from piste.codecs import GOLDEN, Codec
+from piste.codecs import Codec
 from piste.engines.kernel import Column, Pass, host_numbers, is_divided, is_small
 from piste.engines.triton_codecs import decoded, encoded, places, triton_types, whole_places
 from piste.plan import Plan
@@ -24,8 +24,8 @@ from piste.symbol import HOST, Sym
 
 __all__ = ["ALONG", "FIXED_COLUMNS", "RESULTS", "TILE", "TYPES", "arguments", "single", "spread", "write"]
 
-#: columns of the table before the addresses: elements, row of host numbers, step number
-FIXED_COLUMNS = 3
+#: columns of the table before the addresses: elements, row of host numbers
+FIXED_COLUMNS = 2
 #: elements of a tile, a multiple of every block of codes
 TILE = 1024
 #: results of a reduction that a program works on, and how many elements at a time it goes along
@@ -174,7 +174,7 @@ class _Writer:
         if self.codecs:
             self.body += [
                 f"row = {self.entry('row')}",
-                f"phase = (({self.entry('phase')} + tl.load(table + 2 * n + w) * {GOLDEN}) & 0xffff).to(tl.int32)",
+                f"phase = {self.entry('phase')}.to(tl.int32)",
             ]
         self.body += [
             "if WHOLE:",
