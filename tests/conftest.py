@@ -12,6 +12,8 @@ import torch
 from torchvision_stub import declare_operators
 
 declare_operators()  # before any test imports what imports torchvision
+# Triton's kernels run in its interpreter; it asks for that when it is imported
+os.environ.setdefault("TRITON_INTERPRET", "1")
 # compiled kernels are kept beside the checkout, not in the home of whoever runs the tests
 os.environ.setdefault("PISTE_CACHE", str(Path(__file__).parent.parent / ".piste-cache"))
 

@@ -280,7 +280,7 @@ def test_states_that_take_turns_share_a_kernel(options: dict[str, Any]) -> None:
         optimizer.step()
     parts = [part for layout in optimizer._roster.layouts.values() for part in layout]
     assert len({part.seats.plan for part in parts}) == 2
-    assert len({part.seats.kept["cpp"].lowered.source for part in parts}) == 1
+    assert len({part.seats.kept["cpp"].kernels.source for part in parts}) == 1
 
 
 def test_nothing_grows_over_thousands_of_steps() -> None:

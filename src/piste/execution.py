@@ -19,6 +19,7 @@ from piste.engines.compiled import Compiled
 from piste.engines.cpp import Cpp
 from piste.engines.foreach import Foreach
 from piste.engines.reference import Reference
+from piste.engines.triton import Triton
 from piste.roster import Member, Roster, plans_built
 from piste.sharding import complete, gathered, part_of
 from piste.symbol import ALL, FULL, HOST, Sym, compile_host
@@ -27,7 +28,7 @@ __all__ = ["ENGINES", "Member", "Roster", "engine_for", "plans_built", "run"]
 
 log = logging.getLogger("piste")
 
-ENGINES: dict[str, Engine] = {e.name: e for e in (Reference(), Foreach(), Compiled(), Cpp())}
+ENGINES: dict[str, Engine] = {e.name: e for e in (Reference(), Foreach(), Compiled(), Cpp(), Triton())}
 
 
 def engine_for(name: str) -> Engine:

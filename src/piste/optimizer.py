@@ -49,7 +49,8 @@ class EngineOptions(TypedDict, total=False):
 
     Settings of the whole optimizer:
 
-    * ``engine``: ``"auto"`` (the fastest that works here), ``"cpp"``, ``"foreach"``, ``"compile"`` or ``"reference"``.
+    * ``engine``: ``"auto"`` (the fastest that works here), ``"cpp"``, ``"foreach"``, ``"compile"`` or ``"reference"``;
+      ``"triton"`` is there to be tried on GPUs, where ``"auto"`` is ``"foreach"`` until it has been measured.
     * ``nonfinite``: what to do about NaN or infinite gradients: ``"ignore"`` as torch does, ``"raise"``
       ``FloatingPointError``, or ``"skip"`` the step. The last two look at all gradients before anything is written.
     * ``amp_unscale`` (bool): take part in ``torch.amp.GradScaler``'s fused protocol: gradients are unscaled as they

@@ -1,17 +1,16 @@
 """Writes codecs as C++: two functions for each, that decode and encode a stretch of numbers.
 
-The formulas are those of :mod:`piste.codecs`; here their lanes are names of C++ variables, and what is done with them
-becomes a line of code.
+The formulas are those of :mod:`piste.codecs`, as :mod:`piste.engines.lane_text` writes them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from piste.codecs import GOLDEN, STRIDE, Codec
+from piste.engines.lane_text import Syntax, TextLanes
 
 __all__ = ["TILE", "code_offset", "cpp_types", "definitions", "phase", "rest_offset"]
 
@@ -28,110 +27,20 @@ _TYPES = {
 }
 
 
-class _Lane:
-    """A C++ variable, or a constant."""
-
-    def __init__(self, text: str, real: bool, lines: list[str]) -> None:
-        self.text, self.real, self.lines = text, real, lines
-
-    def made(self, text: str, kind: str) -> _Lane:
-        name = f"y{len(self.lines)}"
-        self.lines.append(f"const {kind} {name} = {text};")
-        return _Lane(name, kind == "float", self.lines)
-
-    def join(self, op: str, other: Any, *, flip: bool = False, kind: str = "") -> _Lane:
-        a, b = self.text, _text(other, real=self.real)
-        left, right = (b, a) if flip else (a, b)
-        return self.made(f"{left} {op} {right}", kind or ("float" if self.real else "int32_t"))
-
-    def __add__(self, other: Any) -> _Lane:
-        return self.join("+", other)
-
-    def __radd__(self, other: Any) -> _Lane:
-        return self.join("+", other, flip=True)
-
-    def __sub__(self, other: Any) -> _Lane:
-        return self.join("-", other)
-
-    def __rsub__(self, other: Any) -> _Lane:
-        return self.join("-", other, flip=True)
-
-    def __mul__(self, other: Any) -> _Lane:
-        return self.join("*", other)
-
-    def __truediv__(self, other: Any) -> _Lane:
-        return self.join("/", other)
-
-    def __rtruediv__(self, other: Any) -> _Lane:
-        return self.join("/", other, flip=True)
-
-    def __floordiv__(self, other: Any) -> _Lane:
-        return self.join("/", other)  # of numbers that are not negative
-
-    def __and__(self, other: Any) -> _Lane:
-        return self.join("&", other)
-
-    def __or__(self, other: Any) -> _Lane:
-        return self.join("|", other)
-
-    def __lshift__(self, other: Any) -> _Lane:
-        return self.made(f"(int32_t)((uint32_t){self.text} << {_text(other, real=False)})", "int32_t")
-
-    def __rshift__(self, other: Any) -> _Lane:
-        return self.join(">>", other)
-
-    def __neg__(self) -> _Lane:
-        return self.made(f"-{self.text}", "float" if self.real else "int32_t")
-
-    def __lt__(self, other: Any) -> _Lane:
-        return self.join("<", other, kind="bool")
-
-    def __gt__(self, other: Any) -> _Lane:
-        return self.join(">", other, kind="bool")
-
-    def __ge__(self, other: Any) -> _Lane:
-        return self.join(">=", other, kind="bool")
-
-    def __eq__(self, other: object) -> _Lane:  # type: ignore[override]
-        return self.join("==", other, kind="bool")
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-def _text(value: Any, *, real: bool) -> str:
-    if isinstance(value, _Lane):
-        return value.text
-    return f"{float(value)!r}f" if real else "INT32_MIN" if value == -(2**31) else str(int(value))
-
-
-class _Cpp:
-    """Lanes that are C++ variables; see :class:`piste.codecs.Lanes`."""
-
-    def bits(self, x: _Lane) -> _Lane:
-        return x.made(f"bits_as<int32_t>({x.text})", "int32_t")
-
-    def real(self, i: _Lane) -> _Lane:
-        return i.made(f"bits_as<float>({i.text})", "float")
-
-    def number(self, i: _Lane) -> _Lane:
-        return i.made(f"(float){i.text}", "float")
-
-    def whole(self, x: _Lane) -> _Lane:
-        return x.made(f"(int32_t){x.text}", "int32_t")
-
-    def minimum(self, a: _Lane, b: Any) -> _Lane:
-        return self.where(b < a if isinstance(b, _Lane) else a > b, b, a)
-
-    def maximum(self, a: _Lane, b: Any) -> _Lane:
-        return self.where(b > a if isinstance(b, _Lane) else a < b, b, a)
-
-    def where(self, test: _Lane, yes: Any, no: Any) -> _Lane:
-        real = any(isinstance(v, float) or (isinstance(v, _Lane) and v.real) for v in (yes, no))
-        text = f"{test.text} ? {_text(yes, real=real)} : {_text(no, real=real)}"
-        return test.made(text, "float" if real else "int32_t")
-
-
-_LANES = _Cpp()
+_SYNTAX = Syntax(
+    declare="const {kind} {name} = {text};",
+    kinds={"real": "float", "whole": "int32_t", "truth": "bool"},
+    real="{!r}f",
+    quotient="{} / {}",
+    ratio="{} / {}",
+    left="(int32_t)((uint32_t){} << {})",
+    bits="bits_as<int32_t>({})",
+    pattern="bits_as<float>({})",
+    number="(float){}",
+    truncated="(int32_t){}",
+    where="{} ? {} : {}",
+)
+_LANES = TextLanes(_SYNTAX)
 _START = {"max": "0", "min": "0x7fffffff"}
 _BETTER = {"max": ">", "min": "<"}
 
@@ -220,11 +129,11 @@ def _decode(codec: Codec) -> list[str]:
     inside = [f"const int32_t word{k} = {word};" for k, word in enumerate(_words(codec))]
     for count, place, _, read, _ in _loops(codec):
         lines = [f"const int32_t code = {read};"]
-        rest = [_Lane(f"word{k}", real=False, lines=lines) for k in range(len(_words(codec)))]
+        rest = [_LANES.lane(f"word{k}", lines) for k in range(len(_words(codec)))]
         if not codec.block and codec.rest is not None:
             lines.append("const int32_t own = s[i];")
-            rest = [_Lane("own", real=False, lines=lines)]
-        value = codec.decode(_LANES, _Lane("code", real=False, lines=lines), rest)
+            rest = [_LANES.lane("own", lines)]
+        value = codec.decode(_LANES, _LANES.lane("code", lines), rest)
         lines.append(f"x[b + {place}] = {value.text};")
         inside += _simd(count, lines)
     arguments = _arguments(codec, written=False)
@@ -240,9 +149,9 @@ def _encode(codec: Codec) -> list[str]:
             f"const float v = x[b + {place}];",
             f"const int32_t threshold = (STRIDES[{place}] + start) & 0xffff;",
         ]
-        words = [_Lane(f"word{k}", real=False, lines=lines) for k in range(len(_words(codec)))]
-        threshold = _Lane("threshold", real=False, lines=lines)
-        code, *own = codec.encode(_LANES, _Lane("v", real=True, lines=lines), words, threshold)
+        words = [_LANES.lane(f"word{k}", lines) for k in range(len(_words(codec)))]
+        threshold = _LANES.lane("threshold", lines)
+        code, *own = codec.encode(_LANES, _LANES.lane("v", lines, real=True), words, threshold)
         lines.append(f"c[{target}] {join.format(f'({_TYPES[codec.codes]})({code.text}')});")
         if own:
             lines.append(f"s[i] = ({cpp_types(codec)[1]}){own[0].text};")
@@ -255,13 +164,13 @@ def _encode(codec: Codec) -> list[str]:
 def _measured(codec: Codec) -> list[str]:
     """The word of a block."""
     lines = ["const float v = x[b + i];"]
-    lanes = codec.measure(_LANES, _Lane("v", real=True, lines=lines))
+    lanes = codec.measure(_LANES, _LANES.lane("v", lines, real=True))
     for i, (lane, how) in enumerate(zip(lanes, codec.measures, strict=True)):
         lines.append(f"m{i} = {lane.text} {_BETTER[how]} m{i} ? {lane.text} : m{i};")
     starts = [f"int32_t m{i} = {_START[how]};" for i, how in enumerate(codec.measures)]
     clause = "".join(f" reduction({how} : m{i})" for i, how in enumerate(codec.measures))
     after: list[str] = []
-    known = [_Lane(f"m{i}", real=False, lines=after) for i in range(len(lanes))]
+    known = [_LANES.lane(f"m{i}", after) for i in range(len(lanes))]
     words = codec.words(_LANES, *known)
     kept = [f"const int32_t word{k} = {place} = {words[k].text};" for k, place in enumerate(_words(codec))]
     return [*starts, *_simd("n", lines, clause), *after, *kept]

@@ -8,14 +8,15 @@ passes come before the others, and torch works them out.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NamedTuple
 
 from piste.plan import Plan, Stage
-from piste.symbol import ALL, FULL, HOST, MATRIX, TENSOR, Kind, Sym
+from piste.symbol import ALL, FULL, HOST, MATRIX, TENSOR, Kind, Sym, host_node
 
-__all__ = ["Column", "Pass", "host_roots", "is_native", "is_small", "passes"]
+__all__ = ["Column", "Pass", "host_numbers", "host_roots", "is_divided", "is_native", "is_small", "passes"]
 
 Source = Literal["home", "value", "kept", "partial", "rest", "row", "phase"]
 
@@ -114,6 +115,21 @@ def host_roots(plan: Plan) -> list[Sym]:
         for sym in stage.compute:
             found.update(dict.fromkeys(a for a in sym.args if a.kind == HOST and a.op != "const"))
     return list(found)
+
+
+def host_numbers(plan: Plan, passes: Iterable[Pass]) -> tuple[list[Sym], dict[Sym, Sym]]:
+    """The host numbers that kernels take, and which of them stands for dividing by another.
+
+    One over each number that something is divided by is worked out once: a division costs as much as ten products.
+    """
+    found = {sym.args[1]: None for one in passes for sym in one.compute if is_divided(sym)}
+    inverses = {divisor: host_node("div", 1.0, divisor) for divisor in found}
+    return [*host_roots(plan), *inverses.values()], inverses
+
+
+def is_divided(sym: Sym) -> bool:
+    """Is this a division by a host number?"""
+    return sym.op == "div" and sym.args[1].kind == HOST
 
 
 def is_native(one: Pass) -> bool:
