@@ -98,12 +98,13 @@ def _runs(members: list[int], taken: Sequence[Sequence[Tensor]]) -> Iterator[lis
 
 def _call_shared(bucket: Bucket, opaques: Sequence[Sym]) -> Callable[[], None] | None:
     exchange = _exchange(bucket)
-    everywhere = [sym for sym in opaques if _is_everybodys(bucket, sym)]
-    owned = [sym for sym in opaques if sym not in everywhere]
-    for sym in everywhere:
-        bucket.values[sym] = _call(
-            bucket, sym, {a: bucket.values[a] for a in sym.args if a.kind != HOST}, range(len(bucket))
-        )
+    owned: list[Sym] = []
+    for sym in opaques:
+        if _is_everybodys(bucket, sym):
+            taken = {a: bucket.values[a] for a in sym.args if a.kind != HOST}
+            bucket.values[sym] = _call(bucket, sym, taken, range(len(bucket)))
+        else:
+            owned.append(sym)
     _bring(bucket, exchange, owned)
     leaving: dict[Sym, list[Tensor]] = {}
     for sym in owned:

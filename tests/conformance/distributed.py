@@ -61,8 +61,9 @@ def alone(subject: Subject) -> list[torch.Tensor]:
 
 def _runs(subject: Subject, spread: Callable[[nn.Module], nn.Module], rank: int) -> Iterator[list[torch.Tensor]]:
     """The final weights, once for each way of sharing out what there is to share."""
-    for group in (None, torch.distributed.group.WORLD) if subject.by_matrix else ("auto",):
-        yield _train(subject, spread(_model()), rank, distribute=group)
+    ways = [{"distribute": None}, {"distribute": torch.distributed.group.WORLD}] if subject.by_matrix else [{}]
+    for way in ways:
+        yield _train(subject, spread(_model()), rank, **way)
 
 
 def _process(rank: int, folder: str) -> None:

@@ -1,0 +1,465 @@
+"""Matrix work shared over processes: four real processes over gloo, and pairs of them, against one.
+
+One launch serves all checks; they are functions of a process that return what the parent compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import piste
+from piste.costs import EIGEN, QR
+from piste.distribution import dealt
+
+PROCESSES = 4
+STEPS = 5
+# rows that no number of processes divides, fewer rows than processes, a convolution, and what is no matrix
+SHAPES = ((18, 12), (12, 18), (13, 7), (3, 20), (6, 3, 2, 2), (18, 12), (11,), (1, 1), (12, 18))
+FROZEN = 5  # never has a gradient
+LATE = 1  # has its first one in the third step
+MATRIX: list[tuple[str, dict[str, Any]]] = [
+    ("Muon", {}),
+    ("Muon", {"state": "8bit", "iteration": "polar_express"}),
+    ("NorMuon", {"clip_norm": 1.0}),
+    ("Shampoo", {"start": 2, "every": 2, "block_size": 8}),
+    ("Shampoo", {"start": 1, "every": 2, "form": "google", "root": "newton", "factors": "bf16"}),
+    ("SOAP", {"every": 2, "max_size": 15}),
+]
+#: the matrices of a small transformer: per block queries, keys and values, output, and two layers of a perceptron
+BLOCK = ((96, 32), (32, 32), (64, 32), (32, 64))
+
+
+def numbers(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gradient(i: int, step: int) -> torch.Tensor | None:
+    waits = i == FROZEN or (i == LATE and step < 2)
+    return None if waits else numbers(SHAPES[i], 100 * step + i)
+
+
+def train(name: str, options: dict[str, Any], mesh: Any = None, **more: Any) -> dict[str, torch.Tensor]:
+    """Weights and states after some steps, whole; sharded over a mesh if there is one."""
+
+    def spread(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if mesh is None else distribute_tensor(tensor, mesh, [Shard(0)])
+
+    weights = [nn.Parameter(spread(numbers(shape, i))) for i, shape in enumerate(SHAPES)]
+    optimizer = getattr(piste, name)(weights, lr=1e-2, **options, **more)
+    for step in range(STEPS):
+        for i, p in enumerate(weights):
+            g = gradient(i, step)
+            p.grad = None if g is None else spread(g)
+        optimizer.step()
+    kept = {f"{i}": p.detach() for i, p in enumerate(weights)}
+    for i, entries in optimizer.state_dict()["state"].items():
+        kept |= {f"{i}.{k}": x for k, x in entries.items() if isinstance(x, torch.Tensor)}
+    return {k: x.full_tensor() if isinstance(x, DTensor) else x for k, x in kept.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What each process does in a step: operations, bytes kept, bytes sent
+
+COUNTED: dict[str, dict[str, Any]] = {
+    "Muon": {"rule": "muon"},
+    "Shampoo": {"start": 1, "every": 2, "graft": "none"},
+    "SOAP": {"every": 2},
+}
+TRANSFORMER = BLOCK * 6
+
+
+def transformer(name: str, mesh: Any = None, **more: Any) -> tuple[piste.Optimizer, list[nn.Parameter]]:
+    """An optimizer over the matrices of a small transformer, with gradients."""
+    weights = []
+    for i, shape in enumerate(TRANSFORMER):
+        w, g = numbers(shape, i), numbers(shape, 50 + i)
+        if mesh is not None:
+            w, g = (distribute_tensor(x, mesh, [Shard(0)]) for x in (w, g))
+        weights.append(nn.Parameter(w))
+        weights[-1].grad = g
+    return getattr(piste, name)(weights, **COUNTED[name], **more), weights
+
+
+def operations(optimizer: piste.Optimizer, steps: int) -> float:
+    """Floating-point operations of products and decompositions in some steps."""
+
+    def cubes(factor: float) -> Any:
+        return lambda shape, *_, **__: factor * shape[:-2].numel() * shape[-1] ** 3
+
+    known = {torch.ops.aten._linalg_eigh: cubes(EIGEN), torch.ops.aten.linalg_qr: cubes(QR)}
+    with FlopCounterMode(display=False, custom_mapping=known) as counter:
+        for _ in range(steps):
+            optimizer.step()
+    return float(counter.get_total_flops())
+
+
+def matrices_kept(optimizer: piste.Optimizer) -> int:
+    """Bytes of factors, roots and bases that are here."""
+    names = ("factors", "roots", "bases")
+    return sum(x.nbytes for entries in optimizer.state.values() for k, x in entries.items() if k in names)
+
+
+@contextmanager
+def collectives() -> Iterator[list[tuple[str, int]]]:
+    """The collectives of a block, each with the bytes that this process sends to others."""
+    seen: list[tuple[str, int]] = []
+    real = {name: getattr(dist, name) for name in ("all_gather_into_tensor", "all_to_all_single", "all_reduce")}
+    here = dist.get_rank()
+
+    def gather(out: torch.Tensor, own: torch.Tensor, *args: Any, **options: Any) -> Any:
+        seen.append(("all_gather", own.nbytes * (dist.get_world_size() - 1)))
+        return real["all_gather_into_tensor"](out, own, *args, **options)
+
+    def to_all(out: torch.Tensor, own: torch.Tensor, outs: Any, ins: Any, **options: Any) -> Any:
+        seen.append(("all_to_all", own.itemsize * sum(n for r, n in enumerate(ins) if r != here)))
+        return real["all_to_all_single"](out, own, outs, ins, **options)
+
+    def reduce(own: torch.Tensor, *args: Any, **options: Any) -> Any:
+        seen.append(("all_reduce", own.nbytes))
+        return real["all_reduce"](own, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, function in zip(real, (gather, to_all, reduce), strict=True):
+            patch.setattr(dist, name, function)
+        yield seen
+
+
+def accounts(mesh: Any) -> dict[str, Any]:
+    """Operations of four steps, bytes kept, and the collectives of a step without and of one with a renewal."""
+    found: dict[str, Any] = {}
+    for name in COUNTED:
+        for way, more in (("replicas", {"distribute": dist.group.WORLD}), ("shards", {"mesh": mesh})):
+            optimizer, _ = transformer(name, **more)
+            entry = found[f"{name} {way}"] = {"operations": operations(optimizer, 4)}
+            entry["kept"] = matrices_kept(optimizer)
+            for which in ("plain", "renewing"):
+                with collectives() as seen:
+                    optimizer.step()
+                entry[which] = seen
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models: tied and frozen weights, accumulated gradients
+
+MODELS: list[tuple[str, dict[str, Any]]] = [
+    ("Muon", {}),
+    ("NorMuon", {}),
+    ("Shampoo", {"eps": 0.05, "start": 2, "every": 2, "block_size": 4}),
+    ("SOAP", {"eps": 0.05, "every": 2}),
+    ("AdamW", {}),
+    ("Adafactor", {}),
+    ("Lamb", {}),
+]
+
+
+class Tied(nn.Module):
+    """A table that makes predictions, too; a layer that is not trained; fewer rows than processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.table = nn.Embedding(7, 6)
+        self.wide = nn.Linear(6, 10)
+        self.fixed = nn.Linear(10, 3).requires_grad_(False)
+        self.back = nn.Linear(3, 6, bias=False)
+        self.head = nn.Linear(6, 7, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, words: torch.Tensor) -> torch.Tensor:
+        return self.head(self.back(torch.tanh(self.fixed(torch.tanh(self.wide(self.table(words)))))))
+
+
+def learn(name: str, options: dict[str, Any], model: nn.Module, rank: int = 0, size: int = 1) -> list[torch.Tensor]:
+    """Weights after some steps, each from two backward passes over this process's share of a batch."""
+    optimizer = getattr(piste, name)([p for p in model.parameters() if p.requires_grad], lr=1e-2, **options)
+    for step in range(STEPS):
+        words = torch.randint(7, (2 * PROCESSES, 3), generator=torch.Generator().manual_seed(step))
+        passes = words.chunk(size)[rank].chunk(2)
+        optimizer.zero_grad()
+        for number, part in enumerate(passes):
+            last = number == len(passes) - 1
+            if isinstance(model, FSDPModule):
+                model.set_requires_gradient_sync(last)
+            idle = isinstance(model, nn.parallel.DistributedDataParallel) and not last
+            with model.no_sync() if idle else nullcontext():  # type: ignore[operator]
+                loss = nn.functional.cross_entropy(model(part).flatten(0, 1), part.roll(1, 1).flatten())
+                (loss / len(passes)).backward()
+        optimizer.step()
+    weights = (p.detach() for p in model.parameters())
+    return [p.full_tensor() if isinstance(p, DTensor) else p.clone() for p in weights]
+
+
+def models(rank: int, mesh: Any, pairs: Any) -> dict[str, list[list[torch.Tensor]]]:
+    """Every optimizer on four processes and on two; and on two times two, where each shard has a replica."""
+    pair, place = pairs["shard"], pairs["shard"].get_local_rank()
+    found: dict[str, list[list[torch.Tensor]]] = {}
+    for name, options in MODELS:
+        runs = found[name] = []
+        for group, at, size in ((dist.group.WORLD, rank, PROCESSES), (pair.get_group(), place, 2)):
+            ddp = nn.parallel.DistributedDataParallel(Tied().double(), process_group=group)
+            runs.append(learn(name, {**options, "distribute": group}, ddp, at, size))
+        for on, at, size in ((mesh, rank, PROCESSES), (pair, place, 2), (pairs, rank, PROCESSES)):
+            runs.append(learn(name, options, fully_shard(Tied().double(), mesh=on), at, size))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+SAVED: dict[str, tuple[str, dict[str, Any]]] = {
+    "adamw": ("AdamW", {}),
+    "adamw in 8 bits": ("AdamW", {"state": "8bit"}),
+    "adafactor": ("Adafactor", {}),
+    "ranger": ("Ranger", {"k": 2}),
+    "muon": ("Muon", {}),
+    "shampoo": ("Shampoo", {"start": 2, "every": 2, "block_size": 64}),
+    "soap": ("SOAP", {"every": 2}),
+}
+
+
+def net() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(96, 90), nn.Tanh(), nn.Linear(90, 61), nn.Tanh(), nn.Linear(61, 3))
+
+
+def fit(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    """The same batch on every process: four equal gradients are averaged without rounding."""
+    for step in steps:
+        optimizer.zero_grad()
+        model(numbers((8, 96), step)).square().mean().backward()
+        optimizer.step()
+
+
+def setting(case: str, model: nn.Module, **more: Any) -> piste.Optimizer:
+    name, options = SAVED[case]
+    optimizer: piste.Optimizer = getattr(piste, name)(model.named_parameters(), lr=1e-2, **options, **more)
+    return optimizer
+
+
+def checkpoint(model: nn.Module, optimizer: piste.Optimizer) -> dict[str, Any]:
+    return {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+
+
+def resume(folder: str, model: nn.Module, optimizer: piste.Optimizer, **options: Any) -> None:
+    found = checkpoint(model, optimizer)
+    dcp.load(found, checkpoint_id=folder, **options)
+    set_model_state_dict(model, found["model"])
+    set_optimizer_state_dict(model, optimizer, found["optimizer"])
+
+
+def whole(model: nn.Module, optimizer: piste.Optimizer) -> dict[str, torch.Tensor]:
+    """Everything that a checkpoint holds about the weights, whole."""
+    state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))["state"]
+    return {f"{name}.{k}": torch.as_tensor(x).clone() for name, entries in state.items() for k, x in entries.items()}
+
+
+def weights_of(model: nn.Module) -> list[torch.Tensor]:
+    return [p.full_tensor().detach() if isinstance(p, DTensor) else p.detach().clone() for p in model.parameters()]
+
+
+def checkpoints(folder: str, mesh: Any, pairs: Any) -> dict[str, Any]:
+    """Saved by four processes, resumed by each pair of them."""
+    found: dict[str, Any] = {}
+    pair = pairs["shard"]
+    for case in [*SAVED, "soap of replicas"]:
+        replicas = case not in SAVED
+        name = case.removesuffix(" of replicas")
+
+        def ready(on: Any, name: str = name, replicas: bool = replicas) -> tuple[nn.Module, piste.Optimizer]:
+            group = on.get_group()
+            model = (
+                nn.parallel.DistributedDataParallel(net(), process_group=group)
+                if replicas
+                else fully_shard(net(), mesh=on)
+            )
+            return model, setting(name, model, **({"distribute": group} if replicas else {}))
+
+        model, optimizer = ready(mesh)
+        fit(model, optimizer, range(3))
+        dcp.save(checkpoint(model, optimizer), checkpoint_id=f"{folder}/{case}")
+        saved = whole(model, optimizer)
+        fit(model, optimizer, range(3, 6))
+        again, other = ready(pair)
+        resume(f"{folder}/{case}", again, other, process_group=pair.get_group())
+        loaded = whole(again, other)
+        fit(again, other, range(3, 6))
+        full, third = ready(mesh)
+        set_optimizer_state_dict(
+            full,
+            third,
+            {**get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))},
+            options=StateDictOptions(full_state_dict=True),
+        )
+        found[case] = {
+            "saved": saved,
+            "loaded": loaded,
+            "went on": weights_of(model),
+            "resumed": weights_of(again),
+            "last": whole(model, optimizer),
+            "in full": whole(full, third),
+        }
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def refusals(rank: int) -> dict[str, str]:
+    """Replicas that are none."""
+    found = {}
+    for what in ("weights of other shapes", "other weights", "other gradients"):
+        odd = rank == 2
+        p = nn.Parameter(torch.ones(3, 2 if odd and "shapes" in what else 3) * (2 if odd and "other w" in what else 1))
+        p.grad = torch.ones_like(p) * (1 + odd)
+        optimizer = piste.Muon([p], distribute=dist.group.WORLD)
+        with pytest.raises(ValueError, match="legal: ") as error:
+            optimizer.step()
+        found[what] = f"{error.value} {optimizer.state[p]}"
+    return found
+
+
+def process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
+    try:
+        mesh = init_device_mesh("cpu", (PROCESSES,))
+        pairs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard"))
+        results = {
+            "replicas": [train(*case, distribute=dist.group.WORLD) for case in MATRIX],
+            "shards": [train(*case, mesh) for case in MATRIX],
+            "refusals": refusals(rank),
+            "accounts": accounts(mesh),
+            "models": models(rank, mesh, pairs),
+            "checkpoints": checkpoints(folder, mesh, pairs),
+        }
+        torch.save(results, Path(folder) / f"rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("shared")
+    torch.multiprocessing.spawn(process, args=(str(folder),), nprocs=PROCESSES)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
+
+
+processes = pytest.mark.slow  # four processes that import torch
+
+
+#: rules that take norms of whole weights: of shards they are added up in another order
+SUMMED = ("NorMuon", "Shampoo")
+
+
+@processes
+@pytest.mark.parametrize("way", ["replicas", "shards"])
+@pytest.mark.parametrize("case", range(len(MATRIX)), ids=[f"{name}-{options}" for name, options in MATRIX])
+def test_shared_work_gives_the_same_bits(case: int, way: str, ranks: list[dict[str, Any]]) -> None:
+    """Weights, moments, codes and matrices, against one process that does everything."""
+    expected = train(*MATRIX[case])
+    loose = way == "shards" and MATRIX[case][0] in SUMMED
+    for rank in ranks:
+        found = rank[way][case]
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            if loose:
+                torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5)
+            else:
+                assert torch.equal(found[key], value), key
+
+
+@processes
+@pytest.mark.parametrize("way", ["replicas", "shards"])
+@pytest.mark.parametrize("name", COUNTED)
+def test_each_of_four_processes_does_a_third_at_most(name: str, way: str, ranks: list[dict[str, Any]]) -> None:
+    """Products and decompositions, counted by torch; and the bytes of the matrices that are kept."""
+    optimizer, _ = transformer(name)
+    alone, kept = operations(optimizer, 4), matrices_kept(optimizer)
+    each = [rank["accounts"][f"{name} {way}"] for rank in ranks]
+    assert sum(entry["operations"] for entry in each) == pytest.approx(alone)
+    assert max(entry["operations"] for entry in each) <= alone / 3
+    assert sum(entry["kept"] for entry in each) == kept
+    assert max(entry["kept"] for entry in each) <= kept / 3
+
+
+@processes
+def test_one_collective_each_way(ranks: list[dict[str, Any]]) -> None:
+    """Muon: results alone where every process has the gradients, else gradients to the owners first."""
+    for rank in ranks:
+        kinds = {key: [kind for kind, _ in entry["plain"]] for key, entry in rank["accounts"].items()}
+        assert kinds == {
+            "Muon replicas": ["all_gather"],
+            "Muon shards": ["all_to_all", "all_to_all"],
+            "Shampoo replicas": ["all_gather"],
+            "Shampoo shards": ["all_to_all", "all_to_all"],
+            "SOAP replicas": ["all_gather", "all_gather"],
+            "SOAP shards": ["all_to_all"] * 4,
+        }
+
+
+@processes
+@pytest.mark.parametrize(("name", "options"), MODELS, ids=[name for name, _ in MODELS])
+def test_models_learn_what_one_process_learns(name: str, options: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
+    """1e-9: gradients in float64 are added up in another order, and divided by roots of small numbers."""
+    expected = learn(name, options, Tied().double())
+    for rank in ranks:
+        for run in rank["models"][name]:
+            for found, value in zip(run, expected, strict=True):
+                torch.testing.assert_close(found, value, rtol=1e-9, atol=1e-9)
+
+
+@processes
+@pytest.mark.parametrize("case", [*SAVED, "soap of replicas"])
+def test_checkpoints_go_from_four_processes_to_two(case: str, ranks: list[dict[str, Any]]) -> None:
+    """Bit by bit; what follows differs by the order in which shards are added up."""
+    for rank in ranks:
+        entry = rank["checkpoints"][case]
+        for before, after in (("saved", "loaded"), ("last", "in full")):
+            assert entry[before].keys() == entry[after].keys()
+            for key, value in entry[before].items():
+                assert torch.equal(entry[after][key], value), (after, key)
+        for found, value in zip(entry["resumed"], entry["went on"], strict=True):
+            torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-5)
+
+
+@processes
+def test_replicas_that_are_none_are_refused_before_anything_changes(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        for what, words in rank["refusals"].items():
+            assert f"process 2 has {what} than process 0" in words
+            assert words.endswith("{}")
+
+
+def test_work_is_dealt_out_evenly() -> None:
+    """The largest first: never more than 4/3 of the best possible, and what was dealt out counts."""
+    loads = [0.0, 0.0, 0.0]
+    owners = dealt([7, 7, 6, 6, 5, 5, 4, 4, 4], loads)
+    assert sorted(loads) == [15, 15, 18]
+    assert dealt([1.0], loads) == [loads.index(min(loads))] or owners
+
+
+def test_a_group_that_is_none_is_refused() -> None:
+    for wish in ("all", 4, True):
+        with pytest.raises(ValueError, match="distribute=.*legal: None, 'auto', a process group"):
+            piste.Muon([nn.Parameter(torch.ones(2, 2))], distribute=wish)
