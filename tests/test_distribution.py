@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import piste
 from piste.costs import EIGEN, QR
 from piste.distribution import dealt
+from piste.registry import OPTIMIZERS
 
 PROCESSES = 4
 STEPS = 5
@@ -42,8 +43,8 @@ MATRIX: list[tuple[str, dict[str, Any]]] = [
     ("Muon", {"state": "8bit", "iteration": "polar_express"}),
     ("NorMuon", {"clip_norm": 1.0}),
     ("Shampoo", {"start": 2, "every": 2, "block_size": 8}),
-    ("Shampoo", {"start": 1, "every": 2, "form": "google", "root": "newton", "factors": "bf16"}),
-    ("SOAP", {"every": 2, "max_size": 15}),
+    ("Shampoo", {"start": 1, "every": 2, "form": "google", "root": "newton", "eps": 1e-2}),
+    ("SOAP", {"every": 2, "max_size": 15, "factors": "bf16"}),
 ]
 #: the matrices of a small transformer: per block queries, keys and values, output, and two layers of a perceptron
 BLOCK = ((96, 32), (32, 32), (64, 32), (32, 64))
@@ -82,7 +83,7 @@ def train(name: str, options: dict[str, Any], mesh: Any = None, **more: Any) -> 
 
 COUNTED: dict[str, dict[str, Any]] = {
     "Muon": {"rule": "muon"},
-    "Shampoo": {"start": 1, "every": 2, "graft": "none"},
+    "Shampoo": {"start": 1, "every": 2, "graft": "none", "merge_dims": False},
     "SOAP": {"every": 2},
 }
 TRANSFORMER = BLOCK * 6
@@ -123,12 +124,13 @@ def matrices_kept(optimizer: piste.Optimizer) -> int:
 def collectives() -> Iterator[list[tuple[str, int]]]:
     """The collectives of a block, each with the bytes that this process sends to others."""
     seen: list[tuple[str, int]] = []
-    real = {name: getattr(dist, name) for name in ("all_gather_into_tensor", "all_to_all_single", "all_reduce")}
+    gathering = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    real = {name: getattr(dist, name) for name in (gathering, "all_to_all_single", "all_reduce")}
     here = dist.get_rank()
 
     def gather(out: torch.Tensor, own: torch.Tensor, *args: Any, **options: Any) -> Any:
         seen.append(("all_gather", own.nbytes * (dist.get_world_size() - 1)))
-        return real["all_gather_into_tensor"](out, own, *args, **options)
+        return real[gathering](out, own, *args, **options)
 
     def to_all(out: torch.Tensor, own: torch.Tensor, outs: Any, ins: Any, **options: Any) -> Any:
         seen.append(("all_to_all", own.itemsize * sum(n for r, n in enumerate(ins) if r != here)))
@@ -145,17 +147,17 @@ def collectives() -> Iterator[list[tuple[str, int]]]:
 
 
 def accounts(mesh: Any) -> dict[str, Any]:
-    """Operations of four steps, bytes kept, and the collectives of a step without and of one with a renewal."""
+    """Operations of four steps, bytes kept, and the collectives of the next two."""
     found: dict[str, Any] = {}
     for name in COUNTED:
         for way, more in (("replicas", {"distribute": dist.group.WORLD}), ("shards", {"mesh": mesh})):
             optimizer, _ = transformer(name, **more)
             entry = found[f"{name} {way}"] = {"operations": operations(optimizer, 4)}
             entry["kept"] = matrices_kept(optimizer)
-            for which in ("plain", "renewing"):
+            for step in (5, 6):
                 with collectives() as seen:
                     optimizer.step()
-                entry[which] = seen
+                entry[f"step {step}"] = seen
     return found
 
 
@@ -166,7 +168,7 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
     ("Muon", {}),
     ("NorMuon", {}),
     ("Shampoo", {"eps": 0.05, "start": 2, "every": 2, "block_size": 4}),
-    ("SOAP", {"eps": 0.05, "every": 2}),
+    ("SOAP", {"eps": 0.05, "every": 2, "max_size": 6}),
     ("AdamW", {}),
     ("Adafactor", {}),
     ("Lamb", {}),
@@ -174,20 +176,25 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
 
 
 class Tied(nn.Module):
-    """A table that makes predictions, too; a layer that is not trained; fewer rows than processes."""
+    """A table that makes predictions, too; a layer that is not trained; a vector shorter than there are processes.
+
+    No axis of a preconditioned matrix is longer than gradients have rank, which would leave eigenvectors open.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(4)
         self.table = nn.Embedding(7, 6)
         self.wide = nn.Linear(6, 10)
-        self.fixed = nn.Linear(10, 3).requires_grad_(False)
-        self.back = nn.Linear(3, 6, bias=False)
+        self.fixed = nn.Linear(10, 6).requires_grad_(False)
+        self.back = nn.Linear(6, 6, bias=False)
+        self.scale = nn.Parameter(torch.ones(3))
         self.head = nn.Linear(6, 7, bias=False)
         self.head.weight = self.table.weight
 
     def forward(self, words: torch.Tensor) -> torch.Tensor:
-        return self.head(self.back(torch.tanh(self.fixed(torch.tanh(self.wide(self.table(words)))))))
+        h = self.back(torch.tanh(self.fixed(torch.tanh(self.wide(self.table(words))))))
+        return self.head(torch.cat([h[..., :3] * self.scale, h[..., 3:]], -1))
 
 
 def learn(name: str, options: dict[str, Any], model: nn.Module, rank: int = 0, size: int = 1) -> list[torch.Tensor]:
@@ -368,8 +375,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 processes = pytest.mark.slow  # four processes that import torch
 
 
-#: rules that take norms of whole weights: of shards they are added up in another order
-SUMMED = ("NorMuon", "Shampoo")
+#: norms of whole weights are added up in another order over shards; products of stacks of another size round otherwise
+LOOSE = {"shards": ("NorMuon", "Shampoo"), "replicas": ("Shampoo",)}
 
 
 @processes
@@ -378,7 +385,7 @@ SUMMED = ("NorMuon", "Shampoo")
 def test_shared_work_gives_the_same_bits(case: int, way: str, ranks: list[dict[str, Any]]) -> None:
     """Weights, moments, codes and matrices, against one process that does everything."""
     expected = train(*MATRIX[case])
-    loose = way == "shards" and MATRIX[case][0] in SUMMED
+    loose = MATRIX[case][0] in LOOSE[way]
     for rank in ranks:
         found = rank[way][case]
         assert found.keys() == expected.keys()
@@ -405,9 +412,10 @@ def test_each_of_four_processes_does_a_third_at_most(name: str, way: str, ranks:
 
 @processes
 def test_one_collective_each_way(ranks: list[dict[str, Any]]) -> None:
-    """Muon: results alone where every process has the gradients, else gradients to the owners first."""
+    """Results alone where every process has the gradients, else gradients to the owners first. No renewal here."""
     for rank in ranks:
-        kinds = {key: [kind for kind, _ in entry["plain"]] for key, entry in rank["accounts"].items()}
+        plain = {"Muon": "step 5", "Shampoo": "step 5", "SOAP": "step 6"}
+        kinds = {key: [kind for kind, _ in e[plain[key.split()[0]]]] for key, e in rank["accounts"].items()}
         assert kinds == {
             "Muon replicas": ["all_gather"],
             "Muon shards": ["all_to_all", "all_to_all"],
@@ -451,15 +459,29 @@ def test_replicas_that_are_none_are_refused_before_anything_changes(ranks: list[
             assert words.endswith("{}")
 
 
+def test_all_states_are_there_after_one_step() -> None:
+    """torch's tools make a step to learn what a checkpoint holds, and load nothing else."""
+    for info in OPTIMIZERS:
+        weights = [nn.Parameter(numbers(shape, 1)) for shape in ((6, 5), (4,))]
+        optimizer = info.cls(weights, engine="reference")
+        names = []
+        for step in range(4):
+            for p in weights:
+                p.grad = torch.zeros_like(p) if step == 0 else numbers(tuple(p.shape), step)
+            optimizer.step()
+            names.append([set(entries) for entries in optimizer.state.values()])
+        assert names[0] == names[-1], info.name
+
+
 def test_work_is_dealt_out_evenly() -> None:
-    """The largest first: never more than 4/3 of the best possible, and what was dealt out counts."""
+    """The largest first, wherever they stand; and what was dealt out before counts."""
     loads = [0.0, 0.0, 0.0]
-    owners = dealt([7, 7, 6, 6, 5, 5, 4, 4, 4], loads)
-    assert sorted(loads) == [15, 15, 18]
-    assert dealt([1.0], loads) == [loads.index(min(loads))] or owners
+    assert dealt([3, 5, 3, 4, 5, 3, 4], loads) == [0, 0, 1, 2, 1, 0, 2]
+    assert loads == [11, 8, 8]
+    assert dealt([1, 1, 1], loads) == [1, 2, 1]
 
 
 def test_a_group_that_is_none_is_refused() -> None:
     for wish in ("all", 4, True):
-        with pytest.raises(ValueError, match="distribute=.*legal: None, 'auto', a process group"):
+        with pytest.raises(ValueError, match=r"distribute=.*legal: None, 'auto', a process group"):
             piste.Muon([nn.Parameter(torch.ones(2, 2))], distribute=wish)

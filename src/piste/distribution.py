@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from piste.costs import flops
-from piste.exchange import Exchange, Team, together
+from piste.exchange import Exchange, Team, gathered_flat, together
 from piste.roster import Member, Share, real
 from piste.sharding import Spread, is_sharded, joined, local, spread_of
 from piste.storage import State, allocate, compute_dtype
@@ -171,7 +171,7 @@ def _agree(team: Team, weights: Sequence[Tensor]) -> None:
     own = torch.tensor(sums, dtype=torch.float64, device=weights[0].device)
     found = own.new_empty(team.size * len(sums))
     with together("the first step that shares matrix work", team.size):
-        torch.distributed.all_gather_into_tensor(found, own, team.group)
+        gathered_flat(found, own, team.group)
     table = found.view(team.size, -1).cpu()
     for column, what in enumerate(("weights of other shapes", "other weights", "other gradients")):
         values = table[:, column]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from piste.sharding import Spread, box
 
-__all__ = ["Exchange", "Pending", "Team", "together"]
+__all__ = ["Exchange", "Pending", "Team", "gathered_flat", "together"]
 
 
 @contextmanager
@@ -31,6 +31,12 @@ def together(what: str, size: int) -> Iterator[None]:
             "The step is not whole: end this process, and start again from the last checkpoint, on fewer processes if "
             "one is gone for good (docs/scaling.md, 'When a process dies')."
         ) from error
+
+
+def gathered_flat(flat: Tensor, own: Tensor, group: Any, *, waits: bool = True) -> Any:
+    """Fill ``flat`` with what each process of a group has, one after the other."""
+    name = "all_gather_single" if hasattr(torch.distributed, "all_gather_single") else "all_gather_into_tensor"
+    return getattr(torch.distributed, name)(flat, own, group, async_op=not waits)
 
 
 class Team:
@@ -167,7 +173,7 @@ class Exchange:
         if self.mine:
             torch.cat([x.reshape(-1) for kind in values for x in kind], out=own[: shares[team.rank]])
         with together(self.what, team.size):
-            work = torch.distributed.all_gather_into_tensor(flat, own, team.group, async_op=True)
+            work = gathered_flat(flat, own, team.group, waits=False)
 
         def finish() -> list[list[Tensor]]:
             starts = [r * longest for r in range(team.size)]
