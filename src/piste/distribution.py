@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from piste.costs import flops
-from piste.exchange import Exchange, Team, gathered_flat, together
+from piste.exchange import Exchange, Team, gathered_flat
 from piste.roster import Member, Share, real
-from piste.sharding import Spread, is_sharded, joined, local, spread_of
+from piste.sharding import Spread, is_sharded, joined, local, spread_of, together
 from piste.storage import State, allocate, compute_dtype
 from piste.symbol import FULL, HOST, MATRIX, Row, Sym, compile_host, topological
 from piste.variants import Graph

@@ -7,30 +7,16 @@ a team, who owns which and what part of each every process has.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from piste.sharding import Spread, box
+from piste.sharding import Spread, box, together
 
-__all__ = ["Exchange", "Pending", "Team", "gathered_flat", "together"]
-
-
-@contextmanager
-def together(what: str, size: int) -> Iterator[None]:
-    """Say what to do where a collective fails, mostly because a process has ended."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"{what} needs all {size} processes, and one has ended or is late: {error}\n"
-            "The step is not whole: end this process, and start again from the last checkpoint, on fewer processes if "
-            "one is gone for good (docs/scaling.md, 'When a process dies')."
-        ) from error
+__all__ = ["Exchange", "Pending", "Team", "gathered_flat"]
 
 
 def gathered_flat(flat: Tensor, own: Tensor, group: Any, *, waits: bool = True) -> Any:
@@ -167,22 +153,28 @@ class Exchange:
         shares = [0] * team.size
         for owner, size in zip(self.owners, sizes, strict=True):
             shares[owner] += kinds * size
-        longest = max(shares)
-        flat = like.new_empty(team.size * longest)
-        own = like.new_zeros(longest)
+        longest, total = max(shares), sum(shares)
+        # few owners among many: gathering pads all shares to the longest; adding zeros sends everything twice instead
+        padded = team.size * longest <= 2 * total
+        starts = [r * longest if padded else sum(shares[:r]) for r in range(team.size)]
+        flat = like.new_empty(team.size * longest) if padded else like.new_zeros(total)
+        own = like.new_zeros(longest) if padded else flat[starts[team.rank] :]
         if self.mine:
             torch.cat([x.reshape(-1) for kind in values for x in kind], out=own[: shares[team.rank]])
         with together(self.what, team.size):
-            work = gathered_flat(flat, own, team.group, waits=False)
+            if padded:
+                work = gathered_flat(flat, own, team.group, waits=False)
+            else:
+                work = torch.distributed.all_reduce(flat, group=team.group, async_op=True)
 
         def finish() -> list[list[Tensor]]:
-            starts = [r * longest for r in range(team.size)]
+            at = list(starts)
             found: list[list[Tensor]] = []
             for _ in range(kinds):
                 found.append([])
                 for owner, size, shape in zip(self.owners, sizes, self.shapes, strict=True):
-                    found[-1].append(flat[starts[owner] : starts[owner] + size].view(tuple(shape)))
-                    starts[owner] += size
+                    found[-1].append(flat[at[owner] : at[owner] + size].view(tuple(shape)))
+                    at[owner] += size
             return found
 
         # what is sent has to live as long as the sending

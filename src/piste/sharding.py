@@ -8,7 +8,8 @@ processes that share it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ __all__ = [
     "part_of",
     "placed",
     "spread_of",
+    "together",
 ]
 
 
@@ -170,6 +172,19 @@ def box(spread: Spread, place: Sequence[int], shape: Sequence[int]) -> tuple[sli
     return tuple(found)
 
 
+@contextmanager
+def together(what: str, size: int) -> Iterator[None]:
+    """Say what to do where a collective fails, mostly because a process has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{what} needs all {size} processes, and one has ended or is late: {error}\n"
+            "The step is not whole: end this process, and start again from the last checkpoint, on fewer processes if "
+            "one is gone for good (docs/scaling.md, 'When a process dies')."
+        ) from error
+
+
 def complete(
     parts: Sequence[Tensor], op: str, spread: Spread, kept: Sequence[int] = (), over: Sequence[int] | None = None
 ) -> list[Tensor]:
@@ -188,6 +203,7 @@ def complete(
     flat = torch.cat([part.reshape(-1) for part in parts])
     how = torch.distributed.ReduceOp.MAX if op == "peak" else torch.distributed.ReduceOp.SUM
     for group in groups:
-        torch.distributed.all_reduce(flat, how, group)
+        with together("a step over sharded weights", torch.distributed.get_world_size(group)):
+            torch.distributed.all_reduce(flat, how, group)
     cut = torch.split(flat, [part.numel() for part in parts])
     return [x.view(part.shape) for x, part in zip(cut, parts, strict=True)]

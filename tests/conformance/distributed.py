@@ -91,7 +91,7 @@ def together(folder: Path) -> list[Results]:
 
 
 def check(title: str, subject: Subject, ranks: list[Results]) -> None:
-    """All processes hold the same bits, shared work or not; against one process, gradients were summed in another order.
+    """All processes hold the same bits, shared work or not; against one, gradients were summed in another order.
 
     1e-9: float64 rounding of a gradient, divided by roots of small second moments, over eight steps.
     """
