@@ -56,7 +56,7 @@ def dealt(costs: Sequence[float], loads: list[float]) -> list[int]:
 
     >>> from piste.distribution import dealt
     >>> dealt([5, 3, 3, 2, 1], [0.0, 0.0])
-    [0, 1, 1, 0, 0]
+    [0, 1, 1, 0, 1]
     """
     owners = [0] * len(costs)
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
