@@ -75,7 +75,7 @@ class Sharing:
 
     def __init__(self, wish: Any) -> None:
         self.wish = wish if wish is None or wish == "auto" else Team(wish)
-        self.shares: dict[Tensor, Share | None] = {}
+        self.shares: dict[Tensor, Share] = {}
         self._teams: dict[Any, Team | None] = {}
         self._loads: dict[Any, list[float]] = {}
 
@@ -97,7 +97,7 @@ class Sharing:
             loads = self._loads.setdefault(id(team.group), [0.0] * team.size)
             owners = dealt([known[i] or 0.0 for i in work], loads)
             self.shares |= {fresh[i].p: Share(team, owner) for i, owner in zip(work, owners, strict=True)}
-        found = [m._replace(share=self.shares.setdefault(m.p, None)) for m in members]
+        found = [m._replace(share=self.shares.get(m.p)) for m in members]
         _settle(found)
         return found
 
