@@ -56,8 +56,8 @@ def train(name: str, options: dict[str, Any], dtype: torch.dtype, mesh: Any = No
             p.grad = spread(numbers(tuple(p.shape), 100 * step + i).to(dtype))
         optimizer.step()
     kept = {f"{i}": p.detach() for i, p in enumerate(weights)}
-    for i, p in enumerate(weights):
-        kept |= {f"{i}.{k}": x for k, x in optimizer.state[p].items() if isinstance(x, torch.Tensor)}
+    for i, entries in optimizer.state_dict()["state"].items():
+        kept |= {f"{i}.{k}": x for k, x in entries.items() if isinstance(x, torch.Tensor)}
     return {k: x.full_tensor() if isinstance(x, DTensor) else x for k, x in kept.items()}
 
 

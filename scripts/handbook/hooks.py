@@ -14,7 +14,7 @@ from scripts.handbook import pages
 
 _OPTIMIZERS, _MORE = "Optimizers", "More"
 #: pages that have their place in the navigation and may not be written yet
-_AWAITED = ("race.md", "report.md", "scaling.md", "tasks.md")
+_AWAITED = ("race.md", "report.md", "tasks.md")
 #: pages beside ``docs``, under their names on the site
 _OF_THE_ROOT = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
 

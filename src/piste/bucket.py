@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from piste.codecs import Codec
+from piste.exchange import Team
 from piste.plan import Plan
 from piste.sharding import Spread
 from piste.storage import companion
@@ -39,6 +40,8 @@ class Seats(NamedTuple):
             the home :func:`piste.bucket.beside`.
         phases: for each weight, where the thresholds of rounding begin.
         spread: how its weights lie on processes; None where they are all here.
+        team: the processes that share the work of whole matrices; None where each does all of it.
+        owners: by weight, which of them works on it and keeps its matrices.
         kept: what an engine derives from these tensors, under a key of its own. It lasts while they are the same
             objects and no weight has moved.
     """
@@ -53,6 +56,8 @@ class Seats(NamedTuple):
     codecs: dict[str, Codec]
     phases: list[int]
     spread: Spread | None
+    team: Team | None
+    owners: list[int]
     kept: dict[Any, Any]
 
     @property
@@ -73,6 +78,7 @@ class Bucket:
         values: sequences of tensors: finished reductions, opaque results and scratch buffers, one per weight;
             reductions over all weights (kind ``ALL``) and the inverse loss scale have a single entry.
         partials: results of the reductions of the stage that ran last, per weight (per bucket for kind ``ALL``).
+        wholes: where weights are spread over a team, whole values of those owned here, in their order.
     """
 
     seats: Seats
@@ -82,6 +88,7 @@ class Bucket:
     values: dict[Sym, Any] = field(default_factory=dict)
     partials: dict[Sym, Any] = field(default_factory=dict)
     columns: list[float | list[float]] = field(default_factory=list)
+    wholes: dict[Sym, list[Tensor]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.steps)

@@ -17,7 +17,7 @@ from piste.checks import near
 from piste.codecs import Codec, fresh
 from piste.sharding import matching
 from piste.storage import State, allocate, codec_for, companion, in_codes, out_of_codes, shape_of, weight_codec
-from piste.symbol import FULL
+from piste.symbol import FULL, MATRIX
 
 __all__ = ["after_loading", "before_loading", "check_tensor", "for_torch", "matched", "weights_by_id"]
 
@@ -195,6 +195,8 @@ def check_tensor(value: Any, key: str, name: str, state: State, weight: Tensor) 
         had = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"state {key!r} of parameter {name} has shape {had}; expected {expected}")
     copied = value.detach().to(device=weight.device, copy=True)
+    if kind == MATRIX:  # the next step brings it to the process that works on it
+        return copied
     return matching(copied, weight, None if kind == FULL else kind.keep)
 
 

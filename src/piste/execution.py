@@ -1,14 +1,13 @@
 """Runs the plans of a step: picks the engine and works the buckets through stage by stage.
 
-Every bucket passes stage 0, reductions are completed, opaque functions called, every bucket passes stage 1, and so on.
+Every bucket passes stage 0, opaque functions are called, reductions completed, every bucket passes stage 1, and so on.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +19,10 @@ from piste.engines.cpp import Cpp
 from piste.engines.foreach import Foreach
 from piste.engines.reference import Reference
 from piste.engines.triton import Triton
+from piste.opaques import call_opaques
 from piste.roster import Member, Roster, plans_built
-from piste.sharding import complete, gathered, part_of
-from piste.symbol import ALL, FULL, HOST, Sym, compile_host
+from piste.sharding import complete
+from piste.symbol import ALL
 
 __all__ = ["ENGINES", "Member", "Roster", "engine_for", "plans_built", "run"]
 
@@ -70,16 +70,20 @@ def run(
             _give_scale(bucket, inverse_scale)
         engine.begin(bucket)
     totals: dict[str, Tensor] = {}
+    under_way: dict[Bucket, Callable[[], None]] = {}
     for stage in range(max((len(b.plan.stages) for b in buckets), default=0)):
         active = [b for b in buckets if stage < len(b.plan.stages)]
-        for bucket in active:
+        # whoever has something to send goes first, so that it travels while the others are worked on
+        for bucket in sorted(active, key=lambda b: not b.plan.stages[stage].opaques):
+            if bucket in under_way:
+                under_way.pop(bucket)()
             bucket.partials = {}
             _forget(bucket, stage)
             engine.run(bucket, stage)
+            arrive = call_opaques(bucket, bucket.plan.stages[stage].opaques)
+            if arrive is not None:
+                under_way[bucket] = arrive
         _complete_reductions(active, totals)
-        for bucket in active:
-            for sym in bucket.plan.stages[stage].opaques:
-                bucket.values[sym] = _call_opaque(bucket, sym)
     return totals
 
 
@@ -89,6 +93,7 @@ def _forget(bucket: Bucket, stage: int) -> None:
     for sym in part.kept:
         if part.loads.get(sym) != "value":
             bucket.values.pop(sym, None)
+            bucket.wholes.pop(sym, None)
 
 
 def _give_scale(bucket: Bucket, inverse_scale: Tensor) -> None:
@@ -136,53 +141,3 @@ def _complete_reductions(buckets: list[Bucket], totals: dict[str, Tensor]) -> No
         for sym in bucket.partials:
             if sym.kind == ALL:
                 bucket.values[sym] = [totals[sym.attr].to(bucket.device, bucket.dtype)]
-
-
-#: the most numbers of one argument that an opaque function gets in a stack; larger weights come one by one
-_MOST_STACKED = 1 << 26
-
-
-def _call_opaque(bucket: Bucket, sym: Sym) -> list[Tensor]:
-    """Call an opaque function on all weights of a bucket, those of equal shapes (and host numbers) at once.
-
-    It sees whole weights: what is spread over processes is gathered first, and each process keeps its part of the
-    result.
-    """
-    function, batched = sym.attr
-    host = compile_host([a for a in sym.args if a.kind == HOST])
-    numbers = [host(row) for row in bucket.rows]
-    taken = [_whole(bucket, a) for a in sym.args if a.kind != HOST]
-    alike: dict[Any, list[int]] = {}
-    for i, row in enumerate(bucket.row_of):
-        key = i if not batched else (numbers[row], *(values[i].shape for values in taken))
-        alike.setdefault(key, []).append(i)
-    results: list[Tensor] = [torch.empty(0)] * len(bucket)
-    for members in (run for same in alike.values() for run in _runs(same, taken)):
-        given = iter(numbers[bucket.row_of[members[0]]])
-        tensors = (_stacked([v[i] for i in members]) if batched else v[members[0]] for v in taken)
-        out = function(*(next(given) if a.kind == HOST else next(tensors) for a in sym.args))
-        for i, result in zip(members, out if batched else [out], strict=True):
-            results[i] = result
-    spread = bucket.seats.spread
-    return [part_of(x, spread) for x in results] if spread is not None and sym.kind == FULL else results
-
-
-def _stacked(tensors: list[Tensor]) -> Tensor:
-    return torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]
-
-
-def _whole(bucket: Bucket, sym: Sym) -> Sequence[Tensor]:
-    """Whole values of all weights of a bucket."""
-    values: Sequence[Tensor] = bucket.values[sym]
-    spread = bucket.seats.spread
-    if spread is None or sym.kind != FULL:
-        return values
-    return [gathered(x, spread, shape) for x, shape in zip(values, bucket.seats.shapes, strict=True)]
-
-
-def _runs(members: list[int], taken: Sequence[Sequence[Tensor]]) -> Iterator[list[int]]:
-    """Weights of equal shapes in runs that bound the size of a stack."""
-    largest = max((values[members[0]].numel() for values in taken), default=0)
-    count = max(1, _MOST_STACKED // max(1, largest))
-    for start in range(0, len(members), count):
-        yield members[start : start + count]

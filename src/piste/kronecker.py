@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from piste.costs import EIGEN, QR, costing
 from piste.matrices import descending, eigenbases, inverse_roots, next_bases
 
 __all__ = ["Kronecker", "Layout", "kronecker", "merged", "rebasing", "rooting"]
@@ -114,6 +115,12 @@ class Layout:
                 count, n = prod(alike.counts), alike.shape[axis]
                 yield kind, axis, flat[:, start : start + count * n * n].view(len(flat), count, n, n)
 
+    def sides(self) -> Iterator[tuple[int, tuple[int, ...], int]]:
+        """For each kind of blocks and axis with factors: how many blocks there are, their shape, the axis."""
+        for alike in self.kinds:
+            for axis in alike.starts:
+                yield prod(alike.counts), alike.shape, axis
+
     def taken_apart(self, stack: Tensor) -> list[Tensor]:
         """For each kind the blocks of all weights of a stack."""
         x = stack.reshape(len(stack), *self.shape)
@@ -145,6 +152,24 @@ def _times(matrices: Tensor, blocks: Tensor, axis: int) -> Tensor:
     """Each block multiplied by its matrix along an axis."""
     moved = blocks.movedim(axis + 1, 1).shape
     return (matrices @ _rows(blocks, axis)).reshape(moved).movedim(1, axis + 1)
+
+
+def _products(how: Kronecker, shape: Sequence[int], numbers: Sequence[float]) -> float:
+    """Operations of one product of each block along each axis."""
+    return sum(2.0 * count * prod(size) * size[axis] for count, size, axis in how.layout(shape).sides())
+
+
+def _cubes(how: Kronecker, shape: Sequence[int]) -> float:
+    """The cubes of the sides of all factors of a weight, added up."""
+    return sum(float(count) * size[axis] ** 3 for count, size, axis in how.layout(shape).sides())
+
+
+def _norms(how: Kronecker, shape: Sequence[int], numbers: Sequence[float]) -> float:
+    return 2.0 * prod(shape)
+
+
+def _ordering(how: Kronecker, shape: Sequence[int], numbers: Sequence[float]) -> float:
+    return 2 * _cubes(how, shape)
 
 
 @dataclass(frozen=True)
@@ -181,6 +206,7 @@ class Kronecker:
             factors.diagonal(dim1=-2, dim2=-1).fill_(1.0)
         return flat[0]
 
+    @costing(_products)
     def gram(self, stack: Tensor) -> Tensor:
         """For each axis of each block the sum of outer products along it: ``G G^T`` and ``G^T G`` of a matrix."""
         layout = self.layout(stack.shape[1:])
@@ -191,6 +217,7 @@ class Kronecker:
             factors.copy_((rows @ rows.mT).view(factors.shape))
         return flat
 
+    @costing(_products)
     def times(self, stack: Tensor, flat: Tensor) -> Tensor:
         """Each block multiplied by its factor along every axis: ``L G R`` for symmetric factors of a matrix."""
         layout = self.layout(stack.shape[1:])
@@ -199,6 +226,7 @@ class Kronecker:
             blocks[kind] = _times(factors.flatten(0, 1), blocks[kind], axis)
         return layout.put_together(blocks, stack)
 
+    @costing(_products)
     def turned(self, stack: Tensor, flat: Tensor) -> Tensor:
         """The same with transposed factors: into the basis that the columns of the factors are."""
         layout = self.layout(stack.shape[1:])
@@ -207,6 +235,7 @@ class Kronecker:
             blocks[kind] = _times(factors.flatten(0, 1).mT, blocks[kind], axis)
         return layout.put_together(blocks, stack)
 
+    @costing(_ordering)
     def in_order(self, stack: Tensor, flat: Tensor, bases: Tensor) -> Tensor:
         """Numbers that belong to the columns of bases, in the order that :func:`rebasing` brings those into."""
         layout = self.layout(stack.shape[1:])
@@ -218,6 +247,7 @@ class Kronecker:
             blocks[kind] = part.gather(axis + 1, index.expand_as(part))
         return layout.put_together(blocks, stack)
 
+    @costing(_norms)
     def norms(self, stack: Tensor) -> Tensor:
         """Every number replaced by the norm of the block that it is in."""
         layout = self.layout(stack.shape[1:])
@@ -278,6 +308,9 @@ def rooting(how: Kronecker, method: str, relative: bool) -> Callable[..., Tensor
         with factors), the ridge, and the shape of the weight.
     """
 
+    products = 4 if method == "eigen" else 160  # Newton: some twenty iterations of four products, of two each
+
+    @costing(lambda shape, numbers: (products + (EIGEN if method == "eigen" else 0)) * _cubes(how, shape))
     def roots(flat: Tensor, old: Tensor, exponent: float, eps: float, *shape: float) -> Tensor:
         power = exponent or 1 / (2 * max(1, len(how.layout([int(n) for n in shape]).axes)))
 
@@ -303,6 +336,7 @@ def rebasing(how: Kronecker, method: str) -> Callable[..., Tensor]:
     """
     renew = {"eigen": eigenbases, "rising": _rising, "qr": next_bases}[method]
 
+    @costing(lambda shape, numbers: (2 + (EIGEN if method == "eigen" else QR)) * _cubes(how, shape))
     def bases(flat: Tensor, old: Tensor, *shape: float) -> Tensor:
         return _renewed(how, flat, old, shape, "eigenbases", renew)
 

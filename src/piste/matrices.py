@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from piste.costs import costing, orthogonalization
+
 __all__ = [
     "ITERATIONS",
     "MOST_RESIDUAL",
@@ -67,6 +69,7 @@ def orthogonalizer(iteration: str, precision: str) -> Callable[[Tensor, float, f
         own (3 for queries, keys and values in one weight). Its result has the precision of the stack.
     """
 
+    @costing(orthogonalization)
     def orthogonalize(stack: Tensor, steps: float, split: float) -> Tensor:
         rows = stack.shape[1] // int(split)
         x = stack.reshape(len(stack) * int(split), rows, -1)

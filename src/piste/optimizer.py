@@ -15,6 +15,7 @@ from torch import Tensor
 from piste import execution
 from piste.checkpoint import after_loading, before_loading, for_torch, matched
 from piste.checks import check_choice, check_hyperparameters, refuse_unknown
+from piste.distribution import Sharing, check_distribute, whole_matrices
 from piste.execution import Member, Roster
 from piste.roster import Sorted, real
 from piste.sharding import complete, local, spread_of
@@ -55,6 +56,11 @@ class EngineOptions(TypedDict, total=False):
       ``FloatingPointError``, or ``"skip"`` the step. The last two look at all gradients before anything is written.
     * ``amp_unscale`` (bool): take part in ``torch.amp.GradScaler``'s fused protocol: gradients are unscaled as they
       are read and stay scaled in ``p.grad``. Off by default; Lightning refuses to clip gradients when it is on.
+    * ``distribute``: which processes share the work on whole matrices (Muon, Shampoo, SOAP and the like; other rules
+      have none). ``"auto"``: of weights that are sharded, those that have a part of them; of other weights nobody.
+      A process group (or a device mesh of one axis): those of the group, which have to be replicas of one model with
+      averaged gradients, as ``DistributedDataParallel`` makes them. Then :meth:`Optimizer.state_dict` has to be called
+      on every process. ``None``: every process does all.
     * ``capturable``: accepted as ``False`` only; no engine can be captured in a CUDA graph yet.
     * ``foreach``, ``fused``: torch's names; ``foreach=True`` is ``engine="foreach"``, ``foreach=False`` is
       ``engine="reference"``, ``fused=True`` is ``engine="auto"``.
@@ -70,6 +76,7 @@ class EngineOptions(TypedDict, total=False):
     engine: str
     nonfinite: str
     amp_unscale: bool
+    distribute: Any
     capturable: bool
     foreach: bool | None
     fused: bool | None
@@ -104,6 +111,7 @@ _ENGINE_OPTIONS: Mapping[str, Any] = {
     "engine": "auto",
     "nonfinite": "ignore",
     "amp_unscale": False,
+    "distribute": "auto",
     "capturable": False,
     "foreach": None,
     "fused": None,
@@ -230,8 +238,9 @@ class Optimizer(torch.optim.Optimizer):
         name = type(self).__name__
         refuse_unknown(name, options, [*_GROUP_OPTIONS, *_ENGINE_OPTIONS])
         self._options = {**_ENGINE_OPTIONS, **{k: v for k, v in options.items() if k in _ENGINE_OPTIONS}}
-        for option, value in self._options.items():
-            check_choice(option, value, _LEGAL_OPTIONS[option])
+        for option, legal in _LEGAL_OPTIONS.items():
+            check_choice(option, self._options[option], legal)
+        self._sharing = Sharing(check_distribute(name, self._options.pop("distribute")))
         self._engine_name = _engine_name(self._options)
         group_options = {k: v for k, v in options.items() if k in _GROUP_OPTIONS}
         defaults = {**_GROUP_OPTIONS, **defaults, **group_options}
@@ -360,11 +369,27 @@ class Optimizer(torch.optim.Optimizer):
             "_options": self._options,
             "_engine_name": self._engine_name,
             "_chosen": self._chosen,
+            "_sharing": self._sharing,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._finish()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the optimizer as torch's optimizers give it, for :meth:`load_state_dict`.
+
+        Where processes share matrix work (``distribute=``), all of them have to call this, for matrices are kept by one
+        process each. Of sharded weights they come sharded, for ``torch.distributed.checkpoint``; of others, whole.
+        """
+        packed = super().state_dict()
+        matrices = whole_matrices(self._roster.members)
+        if matrices:
+            weights = [p for group in self.param_groups for p in group["params"]]
+            for number, p in zip((n for g in packed["param_groups"] for n in g["params"]), weights, strict=True):
+                if p in matrices:
+                    packed["state"][number] = packed["state"][number] | matrices[p]
+        return packed
 
     def load_state_dict(self, state_dict: dict[str, Any], *, state: str | None = None) -> None:
         """Load what :meth:`state_dict` gave; weights are matched by name where both sides have names.
@@ -500,6 +525,7 @@ class Optimizer(torch.optim.Optimizer):
                 for i, (group, (statics, _)) in enumerate(zip(self.param_groups, groups, strict=True))
                 for n, p in enumerate(group["params"])
             ]
+            members = self._sharing.deal(members, [hp for _, hp in groups])
             self._roster, self._roster_of = Roster(members), (self.state, weights, setting)
             self._any_complex = any(p.is_complex() for p in weights)
         gradients = [p.grad for p in weights]

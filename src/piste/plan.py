@@ -52,8 +52,8 @@ class Stage:
 
     @property
     def kept(self) -> list[Sym]:
-        """What the stage leaves in buffers: scratch values and the arguments of opaque functions."""
-        taken = [a for o in self.opaques for a in o.args if a.kind != HOST]
+        """What the stage leaves in buffers: scratch values, and the arguments of opaque functions but their results."""
+        taken = [a for o in self.opaques for a in o.args if a.kind != HOST and a.op != "opaque"]
         return list(dict.fromkeys([*self.keeps, *taken]))
 
     @property

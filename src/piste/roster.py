@@ -22,13 +22,14 @@ from torch import Tensor
 
 from piste.bucket import Bucket, Seats, beside
 from piste.codecs import STRIDE, Codec
+from piste.exchange import Team
 from piste.plan import Plan, build
 from piste.sharding import first_element, is_sharded, local, matching, spread_of
 from piste.storage import PLAIN, Formats, State, codec_for, companion, compute_dtype, keep_rest, stored, weight_codec
 from piste.symbol import Row
 from piste.variants import Graph, Variants
 
-__all__ = ["Member", "Roster", "Sorted", "plans_built", "real"]
+__all__ = ["Member", "Roster", "Share", "Sorted", "plans_built", "real"]
 
 _PLANS: dict[tuple[Graph, tuple[tuple[str, int], ...]], Plan] = {}
 _MOST_LAYOUTS = 32  # Lookahead's phases and patterns of missing gradients; beyond that, sorting anew costs less
@@ -42,6 +43,17 @@ def plans_built() -> int:
     return len(_PLANS)
 
 
+class Share(NamedTuple):
+    """Who works on a weight: a process of a team, by its rank there."""
+
+    team: Team
+    owner: int
+
+    @property
+    def mine(self) -> bool:
+        return self.owner == self.team.rank
+
+
 class Member(NamedTuple):
     """One weight of an optimizer.
 
@@ -52,6 +64,7 @@ class Member(NamedTuple):
         states: what the states are.
         variants: its rule.
         formats: how the weight and its states are stored.
+        share: who works on its matrices and keeps them; None if every process does.
     """
 
     p: Tensor
@@ -60,6 +73,7 @@ class Member(NamedTuple):
     states: Mapping[str, State]
     variants: Variants
     formats: Formats = PLAIN
+    share: Share | None = None
 
 
 class Sorted(NamedTuple):
@@ -95,6 +109,7 @@ class Roster:
         self.groups = [m.group for m in members]
         self.shapes = [tuple(real(m.p).shape) for m in members]
         self.empty = {i for i, m in enumerate(members) if not m.p.numel()}
+        self.shared = any(m.share is not None for m in members)
         self.plain = all(m.formats == PLAIN for m in members)
         kinds: dict[Any, int] = {}
         # weights of one kind take the same way through the guards of the same rule
@@ -178,7 +193,8 @@ class Roster:
             for i in members:
                 if name not in self.states[i]:
                     m = self.members[i]
-                    m.state.update(stored(name, m.states[name], real(m.p), m.formats))
+                    elsewhere = m.share is not None and not m.share.mine
+                    m.state.update(stored(name, m.states[name], real(m.p), m.formats, elsewhere=elsewhere))
         for i in () if self.plain else members:
             m = self.members[i]
             keep_rest(m.p, m.formats.weights, m.state)
@@ -210,6 +226,8 @@ class Roster:
         columns.append(_devices(weights))
         if self.sharded:
             columns.append([spread_of(self.members[i].p) for i in members])
+        if self.shared:
+            columns.append([share and share.team for share in (self.members[i].share for i in members)])
         if not self.plain:
             columns.append([tuple(self._codecs(graph, i).items()) for i in members])
         if all(column.count(column[0]) == len(column) for column in columns):
@@ -228,10 +246,13 @@ class Roster:
         for home, codec in codecs.items():
             if codec.rest is not None:
                 homes[beside(home)] = self._here(map(itemgetter(companion(home.removeprefix("state."))), states))
+        shares = [self.members[i].share for i in members]
+        team = shares[0].team if shares[0] is not None else None
         seats = Seats(
             plan, weights[0].device, compute_dtype(homes["p"][0].dtype), homes,
             _pick(self.groups, members), _pick(self.shapes, members), _addresses(weights),
-            codecs, [self._phase(i) for i in members] if codecs else [], spread_of(self.members[members[0]].p), {},
+            codecs, [self._phase(i) for i in members] if codecs else [], spread_of(self.members[members[0]].p),
+            team, [share.owner for share in shares if share is not None], {},
         )  # fmt: skip
         return _Part(members, seats, states, gradients[members[0]].dtype)  # type: ignore[union-attr]
 

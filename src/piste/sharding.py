@@ -8,7 +8,8 @@ processes that share it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,16 +20,19 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Spread",
+    "box",
     "by_rows",
     "complete",
     "first_element",
     "gathered",
     "is_sharded",
+    "joined",
     "local",
     "matching",
     "part_of",
     "placed",
     "spread_of",
+    "together",
 ]
 
 
@@ -99,15 +103,20 @@ def matching(tensor: Tensor, weight: Tensor, kept: Iterable[int] | None = None) 
     return found if tuple(found.placements) == placements else found.redistribute(mesh, placements)
 
 
-def gathered(part: Tensor, spread: Spread, shape: Sequence[int]) -> Tensor:
-    """A whole weight (or what has its shape), on every process, from the parts that each has."""
+def joined(part: Tensor, spread: Spread, shape: Sequence[int]) -> Tensor:
+    """The parts that each process has as one tensor of this shape, spread so."""
     from torch.distributed.tensor import DTensor
 
     stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-    whole = DTensor.from_local(
+    return DTensor.from_local(
         part.contiguous(), spread.mesh, spread.placements, run_check=False, shape=torch.Size(shape), stride=stride
     )
-    return whole.full_tensor()
+
+
+def gathered(part: Tensor, spread: Spread, shape: Sequence[int]) -> Tensor:
+    """A whole weight (or what has its shape), on every process, from the parts that each has."""
+    whole: Tensor = joined(part, spread, shape).full_tensor()  # type: ignore[attr-defined]
+    return whole
 
 
 def part_of(whole: Tensor, spread: Spread) -> Tensor:
@@ -138,16 +147,42 @@ def by_rows(weight: Tensor) -> bool:
 
 def first_element(weight: Tensor) -> int:
     """How many elements of a weight that is sharded by rows go before the part that is here."""
-    if not is_sharded(weight):
+    spread = spread_of(weight)
+    if spread is None or not weight.ndim:
         return 0
-    first, rows = 0, weight.shape[0] if weight.ndim else 1
-    mesh: Any = weight.device_mesh  # type: ignore[attr-defined]
-    for dim, placement in enumerate(weight.placements):  # type: ignore[attr-defined]
-        if placement.is_shard() and placement.dim == 0:
-            part = -(-rows // mesh.size(dim))
-            start = min(rows, part * mesh.get_local_rank(dim))
-            first, rows = first + start, min(part, rows - start)
-    return first * math.prod(weight.shape[1:])
+    rows = box(spread, spread.mesh.get_coordinate(), weight.shape)[0]
+    return int(rows.start) * math.prod(weight.shape[1:])
+
+
+def box(spread: Spread, place: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:
+    """The part of a tensor of this shape that the process at this place of the mesh has.
+
+    Args:
+        spread: how the tensor lies on processes; placements are shards of whole chunks, or replicas.
+        place: where the process stands on each axis of the mesh.
+        shape: of the whole tensor.
+    """
+    found = [slice(0, n) for n in shape]
+    for dim, placement in enumerate(spread.placements):
+        if placement.is_shard():
+            have = found[placement.dim]
+            part = -(-(have.stop - have.start) // spread.mesh.size(dim))
+            start = min(have.stop, have.start + part * place[dim])
+            found[placement.dim] = slice(start, min(have.stop, start + part))
+    return tuple(found)
+
+
+@contextmanager
+def together(what: str, size: int) -> Iterator[None]:
+    """Say what to do where a collective fails, mostly because a process has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{what} needs all {size} processes, and one has ended or is late: {error}\n"
+            "The step is not whole: end this process, and start again from the last checkpoint, on fewer processes if "
+            "one is gone for good (docs/scaling.md, 'When a process dies')."
+        ) from error
 
 
 def complete(
@@ -168,6 +203,7 @@ def complete(
     flat = torch.cat([part.reshape(-1) for part in parts])
     how = torch.distributed.ReduceOp.MAX if op == "peak" else torch.distributed.ReduceOp.SUM
     for group in groups:
-        torch.distributed.all_reduce(flat, how, group)
+        with together("a step over sharded weights", torch.distributed.get_world_size(group)):
+            torch.distributed.all_reduce(flat, how, group)
     cut = torch.split(flat, [part.numel() for part in parts])
     return [x.view(part.shape) for x, part in zip(cut, parts, strict=True)]

@@ -213,8 +213,10 @@ def companion(name: str) -> str:
     return "p.rest" if name == "p" else f"{name}.scale"
 
 
-def stored(name: str, state: State, weight: Tensor, formats: Formats) -> dict[str, Tensor]:
-    """A fresh state as it is kept: one tensor, or codes and scales."""
+def stored(name: str, state: State, weight: Tensor, formats: Formats, *, elsewhere: bool = False) -> dict[str, Tensor]:
+    """A fresh state as it is kept: one tensor, or codes and scales; a matrix that is kept elsewhere is nothing."""
+    if elsewhere and state.kind_of(weight.ndim) == MATRIX:
+        return {name: local(weight).new_empty(0, dtype=state.dtype or compute_dtype(weight.dtype))}
     codec = codec_for(state, weight, formats.state)
     if codec is None:
         return {name: allocate(state, weight)}

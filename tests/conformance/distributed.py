@@ -1,12 +1,14 @@
 """Promises that need two processes, over gloo on the CPU: DistributedDataParallel, and FSDP2 with sharded weights.
 
-One pair of processes serves all optimizers, because starting them costs seconds.
+One pair of processes serves all optimizers, because starting them costs seconds. Optimizers that multiply matrices run
+twice: with the work shared out, and with every process doing all of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,9 +41,9 @@ def _batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
     ]
 
 
-def _train(subject: Subject, model: nn.Module, rank: int | None) -> list[torch.Tensor]:
+def _train(subject: Subject, model: nn.Module, rank: int | None, **options: Any) -> list[torch.Tensor]:
     """All batches, or this process's half of each; the loss is a mean, so halves average to the whole."""
-    optimizer = subject.make(model.parameters(), clip_norm=1.0)
+    optimizer = subject.make(model.parameters(), clip_norm=1.0, **options)
     for inputs, targets in _batches():
         if rank is not None:
             inputs, targets = (x.chunk(PROCESSES)[rank] for x in (inputs, targets))
@@ -57,6 +59,13 @@ def alone(subject: Subject) -> list[torch.Tensor]:
     return _train(subject, _model(), None)
 
 
+def _runs(subject: Subject, spread: Callable[[nn.Module], nn.Module], rank: int) -> Iterator[list[torch.Tensor]]:
+    """The final weights, once for each way of sharing out what there is to share."""
+    ways = [{"distribute": None}, {"distribute": torch.distributed.group.WORLD}] if subject.by_matrix else [{}]
+    for way in ways:
+        yield _train(subject, spread(_model()), rank, **way)
+
+
 def _process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
@@ -64,7 +73,7 @@ def _process(rank: int, folder: str) -> None:
     )
     try:
         results = {
-            title: {subject.id: _train(subject, spread(_model()), rank) for subject in subjects()}
+            title: {subject.id: list(_runs(subject, spread, rank)) for subject in subjects()}
             for title, spread in WAYS.items()
         }
         torch.save(results, Path(folder) / f"rank{rank}.pt")
@@ -72,7 +81,7 @@ def _process(rank: int, folder: str) -> None:
         torch.distributed.destroy_process_group()
 
 
-Results = dict[str, dict[str, list[torch.Tensor]]]
+Results = dict[str, dict[str, list[list[torch.Tensor]]]]
 
 
 def together(folder: Path) -> list[Results]:
@@ -82,11 +91,11 @@ def together(folder: Path) -> list[Results]:
 
 
 def check(title: str, subject: Subject, ranks: list[Results]) -> None:
-    """All processes hold the same bits; against one process, gradients were summed in another order.
+    """All processes hold the same bits, shared work or not; against one, gradients were summed in another order.
 
     1e-9: float64 rounding of a gradient, divided by roots of small second moments, over eight steps.
     """
-    first, *others = (rank[title][subject.id] for rank in ranks)
+    first, *others = (run for rank in ranks for run in rank[title][subject.id])
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
     for a, b in zip(first, alone(subject), strict=True):

@@ -126,7 +126,7 @@ def adopt(g: Value, st: States, hp: Hyper, t: Value) -> Value:
     The first gradient only begins the mean square, and moves nothing.
     """
     if t == 1:
-        return 0.0, {"v": square(g)}
+        return 0.0, {"v": square(g), "m": st.m}  # m is there from the first step on, as checkpoints expect
     bound = (t - 1) ** hp.clip_exponent
     m = lerp(st.m, clamp(g / maximum(sqrt(st.v), hp.eps), -bound, bound), 1 - hp.beta1)
     return m, {"m": m, "v": lerp(st.v, square(g), 1 - hp.beta2)}

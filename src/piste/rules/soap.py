@@ -42,7 +42,7 @@ def soap(how: Kronecker, low: bool) -> Part:
         taken = t - 1  # steps that moved the weight, with this one
         if ndim < 2 and not hp.precondition_1d:
             if t == 1:
-                return 0.0
+                return 0.0, {"m": st.m, "v": st.v}  # they are there from the first step on, as checkpoints expect
             m, v, d = _stepped(g, st, hp)
             return _sized(d, hp, taken), {"m": m, "v": v}
         beta = hp.beta2 if hp.shampoo_beta is None else hp.shampoo_beta
@@ -50,7 +50,7 @@ def soap(how: Kronecker, low: bool) -> Part:
         factors = lerp(st.factors, opaque(how.gram, seen, kind=MATRIX), 1 - beta)
         if t == 1:
             bases = opaque(rebasing(how, "eigen"), factors, st.bases, *shape, kind=MATRIX)
-            return 0.0, {"factors": factors, "bases": bases}
+            return 0.0, {"factors": factors, "bases": bases, "m": st.m, "v": st.v}
         m, v, d = _stepped(opaque(how.turned, g, st.bases), st, hp)
         d = opaque(how.times, d, st.bases)
         new = {"factors": factors}

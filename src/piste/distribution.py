@@ -1,0 +1,254 @@
+"""Which process does the matrix work of which weight.
+
+Rules know nothing of it. Every weight whose rule calls functions of whole matrices gets an owner among the processes
+that share it, so that what each has to do in a step comes out even; the owner calls the functions and keeps the
+matrices (factors, roots, bases). Everything that goes element by element stays where it was.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from piste.costs import flops
+from piste.exchange import Exchange, Team, gathered_flat
+from piste.roster import Member, Share, real
+from piste.sharding import Spread, is_sharded, joined, local, spread_of, together
+from piste.storage import State, allocate, compute_dtype
+from piste.symbol import FULL, HOST, MATRIX, Row, Sym, compile_host, topological
+from piste.variants import Graph
+
+__all__ = ["Sharing", "check_distribute", "dealt", "whole_matrices"]
+
+#: steps over which costs are averaged: far from the first, and as many as most renewals are apart
+_PROBED = range(1000, 1100)
+
+
+def check_distribute(owner: str, wish: Any) -> Any:
+    """The group of processes that share work; None or ``"auto"`` as they are.
+
+    Raises:
+        ValueError: it is nothing of the kind, or this process is not in it.
+    """
+    if wish is None or (isinstance(wish, str) and wish == "auto"):
+        return wish
+    legal = "legal: None, 'auto', a process group, or a device mesh of one axis, that this process is in"
+    try:
+        group = wish.get_group() if hasattr(wish, "get_group") else wish
+        rank = torch.distributed.get_rank(group)
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{owner} got distribute={wish!r}; {legal} ({error})") from error
+    if rank < 0:
+        raise ValueError(f"{owner} got distribute={wish!r}; {legal}")
+    return group
+
+
+def dealt(costs: Sequence[float], loads: list[float]) -> list[int]:
+    """An owner for each piece of work: the largest first, each to whoever has the least so far.
+
+    Args:
+        costs: of the pieces.
+        loads: what each process has to do already; brought up to date.
+
+    >>> from piste.distribution import dealt
+    >>> dealt([5, 3, 3, 2, 1], [0.0, 0.0])
+    [0, 1, 1, 0, 1]
+    """
+    owners = [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        owners[i] = loads.index(min(loads))
+        loads[owners[i]] += costs[i]
+    return owners
+
+
+class Sharing:
+    """The owners of one optimizer's weights. Once dealt out a weight stays with its owner.
+
+    Args:
+        wish: ``None``: every process does all; ``"auto"``: weights that are spread over processes are shared by these;
+            a group: other weights are shared by its processes.
+    """
+
+    def __init__(self, wish: Any) -> None:
+        self.wish = wish if wish is None or wish == "auto" else Team(wish)
+        self.shares: dict[Tensor, Share] = {}
+        self._teams: dict[Any, Team | None] = {}
+        self._loads: dict[Any, list[float]] = {}
+
+    def deal(self, members: Sequence[Member], hp: Sequence[Mapping[str, float]]) -> list[Member]:
+        """The members with their shares, and with what a checkpoint brought where it belongs."""
+        fresh = [m for m in members if m.p not in self.shares]
+        costs: dict[Any, float | None] = {}
+        teams = [self._team(m.p) for m in fresh]
+        known: list[float | None] = []
+        for m, team in zip(fresh, teams, strict=True):
+            key = m.group, id(m.variants), m.p.shape
+            if team is not None and key not in costs:
+                costs[key] = _cost(m, hp[m.group])
+            known.append(None if team is None else costs[key])
+        for team in dict.fromkeys(t for t in teams if t is not None):
+            work = [i for i, t in enumerate(teams) if t is team and known[i] is not None]
+            if work and team.mesh is None:
+                _agree(team, [fresh[i].p for i in work])
+            loads = self._loads.setdefault(id(team.group), [0.0] * team.size)
+            owners = dealt([known[i] or 0.0 for i in work], loads)
+            self.shares |= {fresh[i].p: Share(team, owner) for i, owner in zip(work, owners, strict=True)}
+        found = [m._replace(share=self.shares.get(m.p)) for m in members]
+        _settle(found)
+        return found
+
+    def _team(self, p: Tensor) -> Team | None:
+        """The processes that share the work on a weight; None if each does all of it."""
+        if self.wish is None:
+            return None
+        if not is_sharded(p):
+            team = self.wish if isinstance(self.wish, Team) else None
+            return None if team is None or team.size == 1 else team
+        spread = spread_of(p)
+        assert spread is not None
+        if spread.mesh not in self._teams:
+            self._teams[spread.mesh] = _team_of(spread.mesh)
+        # other placements (strided shards of two meshes in one) are gathered by torch, on every process
+        plain = all(type(x).__name__ in ("Shard", "Replicate") for x in spread.placements)
+        return self._teams[spread.mesh] if plain else None
+
+
+def _team_of(mesh: Any) -> Team | None:
+    """The processes of a mesh, if there is one group of all of them."""
+    if mesh.size() == 1:
+        return None
+    if mesh.ndim == 1:
+        return Team(mesh.get_group(), mesh)
+    everybody = torch.distributed.group.WORLD
+    return Team(everybody, mesh) if mesh.size() == torch.distributed.get_world_size() else None
+
+
+def _cost(member: Member, hp: Mapping[str, float]) -> float | None:
+    """Operations that functions of whole matrices take in a step on a weight, on average; None if it needs none."""
+    shape = tuple(real(member.p).shape)
+    states = any(s.kind_of(member.p.ndim) == MATRIX for s in member.states.values())
+    first = member.variants.graph(Row(hp, member.state.get("step", 0) + 1), shape)
+    if not member.p.numel() or not (states or _opaques(first)):
+        return None
+    graphs = [member.variants.graph(Row(hp, t), shape) for t in _PROBED]
+    if not all(map(_can_be_shared, {first, *graphs})) or not any(map(_opaques, {first, *graphs})):
+        return None
+    per_graph = {g: _graph_cost(g, Row(hp, t, shape)) for t, g in zip(_PROBED, graphs, strict=True)}
+    return sum(per_graph[g] for g in graphs) / len(graphs)
+
+
+def _opaques(graph: Graph) -> list[Sym]:
+    return [sym for sym in topological(graph.outputs.values()) if sym.op == "opaque"]
+
+
+def _graph_cost(graph: Graph, row: Row) -> float:
+    total = 0.0
+    for sym in _opaques(graph):
+        host = compile_host([a for a in sym.args if a.kind == HOST])
+        total += flops(sym.attr[0], row.shape, host(row))
+    return total
+
+
+def _can_be_shared(graph: Graph) -> bool:
+    """Do matrices stay among themselves? A number taken of a matrix would be missing where the matrix is not."""
+    return all(
+        s.kind in (FULL, MATRIX) if s.op == "opaque" else s.kind == MATRIX or all(a.kind != MATRIX for a in s.args)
+        for s in topological(graph.outputs.values())
+    )
+
+
+def _agree(team: Team, weights: Sequence[Tensor]) -> None:
+    """Refuse to share work on weights, or gradients, that are not the same on all processes."""
+    words = repr([(tuple(p.shape), str(p.dtype), p.grad is None) for p in weights]).encode()
+    sums = [float(zlib.crc32(words))]
+    for tensors in (weights, [p.grad for p in weights if p.grad is not None]):
+        norms = [torch.linalg.vector_norm(x.detach(), dtype=torch.float64).cpu() for x in tensors]
+        sums.append(float(torch.stack(norms).sum()) if norms else 0.0)
+    own = torch.tensor(sums, dtype=torch.float64, device=weights[0].device)
+    found = own.new_empty(team.size * len(sums))
+    with together("the first step that shares matrix work", team.size):
+        gathered_flat(found, own, team.group)
+    table = found.view(team.size, -1).cpu()
+    for column, what in enumerate(("weights of other shapes", "other weights", "other gradients")):
+        values = table[:, column]
+        differs = ~torch.isclose(values, values[0], rtol=1e-6 if column else 0.0, atol=0.0, equal_nan=True)
+        if differs.any():
+            other = int(differs.nonzero()[0])
+            raise ValueError(
+                f"distribute= shares matrix work over {team.size} processes, and process {other} has {what} than "
+                "process 0; legal: replicas of one model whose gradients have been averaged (as "
+                "DistributedDataParallel does), or distribute=None"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Matrices between owners and checkpoints
+
+
+def _matrices(members: Sequence[Member]) -> list[tuple[Member, str, State]]:
+    """The matrices that weights keep, by name."""
+    return [
+        (m, name, state)
+        for m in members
+        for name, state in m.states.items()
+        if name in m.state and state.kind_of(m.p.ndim) == MATRIX
+    ]
+
+
+def _expected(member: Member, state: State) -> tuple[tuple[int, ...], torch.dtype]:
+    """The shape and the dtype of a matrix that a weight keeps."""
+    there = allocate(state, torch.empty(member.p.shape, device="meta"))
+    return tuple(there.shape), state.dtype or compute_dtype(member.p.dtype)
+
+
+def _settle(members: Sequence[Member]) -> None:
+    """Bring whole matrices, as checkpoints hold them, to their owners, and nobody else."""
+    parted: dict[Any, list[tuple[Member, str]]] = {}
+    for m, name, _ in _matrices(members):
+        kept = m.state[name]
+        if m.share is None:
+            m.state[name] = kept.full_tensor() if is_sharded(kept) else kept
+        elif is_sharded(kept):
+            parted.setdefault((m.share.team, spread_of(kept), kept.dtype), []).append((m, name))
+        elif not m.share.mine and kept.numel():
+            m.state[name] = kept.new_empty(0)
+    for (team, spread, _), entries in parted.items():
+        kept = [m.state[name] for m, name in entries]
+        owners = [m.share.owner for m, _ in entries if m.share is not None]
+        exchange = Exchange(team, spread, [x.shape for x in kept], owners, "the first step from a checkpoint")
+        (wholes,) = exchange.to_owners([[local(x) for x in kept]])
+        there = dict(zip(exchange.mine, wholes, strict=True))
+        for i, (m, name) in enumerate(entries):
+            m.state[name] = there.get(i, local(kept[i]).new_empty(0))
+
+
+def whole_matrices(members: Sequence[Member]) -> dict[Tensor, dict[str, Tensor]]:
+    """By weight, the matrices that their owners keep, for a checkpoint; every process has to call this.
+
+    Of weights that are spread over processes they come spread evenly over the same processes, so that none needs
+    memory for all of them; of others, whole on every process.
+    """
+    from torch.distributed.tensor import Shard
+
+    found: dict[Tensor, dict[str, Tensor]] = {}
+    alike: dict[Any, list[tuple[Member, str, tuple[int, ...]]]] = {}
+    for m, name, state in _matrices(members):
+        if m.share is not None and not is_sharded(m.state[name]):
+            shape, dtype = _expected(m, state)
+            parted = m.share.team.mesh is not None and bool(shape)
+            alike.setdefault((m.share.team, dtype, parted), []).append((m, name, shape))
+    for (team, _, parted), entries in alike.items():
+        spread = Spread(team.mesh, (Shard(0),) * team.mesh.ndim) if parted else None
+        owners = [m.share.owner for m, _, _ in entries if m.share is not None]
+        shapes = [shape for _, _, shape in entries]
+        exchange = Exchange(team, spread, shapes, owners, "state_dict() of an optimizer that shares its work")
+        like = entries[0][0].state[entries[0][1]]
+        own = [entries[i][0].state[entries[i][1]] for i in exchange.mine]
+        (parts,) = exchange.from_owners([own], like).wait()
+        for (m, name, shape), part in zip(entries, parts, strict=True):
+            found.setdefault(m.p, {})[name] = part.clone() if spread is None else joined(part, spread, shape)
+    return found
