@@ -138,8 +138,9 @@ def _complete_reductions(buckets: list[Bucket], totals: dict[str, Tensor]) -> No
                 bucket.values[sym] = [totals[sym.attr].to(bucket.device, bucket.dtype)]
 
 
-#: the most numbers of one argument that an opaque function gets in a stack; larger weights come one by one
-_MOST_STACKED = 1 << 26
+#: the most numbers of one argument that an opaque function gets in a stack; larger weights come one by one. On CPUs a
+#: stack of large matrices is no faster than one after the other, and stacking copies them
+_MOST_STACKED, _MOST_STACKED_ON_CPU = 1 << 26, 1 << 18
 
 
 def _call_opaque(bucket: Bucket, sym: Sym) -> list[Tensor]:
@@ -157,7 +158,8 @@ def _call_opaque(bucket: Bucket, sym: Sym) -> list[Tensor]:
         key = i if not batched else (numbers[row], *(values[i].shape for values in taken))
         alike.setdefault(key, []).append(i)
     results: list[Tensor] = [torch.empty(0)] * len(bucket)
-    for members in (run for same in alike.values() for run in _runs(same, taken)):
+    most = _MOST_STACKED_ON_CPU if bucket.device.type == "cpu" else _MOST_STACKED
+    for members in (run for same in alike.values() for run in _runs(same, taken, most)):
         given = iter(numbers[bucket.row_of[members[0]]])
         tensors = (_stacked([v[i] for i in members]) if batched else v[members[0]] for v in taken)
         out = function(*(next(given) if a.kind == HOST else next(tensors) for a in sym.args))
@@ -180,9 +182,9 @@ def _whole(bucket: Bucket, sym: Sym) -> Sequence[Tensor]:
     return [gathered(x, spread, shape) for x, shape in zip(values, bucket.seats.shapes, strict=True)]
 
 
-def _runs(members: list[int], taken: Sequence[Sequence[Tensor]]) -> Iterator[list[int]]:
+def _runs(members: list[int], taken: Sequence[Sequence[Tensor]], most: int) -> Iterator[list[int]]:
     """Weights of equal shapes in runs that bound the size of a stack."""
     largest = max((values[members[0]].numel() for values in taken), default=0)
-    count = max(1, _MOST_STACKED // max(1, largest))
+    count = max(1, most // max(1, largest))
     for start in range(0, len(members), count):
         yield members[start : start + count]

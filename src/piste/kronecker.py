@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from piste.matrices import descending, eigenbases, inverse_roots, next_bases
+from piste.matrices import descending, eigenbases, inverse_roots, next_bases, outer
 
 __all__ = ["Kronecker", "Layout", "kronecker", "merged", "rebasing", "rooting"]
 
@@ -121,6 +121,8 @@ class Layout:
 
     def put_together(self, blocks: Sequence[Tensor], like: Tensor) -> Tensor:
         """The way back, in the shape of the stack ``like``."""
+        if len(self.kinds) == 1 and self.kinds[0].shape == self.shape:
+            return blocks[0].reshape(like.shape)
         result = like.new_empty(len(like), *self.shape)
         for part, alike in zip(blocks, self.kinds, strict=True):
             alike.put(part, result)
@@ -137,14 +139,11 @@ def _parts(n: int, block: int | None) -> list[tuple[int, int, slice]]:
 
 
 def _rows(blocks: Tensor, axis: int) -> Tensor:
-    """Blocks as matrices whose rows go along one of their axes."""
-    return blocks.movedim(axis + 1, 1).reshape(len(blocks), blocks.shape[axis + 1], -1)
-
-
-def _times(matrices: Tensor, blocks: Tensor, axis: int) -> Tensor:
-    """Each block multiplied by its matrix along an axis."""
-    moved = blocks.movedim(axis + 1, 1).shape
-    return (matrices @ _rows(blocks, axis)).reshape(moved).movedim(1, axis + 1)
+    """Blocks as matrices whose rows go along one of their axes; the last axis costs no copy either."""
+    n = blocks.shape[axis + 1]
+    if axis + 2 == blocks.ndim:
+        return blocks.reshape(len(blocks), -1, n).mT
+    return blocks.movedim(axis + 1, 1).reshape(len(blocks), n, -1)
 
 
 @dataclass(frozen=True)
@@ -187,24 +186,34 @@ class Kronecker:
         blocks = layout.taken_apart(stack)
         flat = stack.new_empty(len(stack), layout.total)
         for kind, axis, factors in layout.factors(flat):
-            rows = _rows(blocks[kind], axis)
-            factors.copy_((rows @ rows.mT).view(factors.shape))
+            outer(_rows(blocks[kind], axis), factors)
         return flat
 
     def times(self, stack: Tensor, flat: Tensor) -> Tensor:
         """Each block multiplied by its factor along every axis: ``L G R`` for symmetric factors of a matrix."""
-        layout = self.layout(stack.shape[1:])
-        blocks = layout.taken_apart(stack)
-        for kind, axis, factors in layout.factors(flat):
-            blocks[kind] = _times(factors.flatten(0, 1), blocks[kind], axis)
-        return layout.put_together(blocks, stack)
+        return self._through(stack, flat, lambda factors: factors.mT)
 
     def turned(self, stack: Tensor, flat: Tensor) -> Tensor:
         """The same with transposed factors: into the basis that the columns of the factors are."""
+        return self._through(stack, flat, lambda factors: factors)
+
+    def _through(self, stack: Tensor, flat: Tensor, right: Callable[[Tensor], Tensor]) -> Tensor:
+        """Blocks times what ``right`` makes of their factors, axis by axis.
+
+        The first axis is multiplied and becomes the last. So no product needs a copy, and once every axis has had its
+        turn all are where they were.
+        """
         layout = self.layout(stack.shape[1:])
-        blocks = layout.taken_apart(stack)
-        for kind, axis, factors in layout.factors(flat):
-            blocks[kind] = _times(factors.flatten(0, 1).mT, blocks[kind], axis)
+        factors: dict[tuple[int, int], Tensor] = {(kind, axis): f for kind, axis, f in layout.factors(flat)}
+        blocks = []
+        for kind, x in enumerate(layout.taken_apart(stack)):
+            for axis in range(x.ndim - 1):
+                if (kind, axis) not in factors:
+                    x = x.movedim(1, -1)
+                    continue
+                moved = x.reshape(len(x), x.shape[1], -1).mT @ right(factors[kind, axis].flatten(0, 1))
+                x = moved.reshape(len(x), *x.shape[2:], x.shape[1])
+            blocks.append(x)
         return layout.put_together(blocks, stack)
 
     def in_order(self, stack: Tensor, flat: Tensor, bases: Tensor) -> Tensor:

@@ -27,8 +27,10 @@ __all__ = [
     "largest_eigenvalue",
     "next_bases",
     "orthogonalizer",
+    "outer",
     "root_by_eigen",
     "root_by_newton",
+    "symmetric_product",
 ]
 
 #: odd polynomials ``a x + b x^3 + c x^5`` of singular values, one triple for each iteration; the last one repeats
@@ -45,6 +47,38 @@ ITERATIONS: dict[str, tuple[tuple[float, float, float], ...]] = {
     ),
 }
 PRECISIONS = ("auto", "fp32", "bf16")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Products that are symmetric
+
+#: columns that are worked out at once; below three times as many, a whole product is as fast
+_PANEL = 128
+
+
+def _halves(n: int, device: torch.device) -> bool:
+    """Does it pay to work out half of a symmetric product? Accelerators are faster with the whole."""
+    return device.type == "cpu" and n >= 3 * _PANEL
+
+
+def symmetric_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """``a @ b`` of two matrices, written to ``out``, where it is known to be symmetric: half of it, mirrored."""
+    n = len(a)
+    for start in range(0, n, _PANEL):
+        end = min(n, start + _PANEL)
+        torch.mm(a[start:], b[:, start:end], out=out[start:, start:end])
+        out[start:end, end:] = out[end:, start:end].mT
+    return out
+
+
+def outer(rows: Tensor, out: Tensor) -> None:
+    """Products of matrices with their transposes, written to matrices of whatever leading axes, in the same order."""
+    if not _halves(rows.shape[-2], rows.device):
+        out.copy_((rows @ rows.mT).view(out.shape))
+        return
+    places = (place for places in out for place in places)
+    for matrix, place in zip(rows, places, strict=True):
+        symmetric_product(matrix, matrix.mT, place)
+
 
 
 def _at_most_one(x: Tensor, iteration: str) -> Tensor:
