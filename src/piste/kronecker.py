@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from piste.matrices import descending, eigenbases, inverse_roots, next_bases, outer
+from piste.matrices import descending, eigenbases, inverse_roots, moved, next_bases, outer
 
 __all__ = ["Kronecker", "Layout", "kronecker", "merged", "rebasing", "rooting"]
 
@@ -189,6 +189,15 @@ class Kronecker:
             outer(_rows(blocks[kind], axis), factors)
         return flat
 
+    def averaged(self, stack: Tensor, before: Tensor, kept: float, share: float) -> Tensor:
+        """``kept`` of the factors so far and ``share`` of those sums."""
+        layout = self.layout(stack.shape[1:])
+        blocks = layout.taken_apart(stack)
+        flat = kept * before
+        for kind, axis, factors in layout.factors(flat):
+            outer(_rows(blocks[kind], axis), factors, beta=1.0, alpha=share)
+        return flat
+
     def times(self, stack: Tensor, flat: Tensor) -> Tensor:
         """Each block multiplied by its factor along every axis: ``L G R`` for symmetric factors of a matrix."""
         return self._through(stack, flat, lambda factors: factors.mT)
@@ -216,12 +225,21 @@ class Kronecker:
             blocks.append(x)
         return layout.put_together(blocks, stack)
 
-    def in_order(self, stack: Tensor, flat: Tensor, bases: Tensor) -> Tensor:
+    def moved(self, flat: Tensor, bases: Tensor, *shape: float) -> Tensor:
+        """Where factors take the columns of bases; :func:`rebasing` by QR and :meth:`in_order` ask for it."""
+        layout = self.layout([int(n) for n in shape])
+        result = torch.empty_like(flat)
+        three = (layout.factors(flat), layout.factors(bases), layout.factors(result))
+        for (_, _, factors), (_, _, columns), (_, _, images) in zip(*three, strict=True):
+            images.copy_(moved(factors, columns))
+        return result
+
+    def in_order(self, stack: Tensor, images: Tensor, bases: Tensor) -> Tensor:
         """Numbers that belong to the columns of bases, in the order that :func:`rebasing` brings those into."""
         layout = self.layout(stack.shape[1:])
         blocks = layout.taken_apart(stack)
-        for (kind, axis, factors), (_, _, columns) in zip(layout.factors(flat), layout.factors(bases), strict=True):
-            order = descending(factors.flatten(0, 1), columns.flatten(0, 1))
+        for (kind, axis, seen), (_, _, columns) in zip(layout.factors(images), layout.factors(bases), strict=True):
+            order = descending(seen.flatten(0, 1), columns.flatten(0, 1))
             part = blocks[kind]
             index = order.view(len(part), *(n if i == axis else 1 for i, n in enumerate(part.shape[1:])))
             blocks[kind] = part.gather(axis + 1, index.expand_as(part))
@@ -256,6 +274,10 @@ def kronecker(
     return Kronecker(block, merge, backwards, longest, one_sided)
 
 
+def _joined(stacks: list[Tensor]) -> Tensor:
+    return torch.cat(stacks) if len(stacks) > 1 else stacks[0]
+
+
 Renewal = Callable[[Tensor, Tensor], "tuple[Tensor, int]"]
 
 
@@ -268,7 +290,7 @@ def _renewed(how: Kronecker, flat: Tensor, old: Tensor, shape: Sequence[float], 
         factors, before, after = (view for _, _, view in three)
         by_size.setdefault(factors.shape[-1], []).append((factors, before, after))
     for size, parts in by_size.items():
-        stack, before = (torch.cat([part[i].flatten(0, 1) for part in parts]) for i in (0, 1))
+        stack, before = (_joined([part[i].flatten(0, 1) for part in parts]) for i in (0, 1))
         found, failed = renew(stack, before)
         if failed:
             log.warning("%d of %d %s of size %d failed and stay as they were", failed, len(stack), what, size)
@@ -308,7 +330,8 @@ def rebasing(how: Kronecker, method: str) -> Callable[..., Tensor]:
             ``"qr"``: one power iteration from the bases so far, made orthogonal again, sorted as by ``"eigen"``.
 
     Returns:
-        A function of stacks of factors and of bases, and the shape of the weight.
+        A function of stacks of factors (for ``"qr"``: of what :meth:`Kronecker.moved` makes of them) and of bases, and
+        the shape of the weight.
     """
     renew = {"eigen": eigenbases, "rising": _rising, "qr": next_bases}[method]
 
