@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from math import prod
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from piste.matrices import descending, eigenbases, inverse_roots, moved, next_bases, outer
+from piste.matrices import Work, descending, eigenbases, inverse_roots, moved, next_bases, outer
 
 __all__ = ["Kronecker", "Layout", "kronecker", "merged", "rebasing", "rooting"]
 
@@ -281,15 +281,21 @@ def _joined(stacks: list[Tensor]) -> Tensor:
 Renewal = Callable[[Tensor, Tensor], "tuple[Tensor, int]"]
 
 
+#: the most numbers of factors that are renewed in one stack on CPUs, where stacking large matrices only takes memory
+_MOST_STACKED = 1 << 18
+
+
 def _renewed(how: Kronecker, flat: Tensor, old: Tensor, shape: Sequence[float], what: str, renew: Renewal) -> Tensor:
     """What belongs to factors, worked out anew for all of one size at once; a warning tells what could not be."""
     layout = how.layout([int(n) for n in shape])
     result = torch.empty_like(flat)
-    by_size: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
-    for three in zip(layout.factors(flat), layout.factors(old), layout.factors(result), strict=True):
-        factors, before, after = (view for _, _, view in three)
-        by_size.setdefault(factors.shape[-1], []).append((factors, before, after))
-    for size, parts in by_size.items():
+    alike: dict[tuple[int, int], list[tuple[Tensor, Tensor, Tensor]]] = {}
+    three = (layout.factors(flat), layout.factors(old), layout.factors(result))
+    for number, views in enumerate(zip(*three, strict=True)):
+        factors, before, after = (view for _, _, view in views)
+        alone = flat.device.type == "cpu" and factors.numel() > _MOST_STACKED // 2
+        alike.setdefault((factors.shape[-1], number if alone else -1), []).append((factors, before, after))
+    for (size, _), parts in alike.items():
         stack, before = (_joined([part[i].flatten(0, 1) for part in parts]) for i in (0, 1))
         found, failed = renew(stack, before)
         if failed:
@@ -300,8 +306,20 @@ def _renewed(how: Kronecker, flat: Tensor, old: Tensor, shape: Sequence[float], 
     return result
 
 
+def _held(how: Kronecker, each: int, shape: Sequence[int], count: int) -> int:
+    """Numbers that a renewal holds for its largest stack: so many matrices for each, and two more where it is joined."""
+    layout = how.layout(shape)
+    sizes: dict[int, list[int]] = {}
+    for alike in layout.kinds:
+        for axis in alike.starts:
+            sizes.setdefault(alike.shape[axis], []).append(count * prod(alike.counts) * alike.shape[axis] ** 2)
+    joined = [[n for n in same if n <= _MOST_STACKED // 2] for same in sizes.values()]
+    alone = [n for same in sizes.values() for n in same]
+    return max([0, *(each * n for n in alone), *((each + 2) * sum(same) for same in joined if len(same) > 1)])
+
+
 @cache
-def rooting(how: Kronecker, method: str, relative: bool) -> Callable[..., Tensor]:
+def rooting(how: Kronecker, method: str, relative: bool) -> Work:
     """The function that renews inverse roots; see :func:`piste.matrices.inverse_roots` for ``method``, ``relative``.
 
     Returns:
@@ -317,11 +335,11 @@ def rooting(how: Kronecker, method: str, relative: bool) -> Callable[..., Tensor
 
         return _renewed(how, flat, old, shape, "inverse roots", renew)
 
-    return roots
+    return Work(roots, partial(_held, how, 10 if method == "newton" else 3), renews=True)
 
 
 @cache
-def rebasing(how: Kronecker, method: str) -> Callable[..., Tensor]:
+def rebasing(how: Kronecker, method: str) -> Work:
     """The function that renews eigenvectors of factors.
 
     Args:
@@ -338,7 +356,7 @@ def rebasing(how: Kronecker, method: str) -> Callable[..., Tensor]:
     def bases(flat: Tensor, old: Tensor, *shape: float) -> Tensor:
         return _renewed(how, flat, old, shape, "eigenbases", renew)
 
-    return bases
+    return Work(bases, partial(_held, how, 3), renews=True)
 
 
 def _rising(stack: Tensor, old: Tensor) -> tuple[Tensor, int]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
+from math import prod
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ __all__ = [
     "ITERATIONS",
     "MOST_RESIDUAL",
     "PRECISIONS",
+    "Work",
     "descending",
     "eigen",
     "eigenbases",
@@ -49,6 +52,26 @@ ITERATIONS: dict[str, tuple[tuple[float, float, float], ...]] = {
     ),
 }
 PRECISIONS = ("auto", "fp32", "bf16")
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """A function of stacks, and what is known of its cost.
+
+    Args:
+        call: the function.
+        held: of the shape of a weight and the number of weights in a stack: how many numbers it holds at most besides
+            what it takes and gives.
+        renews: it works out anew what steps without it only use: roots, bases.
+    """
+
+    call: Callable[..., Tensor]
+    held: Callable[[Sequence[int], int], int]
+    renews: bool = False
+
+    def __call__(self, *values: Any) -> Tensor:
+        return self.call(*values)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Products that are symmetric
@@ -139,7 +162,7 @@ def _by_gram(x: Tensor, triples: _Triples) -> Tensor:
 
 
 @cache
-def orthogonalizer(iteration: str, precision: str) -> Callable[[Tensor, float, float], Tensor]:
+def orthogonalizer(iteration: str, precision: str) -> Work:
     """The function that brings the singular values of matrices near 1 and leaves their singular vectors.
 
     Args:
@@ -165,7 +188,11 @@ def orthogonalizer(iteration: str, precision: str) -> Callable[[Tensor, float, f
         x = (_by_gram if wide else _by_products)(x, triples)
         return (x.mT if upright else x).reshape(stack.shape).to(stack.dtype)
 
-    return orthogonalize
+    def held(shape: Sequence[int], count: int) -> int:
+        rows, columns = shape[0], prod(shape[1:])
+        return count * 2 * (rows * columns + min(rows, columns) ** 2)
+
+    return Work(orthogonalize, held)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
