@@ -21,6 +21,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ class Case:
         peers: makers of all others; None where the package is not there.
         lists: names of the lists of weights on which it is measured.
         at_least: the speed against each peer that is promised; the first of ``ours`` has to keep it.
-        only_matrices: leave out of the lists what has fewer than two axes, and join the axes of convolutions.
+        flat: convolutions are given as matrices, for who takes nothing else.
+        vectors: weights of one axis are given, too.
     """
 
     name: str
@@ -83,14 +85,13 @@ class Case:
     peers: dict[str, Make | None]
     lists: tuple[str, ...]
     at_least: dict[str, float] = field(default_factory=dict)
-    only_matrices: bool = False
+    flat: bool = False
+    vectors: bool = True
 
     def shapes(self, name: str) -> Shapes:
         """The weights of a list that this algorithm takes."""
-        shapes = LISTS[name]
-        if not self.only_matrices:
-            return shapes
-        return [(s[0], torch.Size(s[1:]).numel()) for s in shapes if len(s) > 1]
+        shapes = [s for s in LISTS[name] if self.vectors or len(s) > 1]
+        return [(s[0], torch.Size(s[1:]).numel()) for s in shapes] if self.flat else shapes
 
 
 def _ours(name: str, **settings: Any) -> Make:
@@ -117,7 +118,7 @@ def _meta(every: int) -> Make | None:
 
 
 def _shampoo(every: int) -> list[Case]:
-    """Both forms, each against who has it, at its settings; pytorch_optimizer's iterates, so ours may choose."""
+    """Both forms, each against who has it, at its settings; pytorch_optimizer's leaves vectors as they are."""
     google: dict[str, Any] = {
         "form": "google",
         "graft": "sgd",
@@ -147,10 +148,11 @@ def _shampoo(every: int) -> list[Case]:
         Case(
             f"Shampoo (Google), refresh every {every}",
             every,
-            {"piste": _ours("Shampoo", **google), "piste newton": _ours("Shampoo", root="newton", **google)},
+            {"piste": _ours("Shampoo", **google)},
             {"pytorch_optimizer": theirs},
             (GPT, RESNET),
             {"pytorch_optimizer": 2.0},
+            vectors=False,
         ),
     ]
 
@@ -158,9 +160,14 @@ def _shampoo(every: int) -> list[Case]:
 def _heavyball(params: list[torch.nn.Parameter]) -> Any:
     """As it runs without compiling, at the settings of the authors'."""
     importlib.import_module("heavyball.utils").compile_mode = None
-    heavyball = importlib.import_module("heavyball")
-    return heavyball.SOAP(
-        params, lr=1e-4, betas=(0.95, 0.95), precondition_frequency=10, max_precond_dim=10_000, merge_dims=False, consume_grad=False
+    return importlib.import_module("heavyball").SOAP(
+        params,
+        lr=1e-4,
+        betas=(0.95, 0.95),
+        precondition_frequency=10,
+        max_precond_dim=10_000,
+        merge_dims=False,
+        consume_grad=False,
     )
 
 
@@ -185,7 +192,8 @@ CASES = (
         {"torch (bf16)": lambda params: torch.optim.Muon(params, lr=1e-3)},
         (GPT, RESNET, SQUARES),
         {"torch (bf16)": 2.0},
-        only_matrices=True,
+        flat=True,
+        vectors=False,
     ),
 )
 
@@ -231,7 +239,7 @@ def compare(case: Case, name: str, rounds: int, console: Console) -> dict[str, A
     return {
         "case": case.name,
         "milliseconds": {who: 1e3 * statistics.median(taken) for who, taken in means.items()},
-        "ordinary": {who: 1e3 * statistics.median(sum(taken, [])) for who, taken in windows.items()},
+        "ordinary": {who: 1e3 * statistics.median(chain.from_iterable(taken)) for who, taken in windows.items()},
         "worst": {who: 1e3 * statistics.median(map(max, taken)) for who, taken in windows.items()},
         "speed": {who: ratio(taken, means[ours])._asdict() for who, taken in means.items() if who != ours},
         "at_least": case.at_least,
@@ -240,7 +248,15 @@ def compare(case: Case, name: str, rounds: int, console: Console) -> dict[str, A
 
 def _show(console: Console, name: str, rows: list[dict[str, Any]]) -> None:
     table = Table(title=f"{name}: milliseconds", title_justify="left", box=None)
-    for column in ("algorithm", "who", "a step, refresh shared out", "an ordinary step", "the worst", "piste is", "target"):
+    for column in (
+        "algorithm",
+        "who",
+        "a step, refresh shared out",
+        "an ordinary step",
+        "the worst",
+        "piste is",
+        "target",
+    ):
         table.add_column(column, justify="left" if column in ("algorithm", "who") else "right")
     for row in rows:
         for who, taken in row["milliseconds"].items():
@@ -265,7 +281,9 @@ def main(arguments: list[str] | None = None) -> None:
     asked = parser.parse_args(arguments)
     torch.set_num_threads(asked.threads)
     console = Console(width=180)
-    console.print(f"torch {torch.__version__}, {asked.threads} threads, medians over {asked.rounds} interleaved periods")
+    console.print(
+        f"torch {torch.__version__}, {asked.threads} threads, medians over {asked.rounds} interleaved periods"
+    )
     results: dict[str, Any] = {"torch": torch.__version__, "threads": asked.threads, "lists": {}}
     for name in asked.list or LISTS:
         rows = results["lists"][name] = []

@@ -307,7 +307,7 @@ def _renewed(how: Kronecker, flat: Tensor, old: Tensor, shape: Sequence[float], 
 
 
 def _held(how: Kronecker, each: int, shape: Sequence[int], count: int) -> int:
-    """Numbers that a renewal holds for its largest stack: so many matrices for each, and two more where it is joined."""
+    """Numbers held for the largest stack of a renewal: so many matrices for each, two more where it is joined."""
     layout = how.layout(shape)
     sizes: dict[int, list[int]] = {}
     for alike in layout.kinds:

@@ -112,7 +112,7 @@ def _symmetric_products(
 
 
 def outer(rows: Tensor, out: Tensor, *, beta: float = 0.0, alpha: float = 1.0) -> Tensor:
-    """``beta * out + alpha * X X^T`` for each matrix X of a stack, in ``out``: matrices with any leading axes, in order."""
+    """``beta * out + alpha * X X^T`` for each X of a stack, in ``out``: matrices with any leading axes, in order."""
     if not _halves(rows.shape[-2], rows.device):
         return out.copy_(_symmetric_products(rows, rows.mT, out.flatten(0, -3), beta, alpha).view(out.shape))
     for at, x in zip(product(*map(range, out.shape[:-2])), rows, strict=True):

@@ -149,14 +149,17 @@ def show(console: Console, name: str, found: Sequence[Row], bandwidth: float, gi
     limit = "" if fit is None else f"; fits: peak within {size(fit)}"
     console.print(
         Text(
-            f"bytes: optimizer state; {_OF_MATRICES if of_matrices else ''}peak: weights, gradients, state and buffers of a step, without activations; "
+            f"bytes: optimizer state; {_OF_MATRICES if of_matrices else ''}"
+            "peak: weights, gradients, state and buffers of a step, without activations; "
             f"moved: read and written by a step; time: that at {speed}{limit}",
             style="dim",
         )
     )
 
 
-_OF_MATRICES = "matrices: what of it is factors, roots and bases; buffers: held for the length of a step, refresh included; "
+_OF_MATRICES = (
+    "matrices: what of it is factors, roots and bases; buffers: held for the length of a step, refresh included; "
+)
 
 
 def _cells(row: Row, bandwidth: float, fit: float | None, of_matrices: bool) -> list[str | Text]:
