@@ -309,12 +309,12 @@ def _plain(value: Any) -> Any:
 def _revive(content: dict[str, Any]) -> dict[str, Any]:
     """Turn the JSON form into constructor arguments of ``RunRecord``."""
     numbers = {name: [float(x) for x in values] for name, values in content["curve"].items() if name != "step"}
-    cost = content["cost"]
+    cost: dict[str, Any] = {n: float(x) if n.endswith("_seconds") else x for n, x in content["cost"].items()}
     return {
         **content,
         "key": RunKey(**content["key"]),
         "curve": Curve(step=content["curve"]["step"], **numbers),
-        "cost": Cost(**{name: float(x) if name.endswith("_seconds") else x for name, x in cost.items()}),
+        "cost": Cost(**cost),
         "test_loss": _number(content["test_loss"]),
         "test_metric": _number(content["test_metric"]),
     }
