@@ -58,6 +58,7 @@ docs: environment  ## build the documentation site into build/site; a warning is
 bench: environment  ## speed and memory against torch's optimizers and other libraries'
 	$(VENV)/bin/python -m benchmarks $(ARGS)
 	$(VENV)/bin/python -m benchmarks.race $(ARGS_RACE)
+	$(VENV)/bin/python -m benchmarks.matrices $(ARGS_MATRICES)
 
 precision: environment  ## the measurements behind docs/precision.md (an hour)
 	$(VENV)/bin/python -m scripts.precision maps

@@ -82,18 +82,18 @@ def _torch(name: str, *, fused: bool = False, **settings: Any) -> dict[str, Make
     return made
 
 
-def _package(module: str, name: str, **settings: Any) -> Make | None:
+def package(module: str, name: str, **settings: Any) -> Make | None:
     if importlib.util.find_spec(module.partition(".")[0]) is None:
         return None
     return lambda params: getattr(importlib.import_module(module), name)(params, **settings)
 
 
 def _pytorch_optimizer(name: str, **settings: Any) -> dict[str, Make | None]:
-    return {"pytorch_optimizer": _package("pytorch_optimizer", name, **settings)}
+    return {"pytorch_optimizer": package("pytorch_optimizer", name, **settings)}
 
 
 def _optimi(name: str, **settings: Any) -> dict[str, Make | None]:
-    return {"torch-optimi": _package("optimi", name, **settings)}
+    return {"torch-optimi": package("optimi", name, **settings)}
 
 
 def _timm(module: str, name: str, **settings: Any) -> dict[str, Make | None]:
@@ -119,7 +119,7 @@ MOMENTUM = LR | {"momentum": 0.9}
 
 def _schedule_free(name: str) -> dict[str, Make | None]:
     """The authors' package, whose optimizers have to be told that training begins."""
-    made = _package("schedulefree", name, **LR)
+    made = package("schedulefree", name, **LR)
 
     def make(params: list[torch.nn.Parameter]) -> Any:
         optimizer = made(params) if made is not None else None
@@ -138,9 +138,9 @@ def _in_codes(name: str, states: int, eight: str, four: str = "") -> list[Algori
     float32: dict[str, Make | None] = {"piste fp32": _ours(name, **LR)}
     made = []
     for form, bits, theirs in (("8bit", 8, eight), ("4bit", 4, four)):
-        peers = {"bitsandbytes": _package("bitsandbytes.optim", theirs, **LR)} if bits == 8 else {}
+        peers = {"bitsandbytes": package("bitsandbytes.optim", theirs, **LR)} if bits == 8 else {}
         if name == "AdamW":
-            peers["torchao"] = _package("torchao.optim", theirs, **LR)
+            peers["torchao"] = package("torchao.optim", theirs, **LR)
         made.append(
             Algorithm(f"{name}, {form}", _ours(name, state=form, **LR), 12 + states * bits / 4, float32 | peers)
         )
@@ -186,7 +186,7 @@ ALGORITHMS = (
         "RangerAdaBelief",
         _ours("RangerAdaBelief", **LR),
         _bytes(2, again=4 + 8 / 6),
-        {"ranger-adabelief": _package("ranger_adabelief", "RangerAdaBelief", **LR)},
+        {"ranger-adabelief": package("ranger_adabelief", "RangerAdaBelief", **LR)},
         4.0,
     ),
     Algorithm(
@@ -281,7 +281,7 @@ ALGORITHMS = (
         "Prodigy",
         _ours("Prodigy"),
         _bytes(3, again=4 + 4 + 4),  # g, s, x0 and p give the estimate; then g and p once more, with both moments
-        {"prodigyopt": _package("prodigyopt", "Prodigy")},
+        {"prodigyopt": package("prodigyopt", "Prodigy")},
         2.5,
     ),
     # the sums of squares, the normalised gradient's and the weight's size, and the step: g, then g and p, then g and p

@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import __main__ as bench
-from benchmarks import measure, race
+from benchmarks import matrices, measure, race
 from benchmarks.algorithms import ALGORITHMS, LISTS
 from benchmarks.cases import CASES, MEMORY, SHAPES, parameters
 
@@ -133,3 +133,15 @@ def test_every_peer_takes_a_step() -> None:
             for _ in range(8):  # some RAdams rest for five
                 optimizer.step()
             assert not torch.equal(before, weights[0]), (algorithm.name, name)
+
+
+def test_matrix_optimizers_run_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every case and its list, with small weights; peers where they are installed."""
+    monkeypatch.setattr(matrices, "LISTS", {name: [(6, 4), (4,), (4, 3, 2, 2)] for name in matrices.LISTS})
+    out = tmp_path / "matrices.json"
+    matrices.main(["--rounds", "2", "--threads", "1", "--out", str(out)])
+    found = json.loads(out.read_text())["lists"]
+    for case in matrices.CASES:
+        for name in case.lists:
+            (row,) = [row for row in found[name] if row["case"] == case.name]
+            assert row["worst"]["piste"] >= row["ordinary"]["piste"] > 0

@@ -59,7 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "wrappings": {"wrappers"},
     "presets": {"checks", "optimizer", "optimizers", "schedules", "groups", "wrappings"},
     "registry": {"checks", "presets", "optimizers", "wrappings", "schedules", "groups", "optimizer"},
-    "memory": {"bucket", "optimizer", "plan", "registry", "storage", "symbol"},
+    "memory": {"bucket", "matrices", "optimizer", "plan", "registry", "storage", "symbol"},
     "advise": {"checks", "groups", "memory", "optimizer", "optimizers", "presets", "routing", "schedules", "wrappers"},
 }
 LIBRARY_ENTRANCE = "__init__"

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from torch import nn
 
 import piste
+from benchmarks.measure import peak_extra_bytes
 from piste.race.command import command
 from piste.race.footprint import bytes_of
 
@@ -115,6 +116,36 @@ def test_the_model_stays_as_it_was() -> None:
     assert before == {name: (p.data_ptr(), p.grad) for name, p in model.named_parameters()}
 
 
+MATRIX_OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
+    ("muon", {"matrices": (nn.ParameterList,), "heads": ()}),
+    ("shampoo_meta", {"start": 4, "every": 4}),
+    ("shampoo_google", {"every": 4}),
+    ("soap", {"every": 4}),
+    ("soap", {"every": 4, "factors": "bf16"}),
+]
+
+
+@pytest.mark.parametrize("shapes", [[(128, 400)], [(96, 96)] * 5], ids=["one", "five"])
+@pytest.mark.parametrize(("name", "settings"), MATRIX_OPTIMIZERS, ids=lambda x: x if isinstance(x, str) else "")
+def test_matrices_and_their_workspace(name: str, settings: dict[str, Any], shapes: list[tuple[int, int]]) -> None:
+    """Factors and roots to the byte; buffers as torch's profiler sees them allocated in steps with a refresh."""
+    model = nn.ParameterList([nn.Parameter(torch.ones(shape)) for shape in shapes])
+    cost = piste.estimate_memory(model, name, **settings)
+    square = sum(a * a + b * b for a, b in shapes)
+    factor = 2 if settings.get("factors") == "bf16" else 4
+    other = {"soap": 4, "muon": 0}.get(name, 4)
+    assert cost.matrices == square * (other and factor + other)
+    assert cost.state - cost.matrices == sum(a * b for a, b in shapes) * (4 if name == "muon" else 8)
+    assert 0 < cost.workspace < cost.extra
+    seen = peak_extra_bytes(lambda params: piste.create(name, nn.ParameterList(params), **settings), shapes)
+    assert 0.75 < cost.extra / seen < 1.3
+
+
+def test_no_matrices_no_workspace() -> None:
+    cost = piste.estimate_memory(Net(), "adamw")
+    assert cost.matrices == cost.workspace == 0
+
+
 # --- the command --------------------------------------------------------------------------------------------------
 
 
@@ -133,6 +164,15 @@ def test_the_table() -> None:
     assert ["adamw", "fp32"] in [line[:2] for line in lines]
     assert any("yes" in line for line in lines)
     assert any("over" in line for line in lines)
+
+
+def test_the_table_of_matrix_optimizers() -> None:
+    code, text = run("char_transformer", "--optimizers", "soap,adamw", "--bandwidth", "1TB/s", "--state", "fp32")
+    assert code == 0
+    assert "matrices: what of it is factors" in text
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if line.startswith(("soap", "adamw"))}
+    assert "0" in rows["adamw"]
+    assert rows["soap"].count("MiB") + rows["soap"].count("KiB") >= 4
 
 
 def test_a_factory(tmp_path: Path) -> None:

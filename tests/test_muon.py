@@ -166,7 +166,7 @@ def test_matrices_of_equal_shape_go_in_one_stack() -> None:
         p.grad = torch.full_like(p, 1.0 + i)
     with mock.patch("torch.baddbmm", spy):
         piste.Muon(params, steps=1).step()
-    assert sizes == [(24, 3, 3), (24, 3, 4)]
+    assert sizes == [(24, 3, 3), (24, 3, 3), (24, 3, 4)]
 
 
 def test_nan_is_skipped_and_reported_or_stays_where_it_came_from() -> None:
@@ -355,3 +355,22 @@ def test_one_state_dict_for_both_rules() -> None:
             optimizer.step()
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("iteration", list(ITERATIONS))
+@pytest.mark.parametrize("shape", [(40, 90), (90, 40), (390, 600), (384, 384)])
+def test_wide_matrices_by_their_gram_matrices(iteration: str, shape: tuple[int, int]) -> None:
+    """The iteration as it is written in float64, to 1e-4 in float32, with singular values from 1 to 1e-6."""
+    generator = torch.Generator().manual_seed(1)
+    u, _, v = torch.linalg.svd(torch.randn(shape, generator=generator, dtype=torch.float64), full_matrices=False)
+    x = (u * torch.logspace(0, -6, min(shape), dtype=torch.float64)) @ v
+    known = ITERATIONS[iteration]
+    expected = x / (x.norm() if iteration == "quintic" else 1.02 * x.norm() + 1e-6)
+    for step in range(7):
+        a, b, c = known[min(step, len(known) - 1)]
+        gram = expected @ expected.T
+        expected = a * expected + (b * gram + c * gram @ gram) @ expected
+    found = orthogonalizer(iteration, "fp32")(x[None], 7, 1)[0]
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-8)
+    single = orthogonalizer(iteration, "fp32")(x[None].float(), 7, 1)[0]
+    torch.testing.assert_close(single.double(), expected, rtol=0.0, atol=1e-4)

@@ -234,3 +234,13 @@ def test_a_task_is_a_value() -> None:
     x = torch.zeros(3)
     with pytest.raises(AttributeError):
         task.steps = 3  # type: ignore[misc]
+
+
+def test_a_run_times_refreshes_apart(tmp_path: Path) -> None:
+    """SOAP renews its bases in steps 11, 21 and 31 of 36, and the first five are warm-up."""
+    made = load_task(write(tmp_path, GOOD + "task = make()")).task
+    (contender,) = make_contenders(["soap"], ["constant"])
+    key = RunKey("line", "f00d", contender.name, "soap", "constant", {"lr": 1e-3}, 36, 0, TUNE, "cpu", {})
+    cost = run(made, load_data(made), contender, key, lambda step: None).cost
+    assert cost.refresh_share == pytest.approx(3 / 31)
+    assert cost.worst_optimizer_seconds >= cost.refresh_seconds > 0

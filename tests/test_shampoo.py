@@ -25,7 +25,7 @@ from torch import nn
 
 import piste
 from piste.kronecker import kronecker, merged
-from piste.matrices import inverse_roots, root_by_eigen, root_by_newton
+from piste.matrices import MOST_RESIDUAL, eigen, inverse_roots, outer, root_by_eigen, root_by_newton
 
 PROBLEM = random_problem([(), (5,), (6, 4), (7, 3), (6, 2, 3, 3), (1, 7), (2, 3, 4)], seed=8, steps=9)
 PLAIN: dict[str, Any] = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-4, "weight_decay": 0.3, "every": 2, "start": 3}
@@ -364,3 +364,43 @@ def test_refused() -> None:
         piste.Shampoo([w], block_size=0)
     with pytest.raises(ValueError, match=r"betas=\(1\.0, 0\.9\)"):
         piste.Shampoo([w], betas=(1.0, 0.9))
+
+
+# --- symmetric products and refreshes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [7, 384, 401])
+def test_symmetric_products(n: int) -> None:
+    """Half of them and its mirror image, below and above the size from which on that is done, with what was there."""
+    rows = torch.randn(2, n, 40, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    before = rows @ rows.mT + torch.eye(n)
+    found = outer(rows, before.clone().view(1, 2, n, n), beta=0.75, alpha=0.5)[0]
+    torch.testing.assert_close(found, 0.75 * before + 0.5 * rows @ rows.mT, rtol=1e-12, atol=1e-12)
+
+
+def test_a_decomposition_that_is_wrong_shows_in_its_residual() -> None:
+    """Also one whose vectors are not orthogonal, or where a single entry of many is off."""
+    stack = symmetric(torch.logspace(-2, 0, 50), 1)
+    values, vectors = torch.linalg.eigh(stack)
+    assert eigen(stack)[2] < 1e-5
+    spoilt = vectors.clone()
+    spoilt[0, 3, 49] += 0.5
+    for wrong in (0.5 * vectors, spoilt, vectors.flip(-1)):
+        with mock.patch("torch.linalg.eigh", lambda _, wrong=wrong: (values, wrong)):
+            assert eigen(stack)[2] > MOST_RESIDUAL
+
+
+def test_last_step_tells_of_renewals() -> None:
+    p = nn.Parameter(torch.eye(3))
+    google = piste.Shampoo([p], form="google", every=3)
+    soap = piste.SOAP([p], every=2)
+    adamw = piste.AdamW([p])
+    told: dict[str, list[bool]] = {"google": [], "soap": [], "adamw": []}
+    for _ in range(7):
+        p.grad = torch.ones(3, 3)
+        for name, optimizer in (("google", google), ("soap", soap), ("adamw", adamw)):
+            optimizer.step()
+            told[name].append(optimizer.last_step.renewed)
+    assert told["google"] == [True, False, False, True, False, False, True]
+    assert told["soap"] == [True, False, True, False, True, False, True]
+    assert not any(told["adamw"])

@@ -22,7 +22,7 @@ from torch import nn
 
 import piste
 from piste.kronecker import kronecker, rebasing
-from piste.matrices import descending, eigenbases, next_bases
+from piste.matrices import descending, eigenbases, moved, next_bases
 
 # No axis longer than the others have numbers: the eigenvectors beyond those would be anybody's choice.
 PROBLEM = random_problem([(), (5,), (4, 4), (3, 4), (2, 3, 3), (4, 3, 2, 2)], seed=3, steps=12)
@@ -92,7 +92,7 @@ def test_bases_come_in_descending_order() -> None:
     found, failed = eigenbases(a[None], torch.zeros(1, 3, 3, dtype=torch.float64))
     assert failed == 0
     torch.testing.assert_close((found[0].T @ basis[:, [1, 2, 0]]).abs(), torch.eye(3, dtype=torch.float64))
-    assert descending(a[None], basis[None]).tolist() == [[1, 2, 0]]
+    assert descending(moved(a[None], basis[None]), basis[None]).tolist() == [[1, 2, 0]]
 
 
 def test_power_iterations_find_the_basis() -> None:
@@ -100,7 +100,7 @@ def test_power_iterations_find_the_basis() -> None:
     a, basis = factor([1.0, 9.0, 4.0])
     found = torch.eye(3, dtype=torch.float64)[None]
     for _ in range(40):
-        found, failed = next_bases(a[None], found)
+        found, failed = next_bases(moved(a[None], found), found)
         assert failed == 0
     torch.testing.assert_close((found[0].T @ basis[:, [1, 2, 0]]).abs(), torch.eye(3, dtype=torch.float64))
 
@@ -112,8 +112,9 @@ def test_second_moments_follow_their_columns() -> None:
     flat = torch.cat([left.flatten(), right.flatten()])[None]
     bases = torch.cat([factor([1.0, 9.0, 4.0])[1].flatten(), factor([2.0, 1.0])[1].flatten()])[None]
     v = torch.arange(6.0, dtype=torch.float64).view(1, 3, 2)
-    assert torch.equal(how.in_order(v, flat, bases), v[:, [1, 2, 0]])
-    assert torch.equal(how.in_order(v.mT.contiguous(), _swapped(flat), _swapped(bases)), v[:, [1, 2, 0]].mT)
+    assert torch.equal(how.in_order(v, how.moved(flat, bases, 3, 2), bases), v[:, [1, 2, 0]])
+    flat, bases, v = _swapped(flat), _swapped(bases), v.mT.contiguous()
+    assert torch.equal(how.in_order(v, how.moved(flat, bases, 2, 3), bases), v[:, :, [1, 2, 0]])
 
 
 def _swapped(flat: torch.Tensor) -> torch.Tensor:

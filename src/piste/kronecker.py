@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from math import prod
 from typing import NamedTuple
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from piste.costs import EIGEN, QR, costing
-from piste.matrices import descending, eigenbases, inverse_roots, next_bases
+from piste.matrices import Work, descending, eigenbases, inverse_roots, moved, next_bases, outer
 
 __all__ = ["Kronecker", "Layout", "kronecker", "merged", "rebasing", "rooting"]
 
@@ -128,6 +128,8 @@ class Layout:
 
     def put_together(self, blocks: Sequence[Tensor], like: Tensor) -> Tensor:
         """The way back, in the shape of the stack ``like``."""
+        if len(self.kinds) == 1 and self.kinds[0].shape == self.shape:
+            return blocks[0].reshape(like.shape)
         result = like.new_empty(len(like), *self.shape)
         for part, alike in zip(blocks, self.kinds, strict=True):
             alike.put(part, result)
@@ -144,14 +146,11 @@ def _parts(n: int, block: int | None) -> list[tuple[int, int, slice]]:
 
 
 def _rows(blocks: Tensor, axis: int) -> Tensor:
-    """Blocks as matrices whose rows go along one of their axes."""
-    return blocks.movedim(axis + 1, 1).reshape(len(blocks), blocks.shape[axis + 1], -1)
-
-
-def _times(matrices: Tensor, blocks: Tensor, axis: int) -> Tensor:
-    """Each block multiplied by its matrix along an axis."""
-    moved = blocks.movedim(axis + 1, 1).shape
-    return (matrices @ _rows(blocks, axis)).reshape(moved).movedim(1, axis + 1)
+    """Blocks as matrices whose rows go along one of their axes; the last axis costs no copy either."""
+    n = blocks.shape[axis + 1]
+    if axis + 2 == blocks.ndim:
+        return blocks.reshape(len(blocks), -1, n).mT
+    return blocks.movedim(axis + 1, 1).reshape(len(blocks), n, -1)
 
 
 def _products(how: Kronecker, shape: Sequence[int], numbers: Sequence[float]) -> float:
@@ -213,35 +212,65 @@ class Kronecker:
         blocks = layout.taken_apart(stack)
         flat = stack.new_empty(len(stack), layout.total)
         for kind, axis, factors in layout.factors(flat):
-            rows = _rows(blocks[kind], axis)
-            factors.copy_((rows @ rows.mT).view(factors.shape))
+            outer(_rows(blocks[kind], axis), factors)
+        return flat
+
+    @costing(_products)
+    def averaged(self, stack: Tensor, before: Tensor, kept: float, share: float) -> Tensor:
+        """``kept`` of the factors so far and ``share`` of those sums."""
+        layout = self.layout(stack.shape[1:])
+        blocks = layout.taken_apart(stack)
+        flat = kept * before
+        for kind, axis, factors in layout.factors(flat):
+            outer(_rows(blocks[kind], axis), factors, beta=1.0, alpha=share)
         return flat
 
     @costing(_products)
     def times(self, stack: Tensor, flat: Tensor) -> Tensor:
         """Each block multiplied by its factor along every axis: ``L G R`` for symmetric factors of a matrix."""
-        layout = self.layout(stack.shape[1:])
-        blocks = layout.taken_apart(stack)
-        for kind, axis, factors in layout.factors(flat):
-            blocks[kind] = _times(factors.flatten(0, 1), blocks[kind], axis)
-        return layout.put_together(blocks, stack)
+        return self._through(stack, flat, lambda factors: factors.mT)
 
     @costing(_products)
     def turned(self, stack: Tensor, flat: Tensor) -> Tensor:
         """The same with transposed factors: into the basis that the columns of the factors are."""
+        return self._through(stack, flat, lambda factors: factors)
+
+    def _through(self, stack: Tensor, flat: Tensor, right: Callable[[Tensor], Tensor]) -> Tensor:
+        """Blocks times what ``right`` makes of their factors, axis by axis.
+
+        The first axis is multiplied and becomes the last. So no product needs a copy, and once every axis has had its
+        turn all are where they were.
+        """
         layout = self.layout(stack.shape[1:])
-        blocks = layout.taken_apart(stack)
-        for kind, axis, factors in layout.factors(flat):
-            blocks[kind] = _times(factors.flatten(0, 1).mT, blocks[kind], axis)
+        factors: dict[tuple[int, int], Tensor] = {(kind, axis): f for kind, axis, f in layout.factors(flat)}
+        blocks = []
+        for kind, x in enumerate(layout.taken_apart(stack)):
+            for axis in range(x.ndim - 1):
+                if (kind, axis) not in factors:
+                    x = x.movedim(1, -1)
+                    continue
+                moved = x.reshape(len(x), x.shape[1], -1).mT @ right(factors[kind, axis].flatten(0, 1))
+                x = moved.reshape(len(x), *x.shape[2:], x.shape[1])
+            blocks.append(x)
         return layout.put_together(blocks, stack)
 
     @costing(_ordering)
-    def in_order(self, stack: Tensor, flat: Tensor, bases: Tensor) -> Tensor:
+    def moved(self, flat: Tensor, bases: Tensor, *shape: float) -> Tensor:
+        """Where factors take the columns of bases; :func:`rebasing` by QR and :meth:`in_order` ask for it."""
+        layout = self.layout([int(n) for n in shape])
+        result = torch.empty_like(flat)
+        three = (layout.factors(flat), layout.factors(bases), layout.factors(result))
+        for (_, _, factors), (_, _, columns), (_, _, images) in zip(*three, strict=True):
+            images.copy_(moved(factors, columns))
+        return result
+
+    @costing(_norms)
+    def in_order(self, stack: Tensor, images: Tensor, bases: Tensor) -> Tensor:
         """Numbers that belong to the columns of bases, in the order that :func:`rebasing` brings those into."""
         layout = self.layout(stack.shape[1:])
         blocks = layout.taken_apart(stack)
-        for (kind, axis, factors), (_, _, columns) in zip(layout.factors(flat), layout.factors(bases), strict=True):
-            order = descending(factors.flatten(0, 1), columns.flatten(0, 1))
+        for (kind, axis, seen), (_, _, columns) in zip(layout.factors(images), layout.factors(bases), strict=True):
+            order = descending(seen.flatten(0, 1), columns.flatten(0, 1))
             part = blocks[kind]
             index = order.view(len(part), *(n if i == axis else 1 for i, n in enumerate(part.shape[1:])))
             blocks[kind] = part.gather(axis + 1, index.expand_as(part))
@@ -277,19 +306,29 @@ def kronecker(
     return Kronecker(block, merge, backwards, longest, one_sided)
 
 
+def _joined(stacks: list[Tensor]) -> Tensor:
+    return torch.cat(stacks) if len(stacks) > 1 else stacks[0]
+
+
 Renewal = Callable[[Tensor, Tensor], "tuple[Tensor, int]"]
+
+
+#: the most numbers of factors that are renewed in one stack on CPUs, where stacking large matrices only takes memory
+_MOST_STACKED = 1 << 18
 
 
 def _renewed(how: Kronecker, flat: Tensor, old: Tensor, shape: Sequence[float], what: str, renew: Renewal) -> Tensor:
     """What belongs to factors, worked out anew for all of one size at once; a warning tells what could not be."""
     layout = how.layout([int(n) for n in shape])
     result = torch.empty_like(flat)
-    by_size: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
-    for three in zip(layout.factors(flat), layout.factors(old), layout.factors(result), strict=True):
-        factors, before, after = (view for _, _, view in three)
-        by_size.setdefault(factors.shape[-1], []).append((factors, before, after))
-    for size, parts in by_size.items():
-        stack, before = (torch.cat([part[i].flatten(0, 1) for part in parts]) for i in (0, 1))
+    alike: dict[tuple[int, int], list[tuple[Tensor, Tensor, Tensor]]] = {}
+    three = (layout.factors(flat), layout.factors(old), layout.factors(result))
+    for number, views in enumerate(zip(*three, strict=True)):
+        factors, before, after = (view for _, _, view in views)
+        alone = flat.device.type == "cpu" and factors.numel() > _MOST_STACKED // 2
+        alike.setdefault((factors.shape[-1], number if alone else -1), []).append((factors, before, after))
+    for (size, _), parts in alike.items():
+        stack, before = (_joined([part[i].flatten(0, 1) for part in parts]) for i in (0, 1))
         found, failed = renew(stack, before)
         if failed:
             log.warning("%d of %d %s of size %d failed and stay as they were", failed, len(stack), what, size)
@@ -299,8 +338,20 @@ def _renewed(how: Kronecker, flat: Tensor, old: Tensor, shape: Sequence[float], 
     return result
 
 
+def _held(how: Kronecker, each: int, shape: Sequence[int], count: int) -> int:
+    """Numbers held for the largest stack of a renewal: so many matrices for each, two more where it is joined."""
+    layout = how.layout(shape)
+    sizes: dict[int, list[int]] = {}
+    for alike in layout.kinds:
+        for axis in alike.starts:
+            sizes.setdefault(alike.shape[axis], []).append(count * prod(alike.counts) * alike.shape[axis] ** 2)
+    joined = [[n for n in same if n <= _MOST_STACKED // 2] for same in sizes.values()]
+    alone = [n for same in sizes.values() for n in same]
+    return max([0, *(each * n for n in alone), *((each + 2) * sum(same) for same in joined if len(same) > 1)])
+
+
 @cache
-def rooting(how: Kronecker, method: str, relative: bool) -> Callable[..., Tensor]:
+def rooting(how: Kronecker, method: str, relative: bool) -> Work:
     """The function that renews inverse roots; see :func:`piste.matrices.inverse_roots` for ``method``, ``relative``.
 
     Returns:
@@ -319,11 +370,11 @@ def rooting(how: Kronecker, method: str, relative: bool) -> Callable[..., Tensor
 
         return _renewed(how, flat, old, shape, "inverse roots", renew)
 
-    return roots
+    return Work(roots, partial(_held, how, 10 if method == "newton" else 3), renews=True)
 
 
 @cache
-def rebasing(how: Kronecker, method: str) -> Callable[..., Tensor]:
+def rebasing(how: Kronecker, method: str) -> Work:
     """The function that renews eigenvectors of factors.
 
     Args:
@@ -332,7 +383,8 @@ def rebasing(how: Kronecker, method: str) -> Callable[..., Tensor]:
             ``"qr"``: one power iteration from the bases so far, made orthogonal again, sorted as by ``"eigen"``.
 
     Returns:
-        A function of stacks of factors and of bases, and the shape of the weight.
+        A function of stacks of factors (for ``"qr"``: of what :meth:`Kronecker.moved` makes of them) and of bases, and
+        the shape of the weight.
     """
     renew = {"eigen": eigenbases, "rising": _rising, "qr": next_bases}[method]
 
@@ -340,7 +392,7 @@ def rebasing(how: Kronecker, method: str) -> Callable[..., Tensor]:
     def bases(flat: Tensor, old: Tensor, *shape: float) -> Tensor:
         return _renewed(how, flat, old, shape, "eigenbases", renew)
 
-    return bases
+    return Work(bases, partial(_held, how, 3), renews=True)
 
 
 def _rising(stack: Tensor, old: Tensor) -> tuple[Tensor, int]:

@@ -6,9 +6,12 @@ two axes stands for the matrix ``(first axis, all others)``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
+from itertools import product
+from math import prod
 from typing import Any
 
 import torch
@@ -21,16 +24,20 @@ __all__ = [
     "ITERATIONS",
     "MOST_RESIDUAL",
     "PRECISIONS",
+    "Work",
     "descending",
     "eigen",
     "eigenbases",
     "full_precision",
     "inverse_roots",
     "largest_eigenvalue",
+    "moved",
     "next_bases",
     "orthogonalizer",
+    "outer",
     "root_by_eigen",
     "root_by_newton",
+    "symmetric_product",
 ]
 
 #: odd polynomials ``a x + b x^3 + c x^5`` of singular values, one triple for each iteration; the last one repeats
@@ -49,14 +56,115 @@ ITERATIONS: dict[str, tuple[tuple[float, float, float], ...]] = {
 PRECISIONS = ("auto", "fp32", "bf16")
 
 
+@dataclass(frozen=True, eq=False)
+class Work:
+    """A function of stacks, and what is known of its cost.
+
+    Args:
+        call: the function.
+        held: of the shape of a weight and the number of weights in a stack: how many numbers it holds at most besides
+            what it takes and gives.
+        renews: it works out anew what steps without it only use: roots, bases.
+    """
+
+    call: Callable[..., Tensor]
+    held: Callable[[Sequence[int], int], int]
+    renews: bool = False
+
+    def __call__(self, *values: Any) -> Tensor:
+        return self.call(*values)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Products that are symmetric
+
+#: columns that are worked out at once; below three times as many, a whole product is as fast
+_PANEL = 128
+
+
+def _halves(n: int, device: torch.device) -> bool:
+    """Does it pay to work out half of a symmetric product? Accelerators are faster with the whole."""
+    return device.type == "cpu" and n >= 3 * _PANEL
+
+
+def symmetric_product(
+    a: Tensor, b: Tensor, out: Tensor, *, plus: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0
+) -> Tensor:
+    """``beta * plus + alpha * a @ b`` of matrices, into ``out``, known to be symmetric: half of it, mirrored."""
+    n = len(a)
+    plus = out if plus is None else plus
+    for start in range(0, n, _PANEL):
+        end = min(n, start + _PANEL)
+        panel = slice(start, None), slice(start, end)
+        torch.addmm(plus[panel], a[start:], b[:, start:end], beta=beta, alpha=alpha, out=out[panel])
+        out[start:end, end:] = out[end:, start:end].mT
+    return out
+
+
+def _symmetric_products(
+    a: Tensor, b: Tensor, plus: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0
+) -> Tensor:
+    """The same of stacks, as a new one."""
+    out = a.new_empty(len(a), a.shape[1], a.shape[1])
+    if not _halves(a.shape[1], a.device):
+        return torch.baddbmm(out if plus is None else plus, a, b, beta=beta, alpha=alpha)
+    for i in range(len(a)):
+        symmetric_product(a[i], b[i], out[i], plus=None if plus is None else plus[i], beta=beta, alpha=alpha)
+    return out
+
+
+def outer(rows: Tensor, out: Tensor, *, beta: float = 0.0, alpha: float = 1.0) -> Tensor:
+    """``beta * out + alpha * X X^T`` for each X of a stack, in ``out``: matrices with any leading axes, in order."""
+    if not _halves(rows.shape[-2], rows.device):
+        return out.copy_(_symmetric_products(rows, rows.mT, out.flatten(0, -3), beta, alpha).view(out.shape))
+    for at, x in zip(product(*map(range, out.shape[:-2])), rows, strict=True):
+        symmetric_product(x, x.mT, out[at], beta=beta, alpha=alpha)
+    return out
+
+
 def _at_most_one(x: Tensor, iteration: str) -> Tensor:
     """Divided by the Frobenius norm, so that no singular value exceeds 1; zeros stay zeros."""
     norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
     return x / (1.02 * norm + 1e-6) if iteration == "polar_express" else x / norm.clamp(min=1e-7)
 
 
+_Triples = Sequence[tuple[float, float, float]]
+
+#: iterations after which :func:`_by_gram` looks at the matrix itself again; its error stays that of the plain iteration
+_RESTART = 3
+
+
+def _by_products(x: Tensor, triples: _Triples) -> Tensor:
+    """The iteration as it is written: ``(a I + b G + c G^2) X`` with ``G = X X^T``."""
+    for a, b, c in triples:
+        gram = _symmetric_products(x, x.mT)
+        x = torch.baddbmm(x, _symmetric_products(gram, gram, gram, b, c), x, beta=a)
+    return x
+
+
+def _by_gram(x: Tensor, triples: _Triples) -> Tensor:
+    """The same for wide matrices: three iterations of G alone, whose products are small and all symmetric.
+
+    With ``Z = a I + b G + c G^2`` the next G is ``Z G Z``, since they commute, and X is multiplied by all Z at once.
+    Squares of small singular values drown in rounding, so G is made anew before its error has grown; in bfloat16 it
+    would be too late.
+    """
+    for start in range(0, len(triples), _RESTART):
+        part = triples[start : start + _RESTART]
+        gram = _symmetric_products(x, x.mT)
+        every = x.new_empty(0)
+        for i, (a, b, c) in enumerate(part):
+            z = _symmetric_products(gram, gram, gram, b, c)
+            z.diagonal(dim1=-2, dim2=-1).add_(a)
+            every = _symmetric_products(z, every) if i else z
+            if i + 1 < len(part):
+                gram = _symmetric_products(_symmetric_products(z, gram), z)
+        x = every @ x
+    return x
+
+
 @cache
-def orthogonalizer(iteration: str, precision: str) -> Callable[[Tensor, float, float], Tensor]:
+def orthogonalizer(iteration: str, precision: str) -> Work:
     """The function that brings the singular values of matrices near 1 and leaves their singular vectors.
 
     Args:
@@ -77,14 +185,17 @@ def orthogonalizer(iteration: str, precision: str) -> Callable[[Tensor, float, f
         x = x.mT if upright else x
         low = precision == "bf16" or (precision == "auto" and x.device.type != "cpu")
         x = _at_most_one(x.bfloat16() if low and x.dtype == torch.float32 else x, iteration)
-        triples = ITERATIONS[iteration]
-        for step in range(int(steps)):
-            a, b, c = triples[min(step, len(triples) - 1)]
-            gram = x @ x.mT
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        known = ITERATIONS[iteration]
+        triples = [known[min(step, len(known) - 1)] for step in range(int(steps))]
+        wide = 2 * x.shape[-1] >= 3 * x.shape[-2] and x.dtype in (torch.float32, torch.float64)
+        x = (_by_gram if wide else _by_products)(x, triples)
         return (x.mT if upright else x).reshape(stack.shape).to(stack.dtype)
 
-    return orthogonalize
+    def held(shape: Sequence[int], count: int) -> int:
+        rows, columns = shape[0], prod(shape[1:])
+        return count * 2 * (rows * columns + min(rows, columns) ** 2)
+
+    return Work(orthogonalize, held)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,21 +229,38 @@ def full_precision() -> Iterator[None]:
             setattr(place, name, value)
 
 
+def _finite(stack: Tensor) -> Tensor:
+    """Which matrices are finite (and far enough from overflow for a sum); one pass."""
+    return torch.isfinite(stack.sum((-2, -1)))
+
+
+@cache
+def _probes(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A few vectors of normal numbers, the same ones every time."""
+    return torch.randn(n, 4, generator=torch.Generator().manual_seed(n)).to(device, dtype)
+
+
 def eigen(stack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Eigenvalues in rising order, eigenvectors, and residuals of symmetric matrices.
 
-    The residual is the largest number in ``A Q - Q diag(values)``, over the largest eigenvalue. Where a decomposition
-    fails it is repeated in float64; where that fails too, or the matrix is not finite, the residual is NaN.
+    The residual is the Frobenius norm of ``A - Q diag(values) Q^T`` over the largest eigenvalue, measured on four
+    random vectors (of normal numbers z, the norm of ``E z`` is that of E on average), the largest of the four. Where a
+    decomposition fails it is repeated in float64; where that fails too, or the matrix is not finite, the residual is
+    NaN.
     """
-    finite = torch.isfinite(stack).flatten(1).all(1)
-    safe = torch.where(finite[:, None, None], stack, torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device))
+    finite = _finite(stack)
+    safe = stack
+    if not bool(finite.all()):
+        eye = torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device)
+        safe = torch.where(finite[:, None, None], stack, eye)
     try:
         values, vectors = torch.linalg.eigh(safe)
     except LinAlgError:
         found = [_eigen_of_one(matrix) for matrix in safe]
         values, vectors = (torch.stack(parts) for parts in zip(*found, strict=True))
-    largest = values.abs().amax(-1).clamp(min=torch.finfo(values.dtype).tiny)
-    residual = (safe @ vectors - vectors * values[:, None, :]).abs().amax((-2, -1)) / largest
+    z = _probes(stack.shape[-1], stack.dtype, stack.device)
+    error = torch.linalg.vector_norm(safe @ z - vectors @ (values[:, :, None] * (vectors.mT @ z)), dim=-2).amax(-1)
+    residual = error / values.abs().amax(-1).clamp(min=torch.finfo(values.dtype).tiny)
     return values, vectors, torch.where(finite, residual, torch.nan)
 
 
@@ -156,7 +284,8 @@ def root_by_eigen(stack: Tensor, exponent: float, eps: float, *, relative: bool)
     values, vectors, residual = eigen(stack)
     values = values.clamp(min=0.0)
     ridge = eps * values[:, -1:].clamp(min=torch.finfo(values.dtype).tiny) if relative else eps
-    return (vectors * (values + ridge)[:, None, :] ** -exponent) @ vectors.mT, residual
+    half = vectors * (values + ridge)[:, None, :] ** (-exponent / 2)
+    return outer(half, torch.empty_like(stack)), residual
 
 
 def largest_eigenvalue(stack: Tensor, steps: int = 100, tolerance: float = 1e-6) -> Tensor:
@@ -226,11 +355,17 @@ def inverse_roots(
             again, residual = root_by_eigen(stack[~good], exponent, eps, relative=relative)
             found[~good] = again
             good[~good] = _trusted(again, residual)
-    return torch.where(good[:, None, None], found, old), int((~good).sum())
+    return _else_old(good, found, old)
 
 
 def _trusted(found: Tensor, residual: Tensor) -> Tensor:
-    return (residual < MOST_RESIDUAL) & torch.isfinite(found).flatten(1).all(1)
+    return (residual < MOST_RESIDUAL) & _finite(found)
+
+
+def _else_old(good: Tensor, found: Tensor, old: Tensor) -> tuple[Tensor, int]:
+    """What was found where it is good, else what was there before, and how often that is."""
+    failed = int((~good).sum())
+    return (torch.where(good[:, None, None], found, old) if failed else found), failed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,28 +376,39 @@ def eigenbases(stack: Tensor, old: Tensor) -> tuple[Tensor, int]:
     """Eigenvectors of symmetric matrices, of the largest eigenvalue first, and how many could not be had: old ones."""
     with full_precision():
         _, vectors, residual = eigen(stack)
-    good = _trusted(vectors, residual)
-    return torch.where(good[:, None, None], vectors.flip(-1), old), int((~good).sum())
+    return _else_old(_trusted(vectors, residual), vectors.flip(-1), old)
 
 
-def descending(stack: Tensor, bases: Tensor) -> Tensor:
-    """The order of columns by the eigenvalues that ``Q^T A Q`` has on its diagonal, the largest first."""
+def moved(stack: Tensor, bases: Tensor) -> Tensor:
+    """Where symmetric matrices take the columns of bases: ``(A Q)^T``, each column a row."""
     with full_precision():
-        return _order(stack @ bases, bases)
+        return bases.mT @ stack
 
 
-def _order(moved: Tensor, bases: Tensor) -> Tensor:
-    values = (bases * moved).sum(-2)
+def descending(images: Tensor, bases: Tensor) -> Tensor:
+    """The order of columns by the eigenvalues that ``Q^T A Q`` has on its diagonal, the largest first.
+
+    ``images`` are those of :func:`moved`. Where they are not finite, columns stay where they are.
+    """
+    values = (bases.mT * images).sum(-1)
+    order = values.argsort(dim=-1, descending=True, stable=True)
     finite = torch.isfinite(values).all(-1, keepdim=True)
-    unmoved = torch.arange(values.shape[-1], device=values.device).expand_as(values)
-    return torch.where(finite, values.argsort(dim=-1, descending=True, stable=True), unmoved)
+    return torch.where(finite, order, torch.arange(order.shape[-1], device=order.device))
 
 
-def next_bases(stack: Tensor, old: Tensor) -> tuple[Tensor, int]:
-    """Nearer to the eigenvectors by one power iteration: ``A Q`` in descending order, made orthogonal (QR)."""
+def next_bases(images: Tensor, old: Tensor) -> tuple[Tensor, int]:
+    """Nearer to the eigenvectors by one power iteration: ``A Q`` in descending order, made orthogonal (QR).
+
+    Args:
+        images: what :func:`moved` says of the matrices and the bases so far.
+        old: those bases; what is kept, in that order, where the images are not finite.
+    """
+    order = descending(images, old)
+    good = _finite(images)
+    if not bool(good.all()):
+        images = torch.where(good[:, None, None], images, old.mT)
+    which = torch.arange(len(order), device=order.device)[:, None]
     with full_precision():
-        moved = stack @ old
-        order = _order(moved, old)[:, None, :].expand_as(old)
-        found, _ = torch.linalg.qr(torch.nan_to_num(moved.gather(-1, order)))
-    good = torch.isfinite(stack).flatten(1).all(1) & torch.isfinite(found).flatten(1).all(1)
-    return torch.where(good[:, None, None], found, old.gather(-1, order)), int((~good).sum())
+        found = torch.linalg.householder_product(*torch.geqrf(images[which, order].mT))
+    good = good & _finite(found)
+    return _else_old(good, found, old.mT[which, order].mT if not bool(good.all()) else old)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from piste.bucket import Bucket, beside
+from piste.matrices import Work
 from piste.optimizer import Optimizer
 from piste.plan import Stage
 from piste.registry import create
@@ -22,6 +24,8 @@ __all__ = ["MemoryEstimate", "estimate_memory"]
 
 #: steps until every state exists, and as many as most periods (Lookahead's 5 and 6 among them) go into
 _FIRST, _PERIOD = 8, 60
+#: numbers of one argument in a stack that a function of whole matrices gets on CPUs
+_STACKED = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,9 @@ class MemoryEstimate:
         weights: of all parameters and buffers.
         gradients: of the parameters that are trained.
         state: of the optimizer, for good.
-        extra: buffers of the optimizer for the length of a step.
+        matrices: what of it belongs to whole matrices: factors, inverse roots, eigenbases.
+        extra: buffers of the optimizer for the length of a step, the largest there is.
+        workspace: what of them is held by functions of whole matrices: roots, bases, orthogonal iterations.
         moved: read and written by a step, on average.
 
     >>> import torch, piste
@@ -50,7 +56,9 @@ class MemoryEstimate:
     weights: int
     gradients: int
     state: int
+    matrices: int
     extra: int
+    workspace: int
     moved: float
 
     @property
@@ -75,8 +83,9 @@ def estimate_memory(
         ValueError: as :func:`piste.create`; or the preset's class is none of piste.
 
     State is what ``optimizer.state`` will hold, to the byte. Traffic and buffers are those of the engines that work
-    stage by stage in one pass (cpp); ``foreach`` moves more and decodes codes of a whole bucket at a time. Activations
-    are the model's business: they are not in it, and at the time of a step they are gone.
+    stage by stage in one pass (cpp); ``foreach`` moves more and decodes codes of a whole bucket at a time. Buffers of
+    the matrix optimizers are those of the step that renews roots or bases, to about a quarter, as seen on CPUs.
+    Activations are the model's business: they are not in it, and at the time of a step they are gone.
 
     >>> import torch, piste
     >>> with torch.device("meta"):
@@ -98,16 +107,22 @@ def estimate_memory(
     trained = [p for group in made.param_groups for p in group["params"]]
     for p in trained:
         p.grad = torch.empty_like(p)
-    moved = extra = 0
+    moved = extra = workspace = 0
+    matrices: dict[int, Tensor] = {}
     for number in range(_FIRST + _PERIOD):
         numbers = [made.advance(group) for group in made.param_groups]
         step = made._roster_step(numbers)
         step.finish()
         for group, new in zip(made.param_groups, numbers, strict=True):
             group.update(new)
+        for bucket in step.buckets:
+            matrices.update((id(x), x) for states in _matrices(bucket) for x in states)
+        works = [_workspace(bucket) for bucket in step.buckets]
+        held = sum(map(_extra, step.buckets)) + max(works, default=0)
+        if held > extra:
+            extra, workspace = held, max(works)
         if number >= _FIRST:
             moved += sum(map(_moved, step.buckets))
-            extra = max(extra, sum(map(_extra, step.buckets)))
     kept = [x for entries in made.state.values() for x in entries.values() if isinstance(x, Tensor)]
     return MemoryEstimate(
         optimizer=optimizer,
@@ -116,7 +131,9 @@ def estimate_memory(
         weights=_bytes((*twin.parameters(), *twin.buffers())),
         gradients=_bytes(trained),
         state=_bytes(kept),
+        matrices=_bytes(matrices.values()),
         extra=extra,
+        workspace=workspace,
         moved=moved / _PERIOD,
     )
 
@@ -158,13 +175,54 @@ def _extra(bucket: Bucket) -> int:
 
 
 def _left(stage: Stage) -> list[Sym]:
-    """What a stage leaves in buffers that were not there before."""
-    return [*(sym for sym in stage.kept if stage.loads.get(sym) != "value"), *stage.partials]
+    """What a stage, and the opaque functions after it, leave in buffers that were not there before."""
+    kept = [sym for sym in stage.kept if not _stays(stage, sym)]
+    return [*kept, *stage.partials, *stage.opaques]
+
+
+def _stays(stage: Stage, sym: Sym) -> bool:
+    """Is it looked at where it is: in its buffer already, or a matrix that does not change in this stage?"""
+    home = stage.loads.get(sym, "")
+    return home == "value" or (sym.kind == MATRIX and home != "" and home not in stage.writes)
 
 
 def _size(bucket: Bucket, sym: Sym) -> int:
     """Bytes of a value of all weights in the precision of the arithmetic."""
     if sym.kind == MATRIX:
-        return 0
-    count = 1 if sym.kind == ALL else sum(prod(shape_of(sym.kind, p) or ()) for p in bucket.homes["p"])
+        count = sum(_numbers_of_matrices(bucket))
+    elif sym.kind == ALL:
+        count = 1
+    else:
+        count = sum(prod(shape_of(sym.kind, p) or ()) for p in bucket.homes["p"])
     return count * bucket.dtype.itemsize
+
+
+def _matrices(bucket: Bucket) -> list[list[Tensor]]:
+    """The states that belong to whole matrices, each for all weights."""
+    homes: dict[str, None] = {}
+    for stage in bucket.plan.stages:
+        kinds = [(home, sym.kind) for sym, home in stage.loads.items() if home != "value"]
+        kinds += [(home, sym.kind) for home, sym in stage.writes.items()]
+        homes.update(dict.fromkeys(home for home, kind in kinds if kind == MATRIX))
+    return [bucket.homes[home] for home in homes]
+
+
+def _numbers_of_matrices(bucket: Bucket) -> list[int]:
+    """For each weight, how many numbers a value of its matrices has: as many as its largest state."""
+    return [max(x.numel() for x in states) for states in zip(*_matrices(bucket), strict=True)]
+
+
+def _workspace(bucket: Bucket) -> int:
+    """Bytes that functions of whole matrices hold while they run, the most of all of them."""
+    functions = [o.attr[0] for stage in bucket.plan.stages for o in stage.opaques]
+    if not functions:
+        return 0
+    numbers = _numbers_of_matrices(bucket) or [0] * len(bucket)
+    most = 0
+    for shape, count in Counter(bucket.seats.shapes).items():
+        i = bucket.seats.shapes.index(shape)
+        stacked = min(count, max(1, _STACKED // max(1, prod(shape), numbers[i])))
+        plain = 2 * stacked * prod(shape)  # blocks, and a product on its way
+        held = (f.held(shape, stacked) if isinstance(f, Work) else plain for f in functions)
+        most = max(most, *held)
+    return most * bucket.dtype.itemsize

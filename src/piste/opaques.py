@@ -21,8 +21,9 @@ from piste.symbol import FULL, HOST, MATRIX, Sym, compile_host
 
 __all__ = ["call_opaques"]
 
-#: the most numbers of one argument that a function gets in a stack; larger weights come one by one
-_MOST_STACKED = 1 << 26
+#: the most numbers of one argument that a function gets in a stack; larger weights come one by one. On CPUs a stack of
+#: large matrices is no faster than one after the other, and stacking copies them
+_MOST_STACKED, _MOST_STACKED_ON_CPU = 1 << 26, 1 << 18
 
 
 def call_opaques(bucket: Bucket, opaques: Sequence[Sym]) -> Callable[[], None] | None:
@@ -71,7 +72,8 @@ def _call(bucket: Bucket, sym: Sym, taken: Mapping[Sym, Sequence[Tensor]], membe
         key = i if not batched else (numbers[bucket.row_of[member]], *(values[i].shape for values in columns))
         alike.setdefault(key, []).append(i)
     results: list[Tensor] = [torch.empty(0)] * len(members)
-    for run in (run for same in alike.values() for run in _runs(same, columns)):
+    most = _MOST_STACKED_ON_CPU if bucket.device.type == "cpu" else _MOST_STACKED
+    for run in (run for same in alike.values() for run in _runs(same, columns, most)):
         given = iter(numbers[bucket.row_of[members[run[0]]]])
         tensors = (_stacked([v[i] for i in run]) if batched else v[run[0]] for v in columns)
         out = function(*(next(given) if a.kind == HOST else next(tensors) for a in sym.args))
@@ -84,10 +86,10 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
     return torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]
 
 
-def _runs(members: list[int], taken: Sequence[Sequence[Tensor]]) -> Iterator[list[int]]:
+def _runs(members: list[int], taken: Sequence[Sequence[Tensor]], most: int) -> Iterator[list[int]]:
     """Weights of equal shapes in runs that bound the size of a stack."""
     largest = max((values[members[0]].numel() for values in taken), default=0)
-    count = max(1, _MOST_STACKED // max(1, largest))
+    count = max(1, most // max(1, largest))
     for start in range(0, len(members), count):
         yield members[start : start + count]
 

@@ -153,13 +153,19 @@ class LastStep:
 
     Attributes:
         skipped: True if nothing was changed, because of non-finite gradients or a loss scale that overflowed.
+        renewed: True if inverse roots or eigenbases were worked out anew, which other steps only use (Shampoo, SOAP).
     """
 
     def __init__(
-        self, optimizer: Optimizer, totals: Mapping[str, Tensor], inverse_scale: Tensor | None, skipped: bool
+        self,
+        optimizer: Optimizer,
+        totals: Mapping[str, Tensor],
+        inverse_scale: Tensor | None,
+        skipped: bool,
+        renewed: bool = False,
     ) -> None:
         self._optimizer, self._totals, self._inverse_scale = optimizer, totals, inverse_scale
-        self.skipped = skipped
+        self.skipped, self.renewed = skipped, renewed
 
     @property
     def gradient_norm(self) -> float:
@@ -463,16 +469,18 @@ class Optimizer(torch.optim.Optimizer):
         inverse_scale, overflow = self._loss_scale()
         skipped = overflow or not self._finite()
         totals: dict[str, Tensor] = {}
+        renewed = False
         if not skipped:
             advanced = [self.advance(group) for group in self.param_groups]
             step = self._roster_step(advanced, scaled=inverse_scale is not None)
             totals = execution.run(step.buckets, execution.engine_for(self._engine_name), inverse_scale=inverse_scale)
+            renewed = any(bucket.plan.renews for bucket in step.buckets)
             step.finish()
             if step.counts:  # where no weight had a gradient, no step was taken
                 for group, new in zip(self.param_groups, advanced, strict=True):
                     group.update(new)
                     group.update(self.absorb(group, totals))
-        self.last_step = LastStep(self, totals, inverse_scale, skipped)
+        self.last_step = LastStep(self, totals, inverse_scale, skipped, renewed)
         return loss
 
     def _loss_scale(self) -> tuple[Tensor | None, bool]:

@@ -85,6 +85,11 @@ class Plan:
         """Reductions over every weight: name -> (symbol, stage of its partial sums)."""
         return {r.attr: (r, i) for i, s in enumerate(self.stages) for r in s.partials if r.op == "total"}
 
+    @cached_property
+    def renews(self) -> bool:
+        """Does it work out anew what steps in between only use: inverse roots, eigenbases?"""
+        return any(getattr(o.attr[0], "renews", False) for stage in self.stages for o in stage.opaques)
+
     def text(self) -> str:
         """The plan in words, for people."""
         lines = []

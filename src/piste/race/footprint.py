@@ -126,8 +126,10 @@ def show(console: Console, name: str, found: Sequence[Row], bandwidth: float, gi
                 f"gradients {size(known.gradients)}",
             )
         )
-    table = Table(box=None, pad_edge=False)
-    for heading in ("optimizer", "state", "bytes", "per number", "peak", "moved", "time"):
+    of_matrices = any(row.cost is not None and (row.cost.matrices or row.cost.workspace) for row in found)
+    more = ("matrices", "buffers") if of_matrices else ()
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0) if of_matrices else (0, 1))
+    for heading in ("optimizer", "state", "bytes", "per number", *more, "peak", "moved", "time"):
         table.add_column(heading, justify="left" if heading in ("optimizer", "state") else "right", no_wrap=True)
     if fit is not None:
         table.add_column("fits", no_wrap=True)
@@ -135,7 +137,7 @@ def show(console: Console, name: str, found: Sequence[Row], bandwidth: float, gi
     for row in found:
         label = row.optimizer if row.optimizer != before else ""
         before = row.optimizer
-        table.add_row(label, row.precision, *_cells(row, bandwidth, fit))
+        table.add_row(label, row.precision, *_cells(row, bandwidth, fit, of_matrices))
     console.print(table)
     refused: dict[tuple[str, str], list[str]] = {}
     for row in found:
@@ -147,19 +149,26 @@ def show(console: Console, name: str, found: Sequence[Row], bandwidth: float, gi
     limit = "" if fit is None else f"; fits: peak within {size(fit)}"
     console.print(
         Text(
-            "bytes: optimizer state; peak: weights, gradients, state and buffers of a step, without activations; "
+            f"bytes: optimizer state; {_OF_MATRICES if of_matrices else ''}"
+            "peak: weights, gradients, state and buffers of a step, without activations; "
             f"moved: read and written by a step; time: that at {speed}{limit}",
             style="dim",
         )
     )
 
 
-def _cells(row: Row, bandwidth: float, fit: float | None) -> list[str | Text]:
+_OF_MATRICES = (
+    "matrices: what of it is factors, roots and bases; buffers: held for the length of a step, refresh included; "
+)
+
+
+def _cells(row: Row, bandwidth: float, fit: float | None, of_matrices: bool) -> list[str | Text]:
     if row.cost is None:
         return ["-"]
     cost = row.cost
-    cells: list[str | Text] = [size(cost.state), f"{cost.state / max(1, cost.parameters):.3g}", size(cost.peak)]
-    cells += [size(cost.moved), duration(cost.moved / bandwidth)]
+    cells: list[str | Text] = [size(cost.state), f"{cost.state / max(1, cost.parameters):.3g}"]
+    cells += [size(cost.matrices), size(cost.extra)] if of_matrices else []
+    cells += [size(cost.peak), size(cost.moved), duration(cost.moved / bandwidth)]
     if fit is not None:
         fits = cost.peak <= fit
         cells.append(Text("yes", style="green") if fits else Text(f"{size(cost.peak - fit)} over", style="red"))

@@ -103,6 +103,10 @@ class Cost:
             process during the run, Python and torch included. 0 where it could not be measured.
         gradient_evaluations: forward-backward passes made in the whole run.
         parameters: number of trained weights.
+        refresh_seconds: median of ``optimizer_seconds`` over the steps that worked inverse roots or eigenbases out anew
+            (Shampoo, SOAP), which are then not among those above; nan if there was none.
+        refresh_share: how many of the timed steps did.
+        worst_optimizer_seconds: the longest of all timed steps; nan if no step was timed.
     """
 
     step_seconds: float
@@ -111,6 +115,20 @@ class Cost:
     peak_bytes: int
     gradient_evaluations: int
     parameters: int
+    refresh_seconds: float = math.nan
+    refresh_share: float = 0.0
+    worst_optimizer_seconds: float = math.nan
+
+    @property
+    def mean_optimizer_seconds(self) -> float:
+        """Of a step, with the refreshes shared out."""
+        own = self.optimizer_seconds
+        return own + self.refresh_share * (self.refresh_seconds - own) if self.refresh_share else own
+
+    @property
+    def mean_step_seconds(self) -> float:
+        """Of a whole step, with the refreshes shared out."""
+        return self.step_seconds - self.optimizer_seconds + self.mean_optimizer_seconds
 
     @classmethod
     def unknown(cls) -> Cost:
@@ -291,18 +309,12 @@ def _plain(value: Any) -> Any:
 def _revive(content: dict[str, Any]) -> dict[str, Any]:
     """Turn the JSON form into constructor arguments of ``RunRecord``."""
     numbers = {name: [float(x) for x in values] for name, values in content["curve"].items() if name != "step"}
-    cost = content["cost"]
+    cost: dict[str, Any] = {n: float(x) if n.endswith("_seconds") else x for n, x in content["cost"].items()}
     return {
         **content,
         "key": RunKey(**content["key"]),
         "curve": Curve(step=content["curve"]["step"], **numbers),
-        "cost": Cost(
-            **{
-                **cost,
-                "step_seconds": float(cost["step_seconds"]),
-                "optimizer_seconds": float(cost["optimizer_seconds"]),
-            }
-        ),
+        "cost": Cost(**cost),
         "test_loss": _number(content["test_loss"]),
         "test_metric": _number(content["test_metric"]),
     }

@@ -180,6 +180,9 @@ def _cost(records: list[RunRecord]) -> Cost:
     return Cost(
         step_seconds=fastest.step_seconds,
         optimizer_seconds=fastest.optimizer_seconds,
+        refresh_seconds=fastest.refresh_seconds,
+        refresh_share=fastest.refresh_share,
+        worst_optimizer_seconds=fastest.worst_optimizer_seconds,
         state_bytes=max(cost.state_bytes for cost in runs),
         peak_bytes=max(cost.peak_bytes for cost in runs),
         gradient_evaluations=max(cost.gradient_evaluations for cost in runs),

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from piste.race.progress import Row, duration
-from piste.race.record import RunRecord, Standing, StudyResult, TaskResult
+from piste.race.record import Cost, RunRecord, Standing, StudyResult, TaskResult
 from piste.race.standings import recommended
 from piste.race.study import State
 from piste.race.words import single_line, size
@@ -229,6 +229,14 @@ def _short_names(standings: Sequence[Standing]) -> list[str]:
     return optimizers if once else [standing.contender for standing in standings]
 
 
+def _step_time(cost: Cost) -> str:
+    """Milliseconds with refreshes shared out; behind them those of the optimizer alone, ordinarily + in a refresh."""
+    if math.isnan(cost.step_seconds):
+        return "-"
+    apart = f" ({cost.optimizer_seconds * 1e3:.3g} + {cost.refresh_seconds * 1e3:.3g})" if cost.refresh_share else ""
+    return f"{cost.mean_step_seconds * 1e3:.3g}{apart}"
+
+
 def _standing(standing: Standing, name: str, *, leader: bool, chosen: bool) -> dict[str, str | Text]:
     one_seed = len(standing.scores) == 1
     mark = ("best" if one_seed else "take") if chosen else "tied" if standing.tied and not one_seed else ""
@@ -243,7 +251,7 @@ def _standing(standing: Standing, name: str, *, leader: bool, chosen: bool) -> d
         "lr": number(lr) + {"low": " ↓", "high": " ↑"}.get(standing.edge, ""),
         "mean [95 %]": Text(f"{standing.mean:.4g}{bounds}" if known else "-"),
         "to the leader": Text("" if leader or math.isnan(standing.difference_low) else gap),
-        "ms/step": "-" if math.isnan(standing.cost.step_seconds) else f"{standing.cost.step_seconds * 1e3:.3g}",
+        "ms/step": _step_time(standing.cost),
         "state": size(standing.cost.state_bytes),
         "lost": Text(str(lost), style="yellow") if lost else "",
     }

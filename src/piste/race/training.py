@@ -48,10 +48,29 @@ class DivergedError(Exception):
 
 @dataclass
 class _Timer:
-    """Wall times of whole steps and of ``optimizer.step()``, warm-up left out."""
+    """Wall times of whole steps and of ``optimizer.step()``, warm-up left out; of steps with a refresh apart."""
 
     step: list[float] = field(default_factory=list)
     optimizer: list[float] = field(default_factory=list)
+    refresh_step: list[float] = field(default_factory=list)
+    refresh: list[float] = field(default_factory=list)
+
+    def add(self, step: float, optimizer: float, *, refreshed: bool) -> None:
+        """Take note of a step."""
+        (self.refresh_step if refreshed else self.step).append(step)
+        (self.refresh if refreshed else self.optimizer).append(optimizer)
+
+    def times(self) -> dict[str, float]:
+        """As a :class:`Cost` has them. Where every step refreshes, that is what an ordinary step does."""
+        refresh = self.refresh if self.optimizer else []
+        own = self.optimizer or self.refresh
+        return {
+            "step_seconds": _median(self.step or self.refresh_step),
+            "optimizer_seconds": _median(own),
+            "refresh_seconds": _median(refresh),
+            "refresh_share": len(refresh) / max(1, len(own) + len(refresh)),
+            "worst_optimizer_seconds": max([*own, *refresh], default=math.nan),
+        }
 
 
 def run(task: Task, splits: Splits, contender: Contender, key: RunKey, progress: Progress) -> RunRecord:
@@ -178,8 +197,7 @@ class _Attempt:
         """The record of what happened so far, under the given status."""
         test_loss, test_metric = self.test if self.test and status == record.FINISHED else (None, None)
         cost = Cost(
-            step_seconds=_median(self.timer.step),
-            optimizer_seconds=_median(self.timer.optimizer),
+            **self.timer.times(),
             state_bytes=state_bytes(self.optimizer) if self.optimizer else 0,
             peak_bytes=environment.peak_bytes(self.device),
             gradient_evaluations=self.gradient_evaluations,
@@ -207,8 +225,8 @@ class _Attempt:
         after = self._clock(timed)
         schedule.step()
         if timed and number > _WARM_UP_STEPS:
-            self.timer.step.append(self._clock() - start)
-            self.timer.optimizer.append(after - before)
+            refreshed = getattr(getattr(optimizer, "last_step", None), "renewed", False)
+            self.timer.add(self._clock() - start, after - before, refreshed=refreshed)
         loss = loss.detach()
         if number == 1:
             self.curve.train_loss[0] = float(loss)

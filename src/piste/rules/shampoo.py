@@ -53,8 +53,7 @@ def _factors(how: Kronecker, g: Value, before: Value, st: States, hp: Hyper, t: 
     if (t - 1) % hp.statistics_every != 0:
         return before
     seen = st.statistics if hp.preconditioner_gradients else g
-    outer = opaque(how.gram, seen, kind=MATRIX)
-    return before + outer if hp.beta2 == 1 else lerp(before, outer, 1 - hp.beta2)
+    return opaque(how.averaged, seen, before, hp.beta2, _share(hp.beta2), kind=MATRIX)
 
 
 def _whole(factors: Value, hp: Hyper, t: Value) -> Value:

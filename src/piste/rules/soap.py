@@ -47,7 +47,7 @@ def soap(how: Kronecker, low: bool) -> Part:
             return _sized(d, hp, taken), {"m": m, "v": v}
         beta = hp.beta2 if hp.shampoo_beta is None else hp.shampoo_beta
         seen = st.statistics if hp.preconditioner_gradients else g
-        factors = lerp(st.factors, opaque(how.gram, seen, kind=MATRIX), 1 - beta)
+        factors = opaque(how.averaged, seen, st.factors, beta, 1 - beta, kind=MATRIX)
         if t == 1:
             bases = opaque(rebasing(how, "eigen"), factors, st.bases, *shape, kind=MATRIX)
             return 0.0, {"factors": factors, "bases": bases, "m": st.m, "v": st.v}
@@ -55,9 +55,10 @@ def soap(how: Kronecker, low: bool) -> Part:
         d = opaque(how.times, d, st.bases)
         new = {"factors": factors}
         if taken % hp.every == 0:
-            bases = new["bases"] = opaque(rebasing(how, "qr"), factors, st.bases, *shape, kind=MATRIX)
+            images = opaque(how.moved, factors, st.bases, *shape, kind=MATRIX)
+            bases = new["bases"] = opaque(rebasing(how, "qr"), images, st.bases, *shape, kind=MATRIX)
             m = opaque(how.turned, opaque(how.times, m, st.bases), bases)
-            v = opaque(how.in_order, v, factors, st.bases)
+            v = opaque(how.in_order, v, images, st.bases)
         return _sized(d, hp, taken), new | {"m": m, "v": v}
 
     return soap

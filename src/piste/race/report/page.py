@@ -293,7 +293,7 @@ def _row(
     cost = standing.cost
     leader = standing is task.standings[0]
     known = math.isfinite(standing.difference) and not leader
-    share = cost.optimizer_seconds / cost.step_seconds if cost.step_seconds > 0 else math.nan
+    share = cost.mean_optimizer_seconds / cost.mean_step_seconds if cost.step_seconds > 0 else math.nan
     measured = bool(cost.parameters)
     return Row(
         name=standing.contender,
@@ -311,7 +311,7 @@ def _row(
         tied=_tied_word(standing, leader=leader),
         tied_group=standing.tied,
         taken=standing is choice,
-        step_time=words.duration(cost.step_seconds),
+        step_time=words.duration(cost.mean_step_seconds),
         optimizer_share=words.percent(share),
         state=words.size(cost.state_bytes) if measured else words.UNKNOWN,
         state_each=_each_weight(cost.state_bytes, cost.parameters).replace(" bytes a ", " B/"),

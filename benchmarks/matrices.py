@@ -1,0 +1,301 @@
+"""``python -m benchmarks.matrices``: Shampoo, SOAP and Muon against all who implement them.
+
+A step that works roots or bases out anew takes many times as long as the others, so what is timed are windows of whole
+periods: each holds exactly one refresh, and a window's time over its steps is what a step costs. Contenders take their
+windows in turn on the same weights and gradients. Peers that cannot be imported are left out: HeavyBall is on PyPI; the
+authors' SOAP (``soap.py`` of nikhilvyas/SOAP) and Meta's Shampoo (facebookresearch/optimizers) are not, a checkout of
+each on ``PYTHONPATH`` makes them importable. Writes ``benchmarks/out/matrices.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import io
+import json
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import piste
+from benchmarks.algorithms import Make, package
+from benchmarks.cases import Shapes, parameters
+from benchmarks.measure import ratio
+
+OUT = Path(__file__).parent / "out" / "matrices.json"
+
+
+def _layer(width: int) -> Shapes:
+    """A block of a transformer."""
+    norms: Shapes = [(width,)] * 4
+    return [
+        *norms,
+        *((3 * width, width), (3 * width,), (width, width), (width,)),
+        *((4 * width, width), (4 * width,), (width, 4 * width), (width,)),
+    ]
+
+
+def _bottlenecks() -> Shapes:
+    """The stem of a ResNet-50, one block of each of its first three widths, and a head."""
+    shapes: Shapes = [(64, 3, 7, 7), (64,)]
+    for width, inside in ((64, 256), (128, 512), (256, 1024)):
+        for shape in ((width, inside, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)):
+            shapes += [shape, (shape[0],)]
+    return [*shapes, (100, 1024), (100,)]
+
+
+LISTS: dict[str, Shapes] = {
+    "GPT-like: one block of width 384": _layer(384),
+    "ResNet-50-like: stem, three blocks, head": _bottlenecks(),
+    "24 matrices of width 512": [(512, 512)] * 24,
+}
+GPT, RESNET, SQUARES = LISTS
+
+
+@dataclass(frozen=True)
+class Case:
+    """One algorithm under one schedule.
+
+    Args:
+        name: of piste's class, with what is set.
+        period: steps from one refresh to the next.
+        ours: makes piste's, by what is set.
+        peers: makers of all others; None where the package is not there.
+        lists: names of the lists of weights on which it is measured.
+        at_least: the speed against each peer that is promised; the first of ``ours`` has to keep it.
+        flat: convolutions are given as matrices, for who takes nothing else.
+        vectors: weights of one axis are given, too.
+    """
+
+    name: str
+    period: int
+    ours: dict[str, Make]
+    peers: dict[str, Make | None]
+    lists: tuple[str, ...]
+    at_least: dict[str, float] = field(default_factory=dict)
+    flat: bool = False
+    vectors: bool = True
+
+    def shapes(self, name: str) -> Shapes:
+        """The weights of a list that this algorithm takes."""
+        shapes = [s for s in LISTS[name] if self.vectors or len(s) > 1]
+        return [(s[0], torch.Size(s[1:]).numel()) for s in shapes] if self.flat else shapes
+
+
+def _ours(name: str, **settings: Any) -> Make:
+    return lambda params: getattr(piste, name)(params, **settings)
+
+
+def _meta(every: int) -> Make | None:
+    made = package("distributed_shampoo", "DistributedShampoo")
+    if made is None:
+        return None
+
+    def make(params: list[torch.nn.Parameter]) -> Any:
+        theirs = importlib.import_module("distributed_shampoo")
+        return theirs.DistributedShampoo(
+            params,
+            lr=1e-4,
+            betas=(0.9, 0.999),
+            precondition_frequency=every,
+            start_preconditioning_step=every,
+            grafting_config=theirs.AdamPreconditionerConfig(beta2=0.999, epsilon=1e-8),
+        )
+
+    return make
+
+
+def _shampoo(every: int) -> list[Case]:
+    """Both forms, each against who has it, at its settings; pytorch_optimizer's leaves vectors as they are."""
+    google: dict[str, Any] = {
+        "form": "google",
+        "graft": "sgd",
+        "block_size": 512,
+        "eps": 1e-6,
+        "nesterov": True,
+        "start": 1,
+        "every": every,
+        "lr": 1e-4,
+    }
+    theirs = package(
+        "pytorch_optimizer",
+        "ScalableShampoo",
+        lr=1e-4,
+        preconditioning_compute_steps=every,
+        start_preconditioning_step=1,
+    )
+    return [
+        Case(
+            f"Shampoo (Meta), refresh every {every}",
+            every,
+            {"piste": _ours("Shampoo", every=every, start=every, lr=1e-4)},
+            {"facebookresearch": _meta(every)},
+            (GPT, RESNET),
+            {"facebookresearch": 1.0},
+        ),
+        Case(
+            f"Shampoo (Google), refresh every {every}",
+            every,
+            {"piste": _ours("Shampoo", **google)},
+            {"pytorch_optimizer": theirs},
+            (GPT, RESNET),
+            {"pytorch_optimizer": 2.0},
+            vectors=False,
+        ),
+    ]
+
+
+def _heavyball(params: list[torch.nn.Parameter]) -> Any:
+    """As it runs without compiling, at the settings of the authors'."""
+    importlib.import_module("heavyball.utils").compile_mode = None
+    return importlib.import_module("heavyball").SOAP(
+        params,
+        lr=1e-4,
+        betas=(0.95, 0.95),
+        precondition_frequency=10,
+        max_precond_dim=10_000,
+        merge_dims=False,
+        consume_grad=False,
+    )
+
+
+CASES = (
+    *_shampoo(10),
+    *_shampoo(100),
+    Case(
+        "SOAP, refresh every 10",
+        10,
+        {"piste": _ours("SOAP", lr=1e-4)},
+        {
+            "authors'": package("soap", "SOAP", lr=1e-4),
+            "HeavyBall eager": _heavyball if importlib.util.find_spec("heavyball") else None,
+        },
+        (GPT, RESNET),
+        {"authors'": 1.5, "HeavyBall eager": 1.5},
+    ),
+    Case(
+        "Muon",
+        1,
+        {"piste": _ours("Muon", lr=1e-3), "piste bf16": _ours("Muon", lr=1e-3, precision="bf16")},
+        {"torch (bf16)": lambda params: torch.optim.Muon(params, lr=1e-3)},
+        (GPT, RESNET, SQUARES),
+        {"torch (bf16)": 2.0},
+        flat=True,
+        vectors=False,
+    ),
+)
+
+
+def _contenders(case: Case, shapes: Shapes, console: Console) -> dict[str, Callable[[], object]]:
+    """Steps of all who could be made; the first period is behind them."""
+    steps: dict[str, Callable[[], object]] = {}
+    makers = case.ours | {name: make for name, make in case.peers.items() if make is not None}
+    for name, make in makers.items():
+        try:
+            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+                warnings.simplefilter("ignore")
+                step = make(parameters(shapes)).step
+                for _ in range(min(case.period, 10) + 1):
+                    step()
+        except Exception as error:  # a peer that does not run here is left out, and said to be
+            console.print(f"  {name} does not run: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
+            continue
+        steps[name] = step
+    return steps
+
+
+def _window(step: Callable[[], object], count: int) -> list[float]:
+    """Seconds of each of so many steps."""
+    seconds = []
+    for _ in range(count):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def compare(case: Case, name: str, rounds: int, console: Console) -> dict[str, Any]:
+    """Times of windows, and speeds of ours against each peer."""
+    steps = _contenders(case, case.shapes(name), console)
+    windows: dict[str, list[list[float]]] = {who: [] for who in steps}
+    names = list(steps)
+    for turn in range(rounds):
+        for who in names[turn % len(names) :] + names[: turn % len(names)]:
+            windows[who].append(_window(steps[who], case.period))
+    means = {who: [statistics.fmean(window) for window in taken] for who, taken in windows.items()}
+    ours = next(iter(case.ours))
+    return {
+        "case": case.name,
+        "milliseconds": {who: 1e3 * statistics.median(taken) for who, taken in means.items()},
+        "ordinary": {who: 1e3 * statistics.median(chain.from_iterable(taken)) for who, taken in windows.items()},
+        "worst": {who: 1e3 * statistics.median(map(max, taken)) for who, taken in windows.items()},
+        "speed": {who: ratio(taken, means[ours])._asdict() for who, taken in means.items() if who != ours},
+        "at_least": case.at_least,
+    }
+
+
+def _show(console: Console, name: str, rows: list[dict[str, Any]]) -> None:
+    table = Table(title=f"{name}: milliseconds", title_justify="left", box=None)
+    for column in (
+        "algorithm",
+        "who",
+        "a step, refresh shared out",
+        "an ordinary step",
+        "the worst",
+        "piste is",
+        "target",
+    ):
+        table.add_column(column, justify="left" if column in ("algorithm", "who") else "right")
+    for row in rows:
+        for who, taken in row["milliseconds"].items():
+            speed = row["speed"].get(who)
+            least = row["at_least"].get(who)
+            kept = "" if least is None else f">= {least:g} {'kept' if speed['median'] >= least else 'MISSED'}"
+            table.add_row(
+                row["case"], who, f"{taken:.1f}", f"{row['ordinary'][who]:.1f}", f"{row['worst'][who]:.1f}",
+                f"{speed['median']:.2f} x" if speed else "", kept,
+            )  # fmt: skip
+    console.print(table)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run it."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.matrices", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="timed periods of each (default: 5)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch (default: all cores)")
+    parser.add_argument("--list", choices=LISTS, action="append", help="some lists of weights only (default: all)")
+    parser.add_argument("--case", choices=[c.name for c in CASES], action="append", help="some cases only")
+    parser.add_argument("--out", type=Path, default=OUT, help="where to write the figures")
+    asked = parser.parse_args(arguments)
+    torch.set_num_threads(asked.threads)
+    console = Console(width=180)
+    console.print(
+        f"torch {torch.__version__}, {asked.threads} threads, medians over {asked.rounds} interleaved periods"
+    )
+    results: dict[str, Any] = {"torch": torch.__version__, "threads": asked.threads, "lists": {}}
+    for name in asked.list or LISTS:
+        rows = results["lists"][name] = []
+        for case in CASES:
+            if name in case.lists and case.name in (asked.case or [case.name]):
+                with console.status(f"{case.name} on {name}"):
+                    rows.append(compare(case, name, asked.rounds, console))
+        _show(console, name, rows)
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    asked.out.write_text(json.dumps(results, indent=1) + "\n")
+    console.print(f"figures: {asked.out}")
+
+
+if __name__ == "__main__":
+    main()
