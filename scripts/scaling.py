@@ -104,7 +104,7 @@ def soap(every: int = 10, how: Kronecker = SOAP) -> Family:
 
     def work(w: Weight) -> float:
         product = flops(how.times, w.shape)
-        renewal = flops(bases, w.shape) + flops(how.in_order, w.shape) + 2 * product
+        renewal = flops(bases, w.shape) + flops(how.moved, w.shape) + 2 * product
         return flops(how.gram, w.shape) + 2 * product + renewal / every
 
     return Family(

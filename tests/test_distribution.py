@@ -85,7 +85,7 @@ def train(name: str, options: dict[str, Any], mesh: Any = None, **more: Any) -> 
 # What each process does in a step: operations, bytes kept, bytes sent
 
 COUNTED: dict[str, dict[str, Any]] = {
-    "Muon": {"rule": "muon"},
+    "Muon": {"rule": "muon", "precision": "bf16"},  # the iteration of accelerators
     "Shampoo": {"start": 1, "every": 2, "graft": "none", "merge_dims": False},
     "SOAP": {"every": 2},
 }
@@ -110,7 +110,11 @@ def operations(optimizer: piste.Optimizer, steps: int) -> float:
     def cubes(factor: float) -> Any:
         return lambda shape, *_, **__: factor * shape[:-2].numel() * shape[-1] ** 3
 
-    known = {torch.ops.aten._linalg_eigh: cubes(EIGEN), torch.ops.aten.linalg_qr: cubes(QR)}
+    known = {
+        torch.ops.aten._linalg_eigh: cubes(EIGEN),
+        torch.ops.aten.geqrf: cubes(QR / 2),
+        torch.ops.aten.linalg_householder_product: cubes(QR / 2),
+    }
     with FlopCounterMode(display=False, custom_mapping=known) as counter:
         for _ in range(steps):
             optimizer.step()

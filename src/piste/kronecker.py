@@ -163,6 +163,13 @@ def _cubes(how: Kronecker, shape: Sequence[int]) -> float:
     return sum(float(count) * size[axis] ** 3 for count, size, axis in how.layout(shape).sides())
 
 
+def _eigen(how: Kronecker, shape: Sequence[int]) -> float:
+    """Eigendecompositions of all factors, and three products with four vectors each for their residuals."""
+    return EIGEN * _cubes(how, shape) + 24.0 * sum(
+        count * size[axis] ** 2 for count, size, axis in how.layout(shape).sides()
+    )
+
+
 def _norms(how: Kronecker, shape: Sequence[int], numbers: Sequence[float]) -> float:
     return 2.0 * prod(shape)
 
@@ -359,9 +366,12 @@ def rooting(how: Kronecker, method: str, relative: bool) -> Work:
         with factors), the ridge, and the shape of the weight.
     """
 
-    products = 4 if method == "eigen" else 160  # Newton: some twenty iterations of four products, of two each
+    def cost(shape: Sequence[int], numbers: Sequence[float]) -> float:
+        if method == "eigen":
+            return _eigen(how, shape) + 2 * _cubes(how, shape)
+        return 160 * _cubes(how, shape)  # some twenty iterations of four products, of two each
 
-    @costing(lambda shape, numbers: (products + (EIGEN if method == "eigen" else 0)) * _cubes(how, shape))
+    @costing(cost)
     def roots(flat: Tensor, old: Tensor, exponent: float, eps: float, *shape: float) -> Tensor:
         power = exponent or 1 / (2 * max(1, len(how.layout([int(n) for n in shape]).axes)))
 
@@ -388,7 +398,7 @@ def rebasing(how: Kronecker, method: str) -> Work:
     """
     renew = {"eigen": eigenbases, "rising": _rising, "qr": next_bases}[method]
 
-    @costing(lambda shape, numbers: (2 + (EIGEN if method == "eigen" else QR)) * _cubes(how, shape))
+    @costing(lambda shape, numbers: QR * _cubes(how, shape) if method == "qr" else _eigen(how, shape))
     def bases(flat: Tensor, old: Tensor, *shape: float) -> Tensor:
         return _renewed(how, flat, old, shape, "eigenbases", renew)
 

@@ -74,6 +74,11 @@ class Work:
     def __call__(self, *values: Any) -> Tensor:
         return self.call(*values)
 
+    @property
+    def flops(self) -> Callable[..., float] | None:
+        """The formula of its cost (:func:`piste.costs.costing`), if it has one."""
+        return getattr(self.call, "flops", None)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Products that are symmetric
