@@ -185,14 +185,14 @@ def _of_loader(name: str, loader: DataLoader[Any]) -> Dataset[Any]:
     """A loader's data set and collate function; what decides its order would be lost, so that must say nothing."""
     if isinstance(loader.dataset, IterableDataset):
         raise ValueError(f"{name} is a DataLoader of an IterableDataset; legal: of a data set that is read by index")
-    order = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    if loader.batch_sampler is None:
+        raise ValueError(f"{name} is a DataLoader without batches; legal: one with a batch_size")
+    order = getattr(loader.batch_sampler, "sampler", None)
     if not isinstance(order, (RandomSampler, SequentialSampler)):
         raise ValueError(
             f"{name} is a DataLoader with a {type(order).__name__}; legal: shuffled or in order, for the race decides "
             "which examples make a batch"
         )
-    if loader.collate_fn is None:  # a batch_size of None: every example is a batch
-        raise ValueError(f"{name} is a DataLoader without batches; legal: one with a batch_size")
     return Collated(loader.dataset, loader.collate_fn)
 
 

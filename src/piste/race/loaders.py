@@ -134,6 +134,8 @@ class _ArraysOnly(pickle.Unpickler):
         ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
+        # How Python 3 writes bytes in the form of Python 2.
+        ("_codecs", "encode"): lambda text, encoding: text.encode("latin-1"),
     }
 
     def find_class(self, module: str, name: str) -> Any:

@@ -55,7 +55,8 @@ def minimum(name: str) -> float:
 
     def value_and_slope(flat: np.ndarray[Any, Any]) -> tuple[float, np.ndarray[Any, Any]]:
         point = torch.tensor(flat).view(classes, dimensions + 1).requires_grad_()
-        value = objective(point[:, :-1], point[:, -1], x, labels, 1 / len(x))
+        with torch.enable_grad():  # evaluation asks for this, without gradients
+            value = objective(point[:, :-1], point[:, -1], x, labels, 1 / len(x))
         (slope,) = torch.autograd.grad(value, point)
         return float(value), slope.flatten().numpy()
 
