@@ -14,8 +14,9 @@ from rich.text import Text
 
 import piste
 from piste import Preset
+from piste.race.task import BUILT_IN, load_task
 
-__all__ = ["find", "show", "show_list"]
+__all__ = ["find", "show", "show_list", "show_tasks"]
 
 _WRAPPER_HEADINGS = ("name", "class", "more state", "passes")
 _HEADINGS = ("name", "class", *piste.STATE_FORMATS, "passes", "schedule", "lr prior")
@@ -92,6 +93,22 @@ def _range(preset: Preset) -> str:
     prior = preset.lr_prior
     low, high = prior.center / 10**prior.decades_below, prior.center * 10**prior.decades_above
     return f"{low:.2g} … {high:.2g}"
+
+
+def show_tasks(console: Console) -> None:
+    """The built-in tasks with their length, the number that is their score, and what they are."""
+    rows = [("name", "steps", "score", "field")]
+    about = []
+    for name in BUILT_IN:
+        task = load_task(name).task
+        rows.append((name, str(task.steps), f"{task.metric_name} {'↑' if task.higher_is_better else '↓'}", task.domain))
+        about.append(task.description)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    console.print(lines[0], style="dim", markup=False, highlight=False, soft_wrap=True)
+    for line, description in zip(lines[1:], about, strict=True):
+        console.print(line, style="bold", markup=False, highlight=False, soft_wrap=True)
+        console.print(Padding(Text(description), (0, 0, 0, 4)))
 
 
 def show(console: Console, name: str) -> None:

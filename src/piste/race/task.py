@@ -28,7 +28,7 @@ BUILT_IN = {
         ("digits_vae", ("digits_vae",)),
         ("mnist1d", ("mnist1d", "mnist1d_mlp")),
         ("logistic", ("logistic_breast_cancer", "logistic_digits", "logistic_wine")),
-        ("zipf_softmax", ("zipf_softmax",)),
+        ("zipf_bigram", ("zipf_bigram",)),
         ("quadratics", ("quadratic_axis", "quadratic_noisy", "quadratic_rotated")),
         ("linear_networks", ("linear_autoencoder", "matrix_factorisation")),
         ("cartpole", ("cartpole",)),

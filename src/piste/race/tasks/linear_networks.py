@@ -37,11 +37,10 @@ TINY = 1e-16  # what the logarithm is taken of where the minimum is met
 
 @cache
 def rows() -> Splits:
-    """What the autoencoder is shown: mean square 1, variances along random directions like 1/rank^2."""
+    """What the autoencoder is shown: variances along random directions of 1, 1/4, 1/9, …"""
     draw = torch.Generator().manual_seed(0)
     directions = torch.linalg.qr(torch.randn(INPUTS, INPUTS, generator=draw, dtype=torch.float64)).Q
-    variances = torch.arange(1, INPUTS + 1, dtype=torch.float64) ** -2
-    scales = (INPUTS * variances / variances.sum()).sqrt()
+    scales = torch.arange(1, INPUTS + 1, dtype=torch.float64) ** -1
 
     def part() -> tuple[Tensor]:
         return ((torch.randn(ROWS, INPUTS, generator=draw, dtype=torch.float64) * scales @ directions.T).float(),)
@@ -75,19 +74,18 @@ def autoencoder_excess(model: nn.Module, batch: Any) -> float:
 
 @cache
 def target() -> Tensor:
-    """The matrix to be factorised, mean square 1."""
+    """The matrix to be factorised, its largest singular value 1."""
     draw = torch.Generator().manual_seed(0)
     left = torch.linalg.qr(torch.randn(HEIGHT, RANK, generator=draw, dtype=torch.float64)).Q
     right = torch.linalg.qr(torch.randn(WIDTH, RANK, generator=draw, dtype=torch.float64)).Q
-    product = left * torch.logspace(0, -1, RANK, base=CONDITION, dtype=torch.float64) @ right.T
-    return product / product.square().mean().sqrt()
+    return left * torch.logspace(0, -1, RANK, base=CONDITION, dtype=torch.float64) @ right.T
 
 
 def factors() -> nn.Module:
     """Two thin matrices, small at first; called on numbers of rows, their product's rows."""
     model = nn.Sequential(nn.Linear(HEIGHT, RANK, bias=False), nn.Linear(RANK, WIDTH, bias=False))
     for weight in model.parameters():
-        nn.init.normal_(weight, std=0.1)
+        nn.init.normal_(weight, std=0.02)
     return model
 
 
@@ -98,14 +96,14 @@ def _entries() -> Splits:
 
 def _entry_error(model: nn.Module, batch: Any) -> Tensor:
     row, entries = batch
-    error: Tensor = (model(row) - entries).square().mean()
+    error: Tensor = (model(row) - entries).square().sum(dim=1).mean() * HEIGHT
     return error
 
 
 def factorisation_excess(model: nn.Module, batch: Any) -> float:
-    """The mean squared error of all entries."""
+    """The squared error of all entries, as a share of what they are."""
     first, second = (weight.detach().cpu().double() for weight in model.parameters())
-    return _log10(float(((second @ first).T - target()).square().mean()))
+    return _log10(float(((second @ first).T - target()).square().sum() / target().square().sum()))
 
 
 def _log10(share: float) -> float:

@@ -28,7 +28,8 @@ from piste.race.data import Splits
 from piste.race.task import Task
 
 DIMENSIONS = 100
-CONDITION = 1e4
+CONDITION = 1e3
+FAR = 0.1  # standard deviation of each coordinate's distance from the minimum at the start
 NOISE = 0.6  # DeepOBS's
 TINY = 1e-30  # what the logarithm is taken of where the minimum is met
 
@@ -56,7 +57,7 @@ class Bowl(nn.Module):
     def __init__(self, condition: float = CONDITION, axes: Tensor | None = None) -> None:
         super().__init__()
         turn = torch.eye(DIMENSIONS, dtype=torch.float64) if axes is None else axes
-        start = torch.randn(DIMENSIONS, dtype=torch.float64)
+        start = FAR * torch.randn(DIMENSIONS, dtype=torch.float64)
         # Away from zero, which decay and small initial weights would find by chance.
         self.register_buffer("minimum", (turn @ torch.ones(DIMENSIONS, dtype=torch.float64)).float())
         self.register_buffer("matrix", (turn * eigenvalues(condition) @ turn.T).float())
@@ -125,7 +126,7 @@ def _bowl(name: str, description: str, axes: Tensor | None) -> Task:
     )
 
 
-quadratic_axis = _bowl("quadratic_axis", "a bowl of condition 10,000 whose axes are the coordinates", None)
+quadratic_axis = _bowl("quadratic_axis", "a bowl of condition 1,000 whose axes are the coordinates", None)
 quadratic_rotated = _bowl("quadratic_rotated", "the same bowl, turned at random", rotation())
 quadratic_noisy = Task(
     name="quadratic_noisy",
