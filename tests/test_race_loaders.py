@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import itertools
 import pickle
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def cifar_rows(number: int) -> tuple[np.ndarray[Any, Any], list[int]]:
 class Python2Pickler(pickle._Pickler):  # type: ignore[name-defined, misc]
     """Writes text as Python 2 did, which has no other kind: that is how CIFAR-10 was released."""
 
-    dispatch = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
+    dispatch: ClassVar = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
 
     def save_string(self, text: str | bytes) -> None:
         content = text.encode() if isinstance(text, str) else text
@@ -212,7 +213,7 @@ def test_three_parts_share_nothing() -> None:
     splits = three_parts(squares(), valid=0.2, report=0.1)
     parts = [fetch(part, torch.arange(length(part)))[0].flatten().tolist() for part in vars(splits).values()]
     assert [len(part) for part in parts] == [14, 4, 2]
-    assert sorted(sum(parts, [])) == [float(i) for i in range(20)]
+    assert sorted(itertools.chain(*parts)) == [float(i) for i in range(20)]
     again = three_parts(squares(), valid=0.2, report=0.1)
     assert fingerprint(again) == fingerprint(splits) != fingerprint(three_parts(squares(), valid=0.2, seed=1))
 

@@ -1,4 +1,4 @@
-"""Tasks from a LightningModule and from a Trainer, with the real frameworks: their loss, their batches, our training."""
+"""Tasks from a LightningModule and from a Trainer, with the real frameworks: their loss and batches, our training."""
 
 from __future__ import annotations
 
