@@ -26,7 +26,9 @@ from piste.race.tasks import cartpole, digits_vae, linear_networks, logistic, mn
 from piste.race.training import evaluate, fresh_model, run
 
 CPU = torch.device("cpu")
-HELD_OUT_TASKS = [name for name in BUILT_IN if not name.startswith(("quadratic_axis", "quadratic_rot", "matrix_"))]
+# Others are functions to be minimised, or count the same words in every text.
+HELD_OUT_TASKS = sorted(set(BUILT_IN) - {"quadratic_axis", "quadratic_rotated", "matrix_factorisation", "zipf_bigram"})
+K = 100.0  # condition of the bowls with closed forms
 
 
 @functools.cache
@@ -71,41 +73,44 @@ def test_no_example_stands_in_two_parts(name: str) -> None:
 # -- quadratics: closed forms ---------------------------------------------------------------------------------------
 
 
-def distances(momentum: float, lr: float, steps: int, condition: float, axes: Tensor | None) -> list[float]:
-    bowl = quadratics.Bowl(condition, axes).double()
-    with torch.no_grad():  # both ends of the spectrum, the slowest of all
-        turn = torch.eye(quadratics.DIMENSIONS, dtype=torch.float64) if axes is None else axes
-        bowl.matrix.copy_(turn * quadratics.eigenvalues(condition) @ turn.T)  # type: ignore[operator, union-attr]
-        bowl.minimum.copy_(turn @ torch.ones(quadratics.DIMENSIONS, dtype=torch.float64))  # type: ignore[operator, union-attr]
-        bowl.point.copy_(bowl.minimum + turn[:, 0] + turn[:, -1])  # type: ignore[operator]
+def distances(momentum: float, lr: float, axes: Tensor | None, ends: list[int]) -> list[float]:
+    """From the minimum after each step, started at 1 along the steepest (-1) or the flattest (0) direction, or both."""
+    bowl = quadratics.Bowl(K, axes).double()
+    turn = torch.eye(quadratics.DIMENSIONS, dtype=torch.float64) if axes is None else axes
+    minimum = torch.zeros(quadratics.DIMENSIONS, dtype=torch.float64)  # where float64 has most to say
+    bowl.minimum = minimum  # type: ignore[assignment]
+    bowl.matrix = turn * quadratics.eigenvalues(K) @ turn.T  # type: ignore[assignment]
+    with torch.no_grad():
+        bowl.point.copy_(turn[:, ends].sum(dim=1))
     optimizer = piste.SGD(bowl.parameters(), lr=lr, momentum=momentum, engine="reference")
     found = []
-    for _ in range(steps):
+    for _ in range(60):
         optimizer.zero_grad()
         bowl().backward()
         optimizer.step()
-        found.append(float((bowl.point - bowl.minimum).detach().norm()))  # type: ignore[operator]
+        found.append(float(bowl.point.detach().norm()))
     return found
 
 
 @pytest.mark.parametrize("axes", [None, quadratics.rotation()], ids=["axis", "rotated"])
 def test_gradient_descent_contracts_by_its_closed_form(axes: Tensor | None) -> None:
     """At 2 / (L + m) both ends of the spectrum shrink by (k - 1) / (k + 1) in every step."""
-    k = 100.0
-    found = distances(0.0, 2 / (1 + 1 / k), 20, k, axes)
-    assert [after / before for before, after in itertools.pairwise(found)] == pytest.approx(
-        [(k - 1) / (k + 1)] * 19, rel=1e-9
-    )
+    found = distances(0.0, 2 / (1 + 1 / K), axes, [0, -1])
+    ratios = [after / before for before, after in itertools.pairwise(found)]
+    assert ratios == pytest.approx([(K - 1) / (K + 1)] * len(ratios), rel=1e-9)
 
 
+@pytest.mark.parametrize("end", [0, -1], ids=["flattest", "steepest"])
 @pytest.mark.parametrize("axes", [None, quadratics.rotation()], ids=["axis", "rotated"])
-def test_heavy_ball_contracts_by_its_closed_form(axes: Tensor | None) -> None:
-    """Critically damped at both ends, an error is (a + b t) r^t: from step t to 2 t it shrinks by 2 r^t."""
-    k = 100.0
-    root = math.sqrt(k)
+def test_heavy_ball_contracts_by_its_closed_form(axes: Tensor | None, end: int) -> None:
+    """It is critically damped at both ends, where a distance is (a + b t) r^t with r = (sqrt k - 1) / (sqrt k + 1)."""
+    root = math.sqrt(K)
     rate = (root - 1) / (root + 1)
-    found = distances(rate**2, 4 / (1 + 1 / root) ** 2, 200, k, axes)
-    assert (found[199] / found[99] / 2) ** (1 / 100) == pytest.approx(rate, rel=1e-3)
+    found = distances(rate**2, 4 / (1 + 1 / root) ** 2, axes, [end])
+    line = np.array(found) / rate ** np.arange(1, len(found) + 1)
+    growth = np.diff(line)[2:]
+    assert growth == pytest.approx(np.full_like(growth, growth[0]), rel=1e-3)
+    assert abs(growth[0]) > 0.01
 
 
 def test_axes_are_nothing_to_sgd_and_much_to_adam() -> None:
@@ -123,8 +128,8 @@ def test_noise_leaves_half_its_variance_times_the_trace() -> None:
     assert (eigenvalues > 29).sum() == 10
     assert ((eigenvalues > 0) & (eigenvalues < 1)).sum() == 90
     floor = float(quadratics.NOISE**2 * eigenvalues.sum() / 2)
-    assert 80 < floor < 100
-    for optimizer, lrs in (("sgd_momentum", (0.003, 0.01)), ("adamw", (0.01, 0.03))):
+    assert 80 < floor < 110
+    for optimizer, lrs in (("sgd_momentum", (0.01, 0.03)), ("adamw", (0.03, 0.06))):
         assert best("quadratic_noisy", optimizer, lrs, 500) == pytest.approx(floor, rel=0.05)
 
 
@@ -150,8 +155,8 @@ def test_the_minimum_is_what_scikit_learn_finds(name: str) -> None:
 
 def test_the_minimum_is_reached() -> None:
     """To what float32 weights can say: the height above it goes with their rounding squared."""
-    for optimizer, lr in (("sgd_momentum", 0.5), ("adamw", 0.03)):
-        assert score("logistic_breast_cancer", optimizer, lr, 2_000) < -6
+    for optimizer, lr in (("sgd_momentum", 0.5), ("adamw", 0.1)):
+        assert score("logistic_wine", optimizer, lr, 1_000) < -6
 
 
 # -- where SGD falls behind, and where it does not ------------------------------------------------------------------
@@ -196,6 +201,7 @@ def test_noise_of_the_autoencoder_is_fixed_in_evaluation_alone() -> None:
     assert float(task.loss(model, batch).detach()) != float(task.loss(model, batch).detach())
 
 
+@torch.no_grad()
 def test_the_bound_of_a_code_that_says_nothing() -> None:
     """Without a divergence, squared errors are left: of 64 pixels over twice their variance."""
     model = fresh_model(loaded("digits_vae")[0], 0, CPU)
@@ -237,20 +243,15 @@ def test_the_order_on_the_language_model() -> None:
 # -- matrices -------------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def test_no_weights_do_better_than_principal_components() -> None:
     """Weights that are the leading eigenvectors reach the minimum, and the score of zero weights is that of nothing."""
     moments, least = linear_networks.covariance()
     vectors = torch.linalg.eigh(moments).eigenvectors[:, -linear_networks.CODE :]
     task, splits = loaded("linear_autoencoder")
-    model = task.model()
-    for layer in model:  # type: ignore[union-attr]
-        nn.init.eye_(layer.weight)
-    with torch.no_grad():
-        model[2].weight[:] = torch.eye(linear_networks.CODE, 16)  # type: ignore[index, operator]
     wide = nn.Sequential(nn.Linear(64, 8, bias=False), nn.Linear(8, 64, bias=False)).double()
-    with torch.no_grad():
-        wide[0].weight.copy_(vectors.T)
-        wide[1].weight.copy_(vectors)
+    wide[0].weight.copy_(vectors.T)
+    wide[1].weight.copy_(vectors)
     assert linear_networks.autoencoder_excess(wide, None) < -12
     loss = float(task.loss(wide.float(), splits.train))
     assert loss == pytest.approx(least, rel=1e-4)
@@ -259,6 +260,7 @@ def test_no_weights_do_better_than_principal_components() -> None:
     assert linear_networks.autoencoder_excess(wide, None) == pytest.approx(0, abs=1e-6)
 
 
+@torch.no_grad()
 def test_factors_that_are_right_have_no_error() -> None:
     task, splits = loaded("matrix_factorisation")
     left, values, right = torch.linalg.svd(linear_networks.target())
@@ -266,9 +268,8 @@ def test_factors_that_are_right_have_no_error() -> None:
     assert float(values[0] / values[rank - 1]) == pytest.approx(linear_networks.CONDITION)
     assert float(values[rank]) < 1e-12
     model = task.model().double()
-    with torch.no_grad():
-        model[0].weight.copy_((left[:, :rank] * values[:rank]).T)  # type: ignore[index, operator]
-        model[1].weight.copy_(right[:rank].T)  # type: ignore[index, operator]
+    model[0].weight.copy_((left[:, :rank] * values[:rank]).T)  # type: ignore[index, operator]
+    model[1].weight.copy_(right[:rank].T)  # type: ignore[index, operator]
     assert linear_networks.factorisation_excess(model, None) < -12
     assert float(task.loss(model.float(), splits.train)) < 1e-10
     for weight in model.parameters():

@@ -58,7 +58,7 @@ def minimum(name: str) -> float:
         with torch.enable_grad():  # evaluation asks for this, without gradients
             value = objective(point[:, :-1], point[:, -1], x, labels, 1 / len(x))
         (slope,) = torch.autograd.grad(value, point)
-        return float(value), slope.flatten().numpy()
+        return float(value.detach()), slope.flatten().numpy()
 
     start = np.zeros(classes * (dimensions + 1))
     limits = {"maxiter": 20_000, "maxfun": 50_000, "gtol": 1e-9, "ftol": 0.0}

@@ -79,7 +79,7 @@ class NoisyBowl(nn.Module):
         flat = torch.rand(DIMENSIONS - few, generator=draw, dtype=torch.float64)
         turn = rotation()
         self.register_buffer("matrix", (turn * torch.cat([steep, flat]) @ turn.T).float())
-        self.point = nn.Parameter(torch.randn(DIMENSIONS))
+        self.point = nn.Parameter(NOISE / 2 * torch.randn(DIMENSIONS))
 
     def forward(self, minima: Tensor) -> Tensor:
         away = self.point - minima

@@ -23,7 +23,7 @@ from piste.race.data import Splits
 from piste.race.task import Task
 
 WORDS = 512
-PAIRS = 2**17  # words of a text
+PAIRS = 2**21  # words of a text
 DECIDED = 0.5  # of the words follow from the one before
 
 
