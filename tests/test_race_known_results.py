@@ -232,7 +232,7 @@ def test_digits_tie() -> None:
 
 @pytest.mark.slow
 def test_the_order_on_the_language_model() -> None:
-    """At each one's learning rate from the race of docs/matrix.md, with a third of its steps."""
+    """At each one's learning rate from the race of docs/quality.md, with a third of its steps."""
     losses = {
         optimizer: np.mean([score("char_transformer", optimizer, lr, 100, seed) for seed in (1, 2)])
         for optimizer, lr in (("sgd_momentum", 0.1), ("adamw", 0.004), ("muon", 0.012))

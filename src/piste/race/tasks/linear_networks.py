@@ -12,7 +12,7 @@ weights of zero would lose, in float64. Held-out rows only give the losses of th
 differ in initial weights.
 
 Sources: Baldi & Hornik 1989; Martens 2010 (deep autoencoders by curvature); Saxe et al. 2014, arXiv 1312.6120.
-Known result: what sees a matrix (SOAP, Shampoo, Muon) needs fewer steps than AdamW on the autoencoder; docs/matrix.md
+Known result: what sees a matrix (SOAP, Shampoo, Muon) needs fewer steps than AdamW on the autoencoder; docs/quality.md
 has what a race found.
 Cost: about 1 s a run on one core with AdamW, 3 s with Shampoo.
 """
