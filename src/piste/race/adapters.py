@@ -74,7 +74,7 @@ def lightning_task(
             raise ValueError(f"validation_step does not log {metric!r}; it logs {', '.join(values) or 'nothing'}")
         return cast("Tensor | float", values[metric])
 
-    scored = {} if metric is None else {"metric": logged, "metric_name": metric}
+    scored: dict[str, Any] = {} if metric is None else {"metric": logged, "metric_name": metric}
     return Task(name=name, model=model, data=lambda: splits()[0], loss=loss, **_sized(splits, settings), **scored)
 
 

@@ -240,7 +240,7 @@ def hugging_face(
         >>> from piste.race.loaders import hugging_face
         >>> data = lambda: hugging_face("~/data/emotion", columns=["input_ids", "label"])  # for Task(data=data, ...)
     """
-    import datasets  # type: ignore[import-not-found, unused-ignore]
+    import datasets  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
     found = datasets.load_from_disk(str(Path(source).expanduser())) if isinstance(source, (str, Path)) else source
     parts = dict(found) if isinstance(found, Mapping) else {"train": found}

@@ -86,7 +86,8 @@ def _loss(model: nn.Module, batch: Any) -> Tensor:
     chosen = model(states[counted]).log_softmax(dim=-1).gather(1, actions[counted][:, None])[:, 0]
     surrogate = -(advantage * chosen).mean()
     lost = 1 - counted.sum(0).to(states.dtype).mean() / LONGEST
-    return lost + surrogate - surrogate.detach()
+    loss: Tensor = lost + surrogate - surrogate.detach()
+    return loss
 
 
 def _steps_stood(model: nn.Module, batch: Any) -> Tensor:

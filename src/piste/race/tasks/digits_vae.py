@@ -58,7 +58,8 @@ def _loss(model: nn.Module, batch: Any) -> Tensor:
     pixels, mean, log_variance = model(x)
     error = (pixels - x).square().sum() / VARIANCE
     divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum()
-    return (error + divergence) / (2 * len(x))
+    bound: Tensor = (error + divergence) / (2 * len(x))
+    return bound
 
 
 digits_vae = Task(

@@ -78,7 +78,8 @@ def target() -> Tensor:
     draw = torch.Generator().manual_seed(0)
     left = torch.linalg.qr(torch.randn(HEIGHT, RANK, generator=draw, dtype=torch.float64)).Q
     right = torch.linalg.qr(torch.randn(WIDTH, RANK, generator=draw, dtype=torch.float64)).Q
-    return left * torch.logspace(0, -1, RANK, base=CONDITION, dtype=torch.float64) @ right.T
+    product: Tensor = left * torch.logspace(0, -1, RANK, base=CONDITION, dtype=torch.float64) @ right.T
+    return product
 
 
 def factors() -> nn.Module:

@@ -72,17 +72,23 @@ def training(name: str) -> tuple[Tensor, Tensor]:
     return x.double(), labels
 
 
+def _weights(model: nn.Module) -> tuple[Tensor, Tensor]:
+    weight, bias = model.parameters()
+    return weight, bias
+
+
 def regression(name: str, description: str, steps: int) -> Task:
     """The task of one of scikit-learn's data sets."""
     count = len(training(name)[0])
     classes, dimensions = int(training(name)[1].max()) + 1, training(name)[0].shape[1]
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
-        return objective(model.weight, model.bias, *batch, 1 / count)  # type: ignore[arg-type]
+        x, labels = batch
+        return objective(*_weights(model), x, labels, 1 / count)
 
     def suboptimality(model: nn.Module, batch: Any) -> float:
-        weight, bias = (p.detach().cpu().double() for p in (model.weight, model.bias))
-        value = float(objective(weight, bias, *training(name), 1 / count))  # type: ignore[arg-type]
+        weight, bias = (p.detach().cpu().double() for p in _weights(model))
+        value = float(objective(weight, bias, *training(name), 1 / count))
         return float(np.log10(max(value - minimum(name), TINY)))
 
     return Task(

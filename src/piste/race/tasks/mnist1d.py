@@ -64,7 +64,8 @@ def disguised(stroke: np.ndarray[Any, Any], draw: np.random.Generator) -> np.nda
     signal += _SMOOTH_NOISE * noise / noise.std()
     signal += _SHEAR * draw.uniform(-1, 1) * np.linspace(-0.5, 0.5, _FINE)
     signal += _WHITE_NOISE * draw.standard_normal(_FINE)
-    return np.interp(np.linspace(0, _FINE - 1, LENGTH), np.arange(_FINE), signal)
+    sampled: np.ndarray[Any, Any] = np.interp(np.linspace(0, _FINE - 1, LENGTH), np.arange(_FINE), signal)
+    return sampled
 
 
 def examples(count: int, draw: np.random.Generator) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,8 @@ def rotation() -> Tensor:
     """A rotation drawn uniformly, always the same."""
     draw = torch.randn(DIMENSIONS, DIMENSIONS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     orthogonal, triangle = torch.linalg.qr(draw)
-    return orthogonal * triangle.diagonal().sign()
+    turn: Tensor = orthogonal * triangle.diagonal().sign()
+    return turn
 
 
 class Bowl(nn.Module):
@@ -53,6 +54,9 @@ class Bowl(nn.Module):
         condition: largest by smallest eigenvalue.
         axes: the eigenvectors, as columns; None: the coordinates' own.
     """
+
+    minimum: Tensor
+    matrix: Tensor
 
     def __init__(self, condition: float = CONDITION, axes: Tensor | None = None) -> None:
         super().__init__()
@@ -70,6 +74,8 @@ class Bowl(nn.Module):
 
 class NoisyBowl(nn.Module):
     """The mean height over bowls whose minima are the examples of a batch."""
+
+    matrix: Tensor
 
     def __init__(self) -> None:
         super().__init__()
