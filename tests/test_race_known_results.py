@@ -285,7 +285,7 @@ def test_muon_takes_every_matrix_of_the_linear_networks() -> None:
     contender = make_contenders(("muon",), ())[0]
     for name, count in (("linear_autoencoder", 6), ("matrix_factorisation", 2)):
         task = loaded(name)[0]
-        optimizer, _ = make_optimizer(contender, task.model(), 0.01, 10, task.domain, task.settings)
+        optimizer, _ = make_optimizer(contender, task.model(), 0.01, 10, task.domain, fixed=task.settings)
         assert sum(len(group["params"]) for group in optimizer.param_groups if group["rule"] == "muon") == count
 
 

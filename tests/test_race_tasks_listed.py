@@ -53,7 +53,7 @@ def test_settings_reach_every_optimizer_that_has_them() -> None:
     for optimizer in ("adamw", "sgd_momentum", "torch.SGD", "muon", "lookahead+adamw"):
         contender = make_contenders((optimizer,), ())[0]
         task = make(weight_decay=0.5, heads=())
-        made, _ = make_optimizer(contender, torch.nn.Linear(3, 2), 0.1, 10, task.domain, task.settings)
+        made, _ = make_optimizer(contender, torch.nn.Linear(3, 2), 0.1, 10, task.domain, fixed=task.settings)
         groups = made.param_groups
         decays = {group["weight_decay"] for group in groups if any(p.ndim > 1 for p in group["params"])}
         assert decays == {0.5}, optimizer

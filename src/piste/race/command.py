@@ -106,10 +106,9 @@ def _race(
 ) -> None:
     """Race optimizers on TASK: a built-in one or a file of your own.
 
-    --list-tasks shows the built-in ones. Every contender tries the same number of
-    learning rates around its own prior; its best is trained again on fresh seeds and scored on data used for nothing
-    else. Without TASK, two built-in tasks are raced. Finished runs are kept: the same command goes on where it was
-    stopped.
+    --list-tasks shows the built-in ones. Every contender tries the same number of learning rates around its own prior;
+    its best is trained again on fresh seeds and scored on data used for nothing else. Without TASK, two built-in tasks
+    are raced. Finished runs are kept: the same command goes on where it was stopped.
     """
     given = [name for name in _ASKED if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
     if list_tasks:
