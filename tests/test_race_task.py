@@ -114,7 +114,7 @@ def test_the_starter_and_the_built_in_tasks_pass_inspection(tmp_path: Path) -> N
             GOOD + "x = torch.ones(9, 1)\ntask = make(data=lambda: Splits((x, x), (x[:0], x[:0]), (x, x)))",
             "valid is empty",
         ),
-        (GOOD + "task = make(data=lambda: Splits('a', 'b', 'c'))", "train must be a tuple of tensors .* not str"),
+        (GOOD + "task = make(data=lambda: Splits('a', 'b', 'c'))", "train must be a tuple of tensors, .* not str"),
         (GOOD + "task = make(loss=lambda model, batch: loss(model, batch) * float('nan'))", "untrained model is nan"),
         (
             GOOD + "def broken(model):\n    return 1\ntask = make(loss=broken)",

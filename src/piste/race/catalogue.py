@@ -14,8 +14,9 @@ from rich.text import Text
 
 import piste
 from piste import Preset
+from piste.race.task import BUILT_IN, load_task
 
-__all__ = ["find", "show", "show_list"]
+__all__ = ["find", "show", "show_list", "show_tasks"]
 
 _WRAPPER_HEADINGS = ("name", "class", "more state", "passes")
 _HEADINGS = ("name", "class", *piste.STATE_FORMATS, "passes", "schedule", "lr prior")
@@ -56,16 +57,24 @@ def show_list(console: Console, names: list[str], wrappers: list[str]) -> None:
 
 def _table(console: Console, rows: list[tuple[str, ...]], names: list[str]) -> None:
     """Rows under their heading, each with description and source of its name below."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    console.print(lines[0], style="dim", markup=False, highlight=False, soft_wrap=True)
-    for line, name in zip(lines[1:], names, strict=True):
+    below = []
+    for name in names:
         wrapping = piste.WRAPPINGS.get(name)
         about = piste.presets[name] if wrapping is None else wrapping
         labels = f", “{wrapping.labels[0]}” in some lists" if wrapping is not None and wrapping.labels else ""
+        below.append([Text(about.description), Text(f"Source: {about.source}{labels}", style="dim")])
+    _rows(console, rows, below)
+
+
+def _rows(console: Console, rows: list[tuple[str, ...]], below: list[list[Text]]) -> None:
+    """A heading and rows in columns, each row with what belongs below it."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    console.print(lines[0], style="dim", markup=False, highlight=False, soft_wrap=True)
+    for line, texts in zip(lines[1:], below, strict=True):
         console.print(line, style="bold", markup=False, highlight=False, soft_wrap=True)
-        console.print(Padding(Text(about.description), (0, 0, 0, 4)))
-        console.print(Padding(Text(f"Source: {about.source}{labels}", style="dim"), (0, 0, 0, 4)))
+        for text in texts:
+            console.print(Padding(text, (0, 0, 0, 4)))
 
 
 def _wrapper_row(name: str) -> tuple[str, ...]:
@@ -92,6 +101,16 @@ def _range(preset: Preset) -> str:
     prior = preset.lr_prior
     low, high = prior.center / 10**prior.decades_below, prior.center * 10**prior.decades_above
     return f"{low:.2g} … {high:.2g}"
+
+
+def show_tasks(console: Console) -> None:
+    """The built-in tasks with their length, the number that is their score, and what they are."""
+    tasks = [load_task(name).task for name in BUILT_IN]
+    rows = [
+        (task.name, str(task.steps), f"{task.metric_name}, {'higher' if task.higher_is_better else 'lower'} is better")
+        for task in tasks
+    ]
+    _rows(console, [("name", "steps", "score"), *rows], [[Text(task.description)] for task in tasks])
 
 
 def show(console: Console, name: str) -> None:

@@ -18,7 +18,7 @@ from rich.console import Console
 import piste
 from piste.race import footprint, report
 from piste.race.advice import advise
-from piste.race.catalogue import find, show, show_list
+from piste.race.catalogue import find, show, show_list, show_tasks
 from piste.race.contenders import ContenderError, make_contenders
 from piste.race.executor import ExecutorError
 from piste.race.record import StudyResult
@@ -86,6 +86,7 @@ def _debug(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--out", type=click.Path(path_type=Path), help="Directory of results. [default: piste-race/<tasks>]")
 @click.option("--resume", is_flag=True, help="Go on with the last race in --out, as it was asked for.")
 @click.option("--new", type=click.Path(path_type=Path), metavar="FILE.py", help="Write a task to start from, and end.")
+@click.option("--list-tasks", is_flag=True, help="Show the built-in tasks, and end.")
 @_debug
 @click.pass_context
 def _race(
@@ -100,16 +101,19 @@ def _race(
     out: Path | None,
     resume: bool,
     new: Path | None,
+    list_tasks: bool,
     debug: bool,
 ) -> None:
     """Race optimizers on TASK: a built-in one or a file of your own.
 
-    Built in are char_transformer, digits, digits_noise and digits_vit. Every contender tries the same number of
-    learning rates around its own prior; its best is trained again on fresh seeds and scored on data used for nothing
-    else. Without TASK, two built-in tasks are raced. Finished runs are kept: the same command goes on where it was
-    stopped.
+    --list-tasks shows the built-in ones. Every contender tries the same number of learning rates around its own prior;
+    its best is trained again on fresh seeds and scored on data used for nothing else. Without TASK, two built-in tasks
+    are raced. Finished runs are kept: the same command goes on where it was stopped.
     """
     given = [name for name in _ASKED if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
+    if list_tasks:
+        show_tasks(Console())
+        return
     if new is not None:
         _write_starter(new)
         return

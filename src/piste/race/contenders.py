@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -78,18 +79,34 @@ def make_contenders(optimizers: Sequence[str], schedules: Sequence[str]) -> tupl
 
 
 def make_optimizer(
-    contender: Contender, model: nn.Module, lr: float, total_steps: int, domain: str = ""
+    contender: Contender,
+    model: nn.Module,
+    lr: float,
+    total_steps: int,
+    domain: str = "",
+    *,
+    fixed: Mapping[str, Any] | None = None,
 ) -> tuple[torch.optim.Optimizer, LRScheduler]:
-    """The contender's optimizer and schedule on a model's weights."""
+    """The contender's optimizer and schedule on a model's weights, with a task's field and what it fixes."""
     if contender.optimizer.startswith(_TORCH):
         weights = [weight for weight in model.parameters() if weight.requires_grad]
-        optimizer = _torch_class(contender.optimizer)(weights, lr=lr)  # type: ignore[call-arg]
+        factory: Callable[..., torch.optim.Optimizer] = _torch_class(contender.optimizer)
+        optimizer = factory(weights, lr=lr, **_taken(inspect.signature(factory).parameters, fixed))
         return optimizer, getattr(piste.schedules, contender.schedule)(optimizer, total_steps)
     # Some presets have settings of their own for a field of application (the eps of AdaBelief).
-    field = {"domain": domain} if domain in piste.presets[contender.optimizer].domains else {}
+    preset = piste.presets[contender.optimizer]
+    field = {"domain": domain} if domain in preset.domains else {}
+    # Classes that sort weights have arguments of that beside their own.
+    sorting = inspect.signature(preset.optimizer.groups).parameters if hasattr(preset.optimizer, "groups") else {}
+    taken = _taken({**preset.arguments, **sorting}, fixed)
     return piste.create_with_schedule(
-        contender.optimizer, model, total_steps, schedule=contender.schedule, lr=lr, **field
+        contender.optimizer, model, total_steps, schedule=contender.schedule, lr=lr, **field, **taken
     )
+
+
+def _taken(known: Mapping[str, Any], fixed: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What of a task's settings an optimizer has."""
+    return {name: value for name, value in (fixed or {}).items() if name in known}
 
 
 def _names(pattern: str) -> list[str]:

@@ -1,19 +1,28 @@
 """Splits of a task's data: how many examples, one batch, the order of batches, a fingerprint.
 
-A split is a tuple of tensors of equal length (the fast way: a batch is the same tuple, indexed) or a map-style
-``torch.utils.data.Dataset`` (a batch is made with torch's own ``default_collate``).
+A split is a tuple of tensors of equal length (the fast way: a batch is the same tuple, indexed), a map-style
+``torch.utils.data.Dataset`` (a batch is made with torch's own ``default_collate``) or a ``DataLoader``, of which the
+data set and the function that makes batches are taken.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset, default_collate
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+    default_collate,
+)
 
 Split = Sequence[Tensor] | Dataset[Any]
 
@@ -29,10 +38,13 @@ class Splits:
         valid: chooses the learning rate of each contender; its curve is drawn in the report.
         report: used once, at the end of each confirmation run, and for nothing else: the scores.
 
-    Each is a tuple of tensors of equal length, or a map-style ``torch.utils.data.Dataset``.
+    Each is a tuple of tensors of equal length, a map-style ``torch.utils.data.Dataset``, or a ``DataLoader``: of that
+    the race takes the data set and the ``collate_fn``; the order is the race's own, the same for every contender, and
+    the size of batches the task's.
 
     Raises:
-        ValueError: a part is neither, has tensors of different lengths, or is empty.
+        ValueError: a part is none of those, has tensors of different lengths, is empty, or is a loader that cannot be
+            read by index or has a sampler of its own.
 
     Example:
         >>> import torch
@@ -50,6 +62,31 @@ class Splits:
             object.__setattr__(self, name, _checked_split(name, getattr(self, name)))
 
 
+class Collated(Dataset[Any]):
+    """Anything with a length that is read by index, and what makes a batch of its examples.
+
+    Args:
+        examples: has ``__len__`` and ``__getitem__``, or ``__getitems__`` for many at once.
+        collate: makes a batch of a list of examples.
+    """
+
+    def __init__(self, examples: Any, collate: Callable[[list[Any]], Any]) -> None:
+        self.examples = examples
+        self.collate = collate
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.examples[index]
+
+    def batch(self, indices: list[int]) -> Any:
+        """The examples at ``indices`` as one batch."""
+        if hasattr(self.examples, "__getitems__"):
+            return self.collate(self.examples.__getitems__(indices))
+        return self.collate([self.examples[index] for index in indices])
+
+
 def length(split: Split) -> int:
     """Number of examples."""
     return len(cast(Sized, split)) if isinstance(split, Dataset) else len(split[0])
@@ -57,6 +94,8 @@ def length(split: Split) -> int:
 
 def fetch(split: Split, indices: Tensor) -> Any:
     """The examples at ``indices`` as one batch."""
+    if isinstance(split, Collated):
+        return split.batch(indices.tolist())
     if isinstance(split, Dataset):
         return default_collate([split[index] for index in indices.tolist()])
     return tuple(tensor[indices] for tensor in split)
@@ -66,7 +105,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """Move every tensor of a batch (tuples, lists and mappings of tensors)."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         return {name: to_device(item, device) for name, item in batch.items()}
     if isinstance(batch, (tuple, list)):
         return tuple(to_device(item, device) for item in batch)
@@ -108,7 +147,7 @@ def _update(digest: hashlib._Hash, batch: Any) -> None:
     if isinstance(batch, Tensor):
         digest.update(f"{batch.dtype}{tuple(batch.shape)}".encode())
         digest.update(batch.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    elif isinstance(batch, dict):
+    elif isinstance(batch, Mapping):
         for name in sorted(batch):
             digest.update(str(name).encode())
             _update(digest, batch[name])
@@ -120,6 +159,8 @@ def _update(digest: hashlib._Hash, batch: Any) -> None:
 
 
 def _checked_split(name: str, split: object) -> Split:
+    if isinstance(split, DataLoader):
+        split = _of_loader(name, split)
     if isinstance(split, TensorDataset):
         split = split.tensors
     if isinstance(split, Dataset):
@@ -127,7 +168,8 @@ def _checked_split(name: str, split: object) -> Split:
         return split
     if not isinstance(split, (tuple, list)) or not split or not all(isinstance(part, Tensor) for part in split):
         raise ValueError(
-            f"{name} must be a tuple of tensors or a map-style torch.utils.data.Dataset, not {_described(split)}"
+            f"{name} must be a tuple of tensors, a map-style torch.utils.data.Dataset or a DataLoader, "
+            f"not {_described(split)}"
         )
     if any(part.ndim == 0 for part in split):
         raise ValueError(f"{name} holds a tensor without dimensions; the first dimension counts the examples")
@@ -137,6 +179,21 @@ def _checked_split(name: str, split: object) -> Split:
     if lengths[0] == 0:
         raise ValueError(f"{name} is empty")
     return tuple(split)
+
+
+def _of_loader(name: str, loader: DataLoader[Any]) -> Dataset[Any]:
+    """A loader's data set and collate function; what decides its order would be lost, so that must say nothing."""
+    if isinstance(loader.dataset, IterableDataset):
+        raise ValueError(f"{name} is a DataLoader of an IterableDataset; legal: of a data set that is read by index")
+    if loader.batch_sampler is None:
+        raise ValueError(f"{name} is a DataLoader without batches; legal: one with a batch_size")
+    order = getattr(loader.batch_sampler, "sampler", None)
+    if not isinstance(order, (RandomSampler, SequentialSampler)):
+        raise ValueError(
+            f"{name} is a DataLoader with a {type(order).__name__}; legal: shuffled or in order, for the race decides "
+            "which examples make a batch"
+        )
+    return Collated(loader.dataset, loader.collate_fn)
 
 
 def _check_sized(name: str, split: Dataset[Any]) -> None:

@@ -82,7 +82,9 @@ def task_hash(loaded: LoadedTask, splits: Splits) -> str:
     seed_everything(0)
     with _blaming(task, "reading the data"):
         data = fingerprint(splits)
-    parts = [loaded.source_hash, task.name, task.version, task.batch_size, task.metric_name, task.domain, data]
+    settings = repr(sorted(task.settings.items()))
+    about = [task.name, task.version, task.batch_size, task.metric_name, task.domain, settings]
+    parts = [loaded.source_hash, *about, data]
     return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:20]
 
 

@@ -8,8 +8,8 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,10 +21,19 @@ from piste.race.words import single_line
 
 # The built-in tasks and the modules they stand in; a module is imported only when its task is asked for.
 BUILT_IN = {
-    "char_transformer": "piste.race.tasks.char_transformer",
-    "digits": "piste.race.tasks.digits",
-    "digits_noise": "piste.race.tasks.digits",
-    "digits_vit": "piste.race.tasks.digits",
+    name: f"piste.race.tasks.{module}"
+    for module, names in (
+        ("char_transformer", ("char_transformer",)),
+        ("digits", ("digits", "digits_mlp", "digits_mixer", "digits_noise", "digits_vit")),
+        ("digits_vae", ("digits_vae",)),
+        ("mnist1d", ("mnist1d", "mnist1d_mlp")),
+        ("logistic", ("logistic_breast_cancer", "logistic_digits", "logistic_wine")),
+        ("zipf_bigram", ("zipf_bigram",)),
+        ("quadratics", ("quadratic_axis", "quadratic_noisy", "quadratic_rotated")),
+        ("linear_networks", ("linear_autoencoder", "matrix_factorisation")),
+        ("cartpole", ("cartpole",)),
+    )
+    for name in names
 }
 
 
@@ -54,6 +63,8 @@ class Task:
         description: one line.
         domain: ``"vision"``, ``"nlp"``, ``"rl"`` or ``""``: the field of application, for presets that have settings
             by field (AdaBelief's eps).
+        settings: arguments of ``piste.create`` that every optimizer is made with here, those aside that it does not
+            have: ``{"weight_decay": 0.0}`` where decay would move the minimum, ``{"heads": ["out"]}`` for Muon.
         version: change it whenever results can no longer be compared though this file stayed the same (a data file
             that changed, say). It is part of what identifies a run.
 
@@ -86,6 +97,7 @@ class Task:
     batch_size: int = 32
     description: str = ""
     domain: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
     version: str = ""
 
     def __post_init__(self) -> None:
@@ -111,6 +123,10 @@ class Task:
         for argument in ("metric_name", "description", "version"):
             if not isinstance(getattr(self, argument), str):
                 raise ValueError(f"{argument} must be text, not {getattr(self, argument)!r}")
+        if not isinstance(self.settings, Mapping) or not all(isinstance(name, str) for name in self.settings):
+            raise ValueError(f"settings must be a dict of arguments by name, not {self.settings!r}")
+        if "lr" in self.settings:
+            raise ValueError("settings must not hold lr: the race looks for it")
         if not isinstance(self.higher_is_better, bool):
             raise ValueError(f"higher_is_better must be True or False, not {self.higher_is_better!r}")
 

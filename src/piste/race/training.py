@@ -171,7 +171,9 @@ class _Attempt:
     def train(self, progress: Progress) -> None:
         model = fresh_model(self.task, self.key.seed, self.device)
         self.parameters = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-        self.optimizer, schedule = make_optimizer(self.contender, model, self.key.lr, self.key.steps, self.task.domain)
+        self.optimizer, schedule = make_optimizer(
+            self.contender, model, self.key.lr, self.key.steps, self.task.domain, fixed=self.task.settings
+        )
         batches = training_batches(self.splits.train, self.task.batch_size, derived_seed(self.key.seed, "batches"))
         stops = evaluation_steps(self.key.steps)
         self._evaluate(0, model, self.optimizer, math.nan)

@@ -1,4 +1,9 @@
-"""Character-level language model on the help text that ships with CPython (``pydoc_data.topics``)."""
+"""Character-level language model on the help text that ships with CPython (``pydoc_data.topics``).
+
+Source: the text is Python's documentation; the model is a GPT (Radford et al. 2018) of two layers and width 64.
+Known result: tuned SGD with momentum < AdamW < Muon, Shampoo, SOAP; docs/quality.md has what a race found.
+Cost: about 5 s a run on one core.
+"""
 
 from __future__ import annotations
 
