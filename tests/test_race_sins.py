@@ -181,7 +181,7 @@ def test_more_trials_for_some_are_an_unequal_budget() -> None:
 
 def test_other_machines_are_told() -> None:
     moved = evidence_of(change=only("adamw", lambda run: replace(run, machine={"cores": "96"})), workers=2)
-    assert lints.contended_times(moved) == "The runs come from more than one machine: their times cannot be compared."
+    assert lints.contended_times(moved).startswith("The runs come from more than one machine")
 
 
 def test_other_versions_are_told() -> None:

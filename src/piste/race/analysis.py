@@ -89,6 +89,8 @@ def target_of(task: TaskResult, confirmed: dict[str, list[RunRecord]]) -> Target
 
     A median and not the best, so that one lucky seed sets no target that nobody reaches (Dahl et al. 2023).
     """
+    if task.target is not None:
+        return Target(task.target, "as asked for")
     ends = {
         name: statistics.median(run.curve.valid_metric[-1] for run in group if run.finished)
         for name, group in confirmed.items()
@@ -131,7 +133,7 @@ def speed_up_to_common(
 
 def same_machine(runs: Sequence[RunRecord]) -> bool:
     """Whether the times of these runs may be compared."""
-    return len({tuple(sorted(run.machine.items())) for run in runs}) == 1
+    return len({run.fingerprint for run in runs}) == 1
 
 
 def equal_trials(task: TaskResult, runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:

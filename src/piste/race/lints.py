@@ -90,7 +90,9 @@ def unequal_budgets(evidence: Evidence) -> str:
             if len(set(map(frozenset, steps.values()))) > 1:
                 return f"{card.name}: {what} were not all of equally many steps."
         counts = [len(_of(evidence.tuned, card.name, contender.name)) for contender in evidence.plan.contenders]
-        if not evidence.missing and max(counts, default=0) - min(counts, default=0) > MOST_EXTENSIONS:
+        # every dimension may be extended
+        slack = MOST_EXTENSIONS * max(1 + len(contender.space) for contender in evidence.plan.contenders)
+        if not evidence.missing and max(counts, default=0) - min(counts, default=0) > slack:
             return f"{card.name}: contenders were given from {min(counts)} to {max(counts)} trials."
     return ""
 
@@ -196,9 +198,9 @@ def cost_hidden_by_steps(evidence: Evidence) -> str:
 
 def contended_times(evidence: Evidence) -> str:
     """Step times that other runs, or another machine, had a share in."""
-    if len({tuple(sorted(run.machine.items())) for run in evidence.used}) > 1:
-        return "The runs come from more than one machine: their times cannot be compared."
-    if evidence.workers > 1:
+    if len({run.fingerprint for run in evidence.used}) > 1:
+        return "The runs come from more than one machine: times are those of one of them, or unknown."
+    if evidence.workers > 1 and not evidence.plan.timing:
         return (
             f"Step times were taken while {evidence.workers} runs went side by side: compare them with each other, "
             "not with those of an idle machine."
@@ -211,7 +213,8 @@ def other_implementation(evidence: Evidence) -> str:
     of_torch = [name for name in evidence.optimizers if name.startswith("torch.")]
     if 0 < len(of_torch) < len(evidence.optimizers):
         return f"{listing(of_torch)} ran as torch has it, the others on engines of piste: step times compare programs."
-    versions = {tuple(sorted(run.key.versions.items())) for run in evidence.used}
+    # those of timing passes name the machine, too
+    versions = {tuple(sorted(run.key.versions.items())) for run in (*evidence.tuned, *evidence.confirmed)}
     return "The runs come from several versions of python, torch or piste." if len(versions) > 1 else ""
 
 

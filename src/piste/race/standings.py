@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 
+from piste.race import costs
 from piste.race.contenders import Contender
 from piste.race.inspection import TaskCard
 from piste.race.lints import Evidence
-from piste.race.protocol import Plan, Records, Tuning, confirmations, keys_so_far, tuning
-from piste.race.record import TUNE, Cost, RunRecord, Standing, StudyResult, TaskResult
+from piste.race.protocol import Plan, Records, Tuning, confirmations, keys_so_far, timings, tuning
+from piste.race.record import TUNE, RunRecord, Standing, StudyResult, TaskResult
+from piste.race.remarks import remarks
 from piste.race.search import counted
 from piste.race.sins import audit, notes
 from piste.race.statistics import Comparison, compare
@@ -28,7 +30,7 @@ def study_result(
         created=created,
         results=[task_result(plan, card, records) for card in plan.cards],
         records=used,
-        notes=notes(evidence, findings),
+        notes=[*remarks(plan, records, used), *notes(evidence, findings)],
         machine=machine,
         command=command,
         findings=findings,
@@ -50,8 +52,13 @@ def task_result(plan: Plan, card: TaskCard, records: Records) -> TaskResult:
     leader = next(iter(compared), None)
     contenders = {contender.name: contender for contender in plan.contenders}
     ranked = [*compared, *(name for name in contenders if name not in compared)]
+    passes = {name: _timed(plan, card, contenders[name], tunings[name], records) for name in contenders}
+    machine = costs.home([*made, *(run for runs in passes.values() for run in runs)])
     standings = [
-        _standing(contenders[name], tunings[name], confirmed[name], scores.get(name), compared.get(name), records)
+        _standing(
+            *(contenders[name], tunings[name], confirmed[name], scores.get(name), compared.get(name), records),
+            *(passes[name], machine),
+        )
         for name in ranked
     ]
     standings = [_without_false_tie(standing, confirmed, leader) for standing in standings]
@@ -59,13 +66,14 @@ def task_result(plan: Plan, card: TaskCard, records: Records) -> TaskResult:
     standings.sort(key=lambda standing: (standing.contender != leader, not standing.tied))
     searches = {name: _searched(card, state, records) for name, state in tunings.items()}
     about = verdict(card.name, card.metric_name, card.higher_is_better, standings)
-    remarks = caveats(standings, searches, card.higher_is_better)
-    return TaskResult(card.name, card.metric_name, card.higher_is_better, standings, about, caveats=remarks)
+    beside = caveats(standings, searches, card.higher_is_better)
+    return TaskResult(card.name, card.metric_name, card.higher_is_better, standings, about, plan.target, caveats=beside)
 
 
 def _searched(card: TaskCard, state: Tuning, records: Records) -> list[float]:
     """Validation scores in the order of the trials; the worst untrained one for those that were lost."""
-    trials = [records[key.id] for key in state.runs[: len(state.runs) - state.extensions] if key.id in records]
+    tried = [key for key in state.runs if key.phase == TUNE]
+    trials = [records[key.id] for key in tried[: len(tried) - state.extensions] if key.id in records]
     scores = [trial.curve.valid_metric[-1] if trial.finished else math.nan for trial in trials]
     untrained = [trial.curve.valid_metric[0] for trial in trials if trial.curve.valid_metric]
     sign = -1.0 if card.higher_is_better else 1.0
@@ -79,7 +87,15 @@ def _confirmed(
     """The confirmation runs in seed order, None where one has not been made."""
     if state.best is None:
         return []
-    return [records.get(key.id) for key in confirmations(plan, card, contender, state.best.key.lr)]
+    return [records.get(key.id) for key in confirmations(plan, card, contender, state.best.key.hyperparameters)]
+
+
+def _timed(plan: Plan, card: TaskCard, contender: Contender, state: Tuning, records: Records) -> list[RunRecord]:
+    """The timing passes that have been made."""
+    if state.best is None:
+        return []
+    keys = timings(plan, card, contender, state.best.key.hyperparameters)
+    return [records[key.id] for key in keys if key.id in records]
 
 
 def _scores(confirmed: dict[str, list[RunRecord | None]], worst: float) -> dict[str, list[float]]:
@@ -113,6 +129,8 @@ def _standing(
     scores: list[float] | None,
     compared: Comparison | None,
     records: Records,
+    passes: list[RunRecord],
+    machine: str,
 ) -> Standing:
     trials = [records[key.id] for key in state.runs if key.id in records]
     confirmations_made = [record for record in confirmed if record is not None]
@@ -135,7 +153,7 @@ def _standing(
         difference_low=numbers.difference_low,
         difference_high=numbers.difference_high,
         tied=numbers.tied,
-        cost=_cost([*trials, *confirmations_made]),
+        cost=costs.pooled([*trials, *confirmations_made, *passes], machine),
         failures=[_failure(record) for record in (*trials, *confirmations_made) if not record.finished],
     )
 
@@ -151,27 +169,6 @@ def _without_false_tie(
     if len(lost) <= len(lost_by_leader):
         return standing
     return Standing(**{**vars(standing), "tied": False})
-
-
-def _cost(records: list[RunRecord]) -> Cost:
-    """Times of the finished run with the shortest steps (of all runs where none finished); the rest are maxima.
-
-    Other work on the machine only ever lengthens a step, by several times on a busy one, and it does not fall on all
-    contenders alike.
-    """
-    runs = [record.cost for record in records if record.finished] or [record.cost for record in records]
-    if not runs:
-        return Cost.unknown()
-    timed = [cost for cost in runs if not math.isnan(cost.step_seconds)]
-    fastest = min(timed, key=lambda cost: cost.step_seconds, default=Cost.unknown())
-    return Cost(
-        step_seconds=fastest.step_seconds,
-        optimizer_seconds=fastest.optimizer_seconds,
-        state_bytes=max(cost.state_bytes for cost in runs),
-        peak_bytes=max(cost.peak_bytes for cost in runs),
-        gradient_evaluations=max(cost.gradient_evaluations for cost in runs),
-        parameters=max(cost.parameters for cost in runs),
-    )
 
 
 def _failure(record: RunRecord) -> str:

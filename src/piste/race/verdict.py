@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from piste.race.power import unresolved
 from piste.race.record import Standing
 from piste.race.search import redraw
 from piste.race.statistics import LEVEL, detectable
@@ -65,6 +66,7 @@ def verdict(task: str, metric: str, higher_is_better: bool, standings: Sequence[
         f"No difference found on {task} between {listing(group, NAMED)} "
         f"({at} [{_interval(leader)}] for the best mean). "
         f"Take {best.contender}, the cheapest of {between}: {_cost_words(best)}.{_behind(standings)}"
+        f"{_unresolved(standings)}"
     )
 
 
@@ -156,6 +158,11 @@ def _price(best: Standing, standings: Sequence[Standing]) -> list[str]:
     if slower > _SAME_TIME:
         found.append(f"A step of {best.contender} takes {percent(slower)} longer than one of {other.contender}.")
     return found
+
+
+def _unresolved(standings: Sequence[Standing]) -> str:
+    words = unresolved(standings)
+    return f" {words}" if words else ""
 
 
 def _behind(standings: Sequence[Standing]) -> str:

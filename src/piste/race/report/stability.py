@@ -20,7 +20,7 @@ def stability(
     task: TaskResult, runs: Sequence[RunRecord], looks: Mapping[str, Look], identifier: str
 ) -> Picture | None:
     """The norm of the gradient against steps, median and largest over seeds; None where it was not recorded."""
-    traced = [run for run in runs if run.key.phase == CONFIRM and any(map(math.isfinite, _norms(run)))]
+    traced = [run for run in runs if run.key.phase == CONFIRM and any(map(math.isfinite, run.curve.gradient_norm))]
     if not traced:
         return None
     figure = blank(height=BASIN_HEIGHT)
@@ -51,16 +51,10 @@ def stability(
     )
 
 
-def _norms(run: RunRecord) -> list[float]:
-    """Records of older races have none."""
-    found: list[float] = getattr(run.curve, "gradient_norm", [])
-    return found
-
-
 def _over_seeds(group: Sequence[RunRecord], read: object) -> tuple[Series, Series]:
     norms: dict[int, list[float]] = {}
     for run in group:
-        for step, norm in zip(run.curve.step, _norms(run), strict=False):
+        for step, norm in zip(run.curve.step, run.curve.gradient_norm, strict=False):
             if math.isfinite(norm):
                 norms.setdefault(step, []).append(norm)
     assert callable(read)
@@ -70,7 +64,7 @@ def _over_seeds(group: Sequence[RunRecord], read: object) -> tuple[Series, Serie
 def _ends(task: TaskResult, traced: Sequence[RunRecord]) -> list[str]:
     found = []
     for standing in task.standings:
-        norms = [norm for run in traced if run.key.contender == standing.contender for norm in _norms(run)]
+        norms = [norm for run in traced if run.key.contender == standing.contender for norm in run.curve.gradient_norm]
         finite = [norm for norm in norms if math.isfinite(norm)]
         if finite:
             found.append(f"{words.single_line(standing.contender)}: at most {words.number(max(finite))}")
