@@ -13,7 +13,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-SCHEMA: Final = 1
+# 2 added traces and totals; what 1 wrote is read, with those left empty.
+SCHEMA: Final = 2
+READABLE: Final = (1, 2)
 
 FINISHED: Final = "finished"
 DIVERGED: Final = "diverged"
@@ -21,9 +23,11 @@ FAILED: Final = "failed"
 OUT_OF_MEMORY: Final = "out_of_memory"
 STATUSES: Final = (FINISHED, DIVERGED, FAILED, OUT_OF_MEMORY)
 
+SCREEN: Final = "screen"
 TUNE: Final = "tune"
 CONFIRM: Final = "confirm"
-PHASES: Final = (TUNE, CONFIRM)
+TIME: Final = "time"
+PHASES: Final = (SCREEN, TUNE, CONFIRM, TIME)
 
 
 class RecordError(ValueError):
@@ -41,11 +45,14 @@ class RunKey:
         optimizer: the preset's name.
         schedule: name of a function in ``piste.schedules``.
         hyperparameters: what was chosen for this run, ``lr`` first of all.
-        steps: number of optimizer steps.
+        steps: number of optimizer steps; 0 where a script decides it.
         seed: decides initial weights, batch order and dropout, the same for every contender.
-        phase: ``"tune"`` (its validation score may choose the lr) or ``"confirm"`` (fresh seeds, report split).
+        phase: ``"tune"`` (its validation score may choose the setting), ``"confirm"`` (fresh seeds, report split),
+            ``"screen"`` (a trial on a shorter schedule) or ``"time"`` (short, alone, for its wall times; nothing is
+            evaluated and ``seed`` counts rounds).
         device: ``"cpu"``, ``"cuda:0"``, …
         versions: of python, torch and piste.
+        machine: fingerprint of the machine, of timing passes alone: elsewhere they are other runs.
     """
 
     task: str
@@ -59,11 +66,15 @@ class RunKey:
     phase: str
     device: str
     versions: dict[str, str]
+    machine: str = ""
 
     @property
     def id(self) -> str:
         """The content address of the run: 20 hex digits."""
-        return hashlib.sha256(canonical_json(dataclasses.asdict(self)).encode()).hexdigest()[:20]
+        content = dataclasses.asdict(self)
+        if not self.machine:
+            del content["machine"]  # as in schema 1, whose ids stay what they are
+        return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:20]
 
     @property
     def lr(self) -> float:
@@ -81,6 +92,8 @@ class Curve:
         train_loss: mean training loss since the evaluation before (at step 0: of the first batch, before any step).
         valid_loss: loss on the validation split.
         valid_metric: the task's metric on the validation split (equal to the loss where the task has none).
+        lr: learning rate of the first group in the last step (at step 0: in the first one).
+        gradient_norm: Euclidean norm of the whole gradient in that step, before the optimizer does anything to it.
     """
 
     step: list[int] = field(default_factory=list)
@@ -88,6 +101,8 @@ class Curve:
     train_loss: list[float] = field(default_factory=list)
     valid_loss: list[float] = field(default_factory=list)
     valid_metric: list[float] = field(default_factory=list)
+    lr: list[float] = field(default_factory=list)
+    gradient_norm: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -107,6 +122,12 @@ class Cost:
             (Shampoo, SOAP), which are then not among those above; nan if there was none.
         refresh_share: how many of the timed steps did.
         worst_optimizer_seconds: the longest of all timed steps; nan if no step was timed.
+        steps: optimizer steps made; 0 in records of schema 1.
+        examples: training examples seen, each forward-backward pass counted once for its batch.
+        train_seconds: wall time of training, evaluation left out; nan where unknown, as below.
+        optimizer_total_seconds: of these, what lies beyond one gradient evaluation a step.
+        compile_seconds: by how much the first five steps took longer than the median step (tracing, compiling).
+        evaluation_seconds: wall time of all evaluations.
     """
 
     step_seconds: float
@@ -118,6 +139,13 @@ class Cost:
     refresh_seconds: float = math.nan
     refresh_share: float = 0.0
     worst_optimizer_seconds: float = math.nan
+
+    steps: int = 0
+    examples: int = 0
+    train_seconds: float = math.nan
+    optimizer_total_seconds: float = math.nan
+    compile_seconds: float = math.nan
+    evaluation_seconds: float = math.nan
 
     @property
     def mean_optimizer_seconds(self) -> float:
@@ -173,6 +201,11 @@ class RunRecord:
         """Whether the run went to its last step."""
         return self.status == FINISHED
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the machine; wall times are comparable only where it is the same."""
+        return fingerprint(self.machine)
+
     def to_json(self) -> str:
         """The record as JSON text, its checksum computed anew."""
         content = _plain(dataclasses.asdict(self))
@@ -194,8 +227,9 @@ class RunRecord:
             raise RecordError("not a run record")
         if content["checksum"] != _checksum(content):
             raise RecordError("its checksum does not match its content")
-        if content.get("schema") != SCHEMA:
-            raise RecordError(f"its schema is {content.get('schema')!r}, this version reads {SCHEMA}")
+        if content.get("schema") not in READABLE:
+            readable = " and ".join(map(str, READABLE))
+            raise RecordError(f"its schema is {content.get('schema')!r}, this version reads {readable}")
         try:
             record = cls(**_revive(content))
         except (TypeError, KeyError, ValueError) as error:
@@ -253,13 +287,38 @@ class Standing:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """All contenders on one task, best first, and the verdict in one or two sentences."""
+    """All contenders on one task, best first, the verdict in one or two sentences, and what limits it (``caveats``).
+
+    ``target`` is the validation score that was asked for, whose first passing is timed; None where none was.
+    """
 
     task: str
     metric_name: str
     higher_is_better: bool
     standings: list[Standing]
     verdict: str
+    target: float | None = None
+    caveats: list[str] = field(default_factory=list)
+
+
+COMMITTED: Final = "committed"
+CLEAR: Final = "clear"
+EXCLUDED: Final = "ruled out by construction"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a race has to say of one sin of comparisons.
+
+    Args:
+        sin: its name.
+        state: ``"committed"``, ``"clear"`` (looked for and not found) or ``"ruled out by construction"``.
+        words: what was found, or why it cannot happen; empty where clear.
+    """
+
+    sin: str
+    state: str
+    words: str
 
 
 @dataclass(frozen=True)
@@ -274,6 +333,7 @@ class StudyResult:
         notes: what the race holds against itself (few seeds, best lr at an edge, timings taken side by side, …).
         machine: what ran it.
         command: the command that repeats it.
+        findings: one for each sin of comparisons, committed or not.
     """
 
     title: str
@@ -283,6 +343,13 @@ class StudyResult:
     notes: list[str]
     machine: dict[str, str]
     command: str
+    findings: list[Finding] = field(default_factory=list)
+
+
+def fingerprint(machine: dict[str, str]) -> str:
+    """Twelve hex digits for all that decides wall times on a machine, of those things that ``machine`` names."""
+    decisive = {name: machine[name] for name in ("system", "processor", "cores", "accelerator") if name in machine}
+    return hashlib.sha256(canonical_json(decisive).encode()).hexdigest()[:12]
 
 
 def canonical_json(content: Any) -> str:
@@ -309,7 +376,9 @@ def _plain(value: Any) -> Any:
 def _revive(content: dict[str, Any]) -> dict[str, Any]:
     """Turn the JSON form into constructor arguments of ``RunRecord``."""
     numbers = {name: [float(x) for x in values] for name, values in content["curve"].items() if name != "step"}
-    cost: dict[str, Any] = {n: float(x) if n.endswith("_seconds") else x for n, x in content["cost"].items()}
+    cost: dict[str, Any] = {
+        name: float(value) if name.endswith("_seconds") else value for name, value in content["cost"].items()
+    }
     return {
         **content,
         "key": RunKey(**content["key"]),
