@@ -5,18 +5,34 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 import piste
+from piste.race.space import Dimension, Sweep, create_arguments, numbers_of, rounded, space_of
 
 SCHEDULES = ("constant", "flat_cosine", "one_cycle", "untuned_warmup", "warmup_stable_decay")
 _TORCH = "torch."  # "torch.AdamW" is the class of that name in torch.optim, raced beside the presets
 _TORCH_DECADES = 1.5  # around the class's own default lr
+OWN = "script"  # the schedule of a contender whose script brings one
+
+# `--optimizers cheatsheet`: what the cheat-sheet names and a race can run. "SAM + optimizer" stands on both kinds of
+# optimizer. ESAM, SAF and MESA need more than one loss a batch, AdaGraft is a pair to be chosen, and 8-bit states
+# change the memory of a run and not its rule.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "cheatsheet": (
+        *("sgd", "sgd_momentum", "sgd_nesterov", "rmsprop", "lamb", "adamw", "ranger", "ranger_nogc", "ranger21"),
+        *("rangeradabelief", "rangeradabelief_nogc", "adabelief", "shampoo", "shampoo_google", "adan", "amos"),
+        *("adafactor", "novograd", "sm3", "madgrad", "lookahead+adamw"),
+        *("sam+adamw", "sam+sgd_momentum", "asam+adamw", "looksam+adamw", "gsam+adamw"),
+    )
+}
 
 
 class ContenderError(ValueError):
@@ -33,6 +49,8 @@ class Contender:
         lr_center: the middle of the prior.
         decades_below: how far the prior reaches below it, in powers of ten.
         decades_above: how far above.
+        settings: what each of its runs has instead of the preset's, as pairs of name and value.
+        space: what its trials choose beside the learning rate.
     """
 
     optimizer: str
@@ -40,6 +58,8 @@ class Contender:
     lr_center: float
     decades_below: float
     decades_above: float
+    settings: tuple[tuple[str, float], ...] = ()
+    space: tuple[Dimension, ...] = ()
 
     @property
     def name(self) -> str:
@@ -56,17 +76,52 @@ class Contender:
         """Width of the prior in powers of ten."""
         return self.decades_below + self.decades_above
 
+    @property
+    def cells(self) -> list[dict[str, float]]:
+        """Every combination of swept values; a single empty one where nothing is swept."""
+        swept = [dimension for dimension in self.space if dimension.values]
+        names = [dimension.name for dimension in swept]
+        return [dict(zip(names, values, strict=True)) for values in product(*(d.values for d in swept))]
 
-def rounded(lr: float) -> float:
-    """Four significant digits: enough for a learning rate, and it prints as it is."""
-    return float(f"{lr:.4g}")
+    @property
+    def sampled(self) -> tuple[Dimension, ...]:
+        """The dimensions that are searched in a range."""
+        return tuple(dimension for dimension in self.space if not dimension.values)
+
+    def value(self, name: str, hyperparameters: Mapping[str, float]) -> float:
+        """What a trial has of a dimension, said or not."""
+        defaults = {dimension.name: dimension.default for dimension in self.space}
+        return hyperparameters[name] if name in hyperparameters else defaults[name]
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Contender:
+        """Back from plain data, also that of a version without settings and space."""
+        settings = tuple((str(name), float(value)) for name, value in content.get("settings", ()))
+        space = tuple(Dimension.from_json(dimension) for dimension in content.get("space", ()))
+        return cls(**{**content, "settings": settings, "space": space})
 
 
-def make_contenders(optimizers: Sequence[str], schedules: Sequence[str]) -> tuple[Contender, ...]:
+def make_contenders(
+    optimizers: Sequence[str],
+    schedules: Sequence[str],
+    *,
+    trials: int = 1,
+    sweeps: Sequence[Sweep] = (),
+    agnostic: bool = False,
+    script: bool = False,
+) -> tuple[Contender, ...]:
     """Cross optimizers with schedules; without schedules each optimizer keeps its preset's own.
 
+    Args:
+        optimizers: names, patterns, ``torch.NAME``, or the name of a group such as ``"cheatsheet"``.
+        schedules: names of functions in ``piste.schedules``.
+        trials: decides what is searched beside the learning rate.
+        sweeps: values to try one by one.
+        agnostic: no settings by field of application: the same for every task.
+        script: the schedule is that of a script.
+
     Raises:
-        ContenderError: a name is unknown (the nearest one is suggested) or given twice.
+        ContenderError: a name is unknown (the nearest one is suggested) or given twice; nobody has what is swept.
     """
     names = [name for pattern in optimizers for name in _names(pattern)]
     _refuse_repeats("optimizer", names)
@@ -74,21 +129,52 @@ def make_contenders(optimizers: Sequence[str], schedules: Sequence[str]) -> tupl
     for schedule in schedules:
         if schedule not in SCHEDULES:
             raise ContenderError(f"no schedule {schedule!r}{_near(schedule, SCHEDULES)}; there are {_list(SCHEDULES)}")
-    return tuple(contender for name in names for contender in _with_schedules(name, schedules))
+    made = [
+        _contender(name, schedule, trials, sweeps, agnostic)
+        for name in names
+        for schedule in _schedules(name, schedules, script)
+    ]
+    for sweep in sweeps:
+        if not any(dimension.name == sweep.name for contender in made for dimension in contender.space):
+            raise ContenderError(f"no contender has a number {sweep.name!r} to sweep")
+    return tuple(made)
+
+
+def preset_behind(optimizer: str) -> piste.Preset:
+    """The preset of a contender's name; for a class of torch one that says nothing beyond the class."""
+    return piste.Preset(optimizer, _torch_class(optimizer)) if optimizer.startswith(_TORCH) else piste.presets[optimizer]
 
 
 def make_optimizer(
-    contender: Contender, model: nn.Module, lr: float, total_steps: int, domain: str = ""
+    contender: Contender,
+    model: nn.Module,
+    lr: float,
+    total_steps: int,
+    domain: str = "",
+    others: Mapping[str, float] | None = None,
 ) -> tuple[torch.optim.Optimizer, LRScheduler]:
-    """The contender's optimizer and schedule on a model's weights."""
+    """The contender's optimizer and schedule on a model's weights.
+
+    Args:
+        contender: who.
+        model: whose weights.
+        lr: the learning rate.
+        total_steps: length of the run.
+        domain: the field of application.
+        others: hyperparameters beside the learning rate.
+    """
+    preset = preset_behind(contender.optimizer)
+    settings = create_arguments(preset, {**(others or {}), "lr": lr})
     if contender.optimizer.startswith(_TORCH):
         weights = [weight for weight in model.parameters() if weight.requires_grad]
-        optimizer = _torch_class(contender.optimizer)(weights, lr=lr)  # type: ignore[call-arg]
+        optimizer = preset.optimizer(weights, **settings)
         return optimizer, getattr(piste.schedules, contender.schedule)(optimizer, total_steps)
     # Some presets have settings of their own for a field of application (the eps of AdaBelief).
-    field = {"domain": domain} if domain in piste.presets[contender.optimizer].domains else {}
+    by_field = preset.domains.get(domain, {})
+    if by_field and not settings.keys() & by_field.keys():
+        settings["domain"] = domain
     return piste.create_with_schedule(
-        contender.optimizer, model, total_steps, schedule=contender.schedule, lr=lr, **field
+        contender.optimizer, model, total_steps, schedule=contender.schedule, **settings
     )
 
 
@@ -96,6 +182,8 @@ def _names(pattern: str) -> list[str]:
     """The presets that a name or a pattern means, spelt as they are in ``piste.presets``."""
     if pattern.startswith(_TORCH):
         return [pattern]
+    if pattern in GROUPS:
+        return list(GROUPS[pattern])
     *outer, inner = pattern.split("+")
     found = piste.list_optimizers(pattern)
     if not found:
@@ -119,14 +207,28 @@ def _refuse_needs(names: Sequence[str]) -> None:
                 raise ContenderError(f"{name} cannot race: {wrapping} needs {needs}, and a task gives one loss a batch")
 
 
-def _with_schedules(optimizer: str, schedules: Sequence[str]) -> list[Contender]:
+def _schedules(optimizer: str, schedules: Sequence[str], script: bool) -> Sequence[str]:
+    if script:
+        return (OWN,)
+    return schedules or (("constant",) if optimizer.startswith(_TORCH) else (piste.presets[optimizer].schedule,))
+
+
+def _contender(
+    optimizer: str, schedule: str, trials: int, sweeps: Sequence[Sweep], agnostic: bool
+) -> Contender:
+    preset = preset_behind(optimizer)
     if optimizer.startswith(_TORCH):
-        default_lr = inspect.signature(_torch_class(optimizer)).parameters["lr"].default
-        prior = (float(default_lr), _TORCH_DECADES, _TORCH_DECADES)
-        return [Contender(optimizer, schedule, *prior) for schedule in schedules or ("constant",)]
-    preset = piste.presets[optimizer]
-    prior = (preset.lr_prior.center, preset.lr_prior.decades_below, preset.lr_prior.decades_above)
-    return [Contender(optimizer, schedule, *prior) for schedule in schedules or (preset.schedule,)]
+        default_lr = inspect.signature(preset.optimizer).parameters["lr"].default
+        center, below, above = float(default_lr), _TORCH_DECADES, _TORCH_DECADES
+    else:
+        prior = preset.lr_prior
+        center, below, above = prior.center, prior.decades_below, prior.decades_above
+    by_field = {name for settings in preset.domains.values() for name in settings} if agnostic else set()
+    settings = tuple((name, value) for name, value in numbers_of(preset).items() if name in by_field)
+    return Contender(
+        *(optimizer, schedule, center, below, above, settings),
+        space=space_of(preset, schedule, center, trials, sweeps),
+    )
 
 
 def _torch_class(name: str) -> type[torch.optim.Optimizer]:

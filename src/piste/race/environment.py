@@ -14,6 +14,11 @@ from pathlib import Path
 import torch
 
 import piste
+from piste.race.record import fingerprint
+
+
+# How a run is driven and reported does not change how it goes; these do.
+_DECISIVE = ("race/data.py", "race/training.py")
 
 
 def versions() -> dict[str, str]:
@@ -31,6 +36,8 @@ def machine(device: str) -> dict[str, str]:
     }
     if device.startswith("cuda"):
         described["accelerator"] = torch.cuda.get_device_name(device)
+    # Computed by readers, too; written down for those who have the file and not this code.
+    described["fingerprint"] = fingerprint(described)
     return described
 
 
@@ -93,9 +100,8 @@ def _piste_version() -> str:
     package = Path(piste.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
-        # How a run is driven and reported does not change how it goes; `training` and `data` do.
         relative = path.relative_to(package).as_posix()
-        if relative.startswith("race/") and relative not in ("race/training.py", "race/data.py"):
+        if relative.startswith("race/") and relative not in _DECISIVE:
             continue
         digest.update(relative.encode())
         digest.update(path.read_bytes())

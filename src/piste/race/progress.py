@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from piste.race.contenders import Contender
 from piste.race.inspection import TaskCard
-from piste.race.protocol import Plan, Records, best_trial, confirmations, tuning
+from piste.race.protocol import TIMED_STEPS, Plan, Records, best_trial, confirmations, timings, tuning
 from piste.race.record import RunKey, RunRecord
 
 # Runs side by side slow each other down, and the probe of the task ran almost alone.
@@ -27,6 +27,7 @@ class Row:
         lr: the best so far; None before a trial has finished.
         score: mean on the report split over the confirmed seeds, else the best on the validation split; nan if none.
         lost: runs that did not finish.
+        timed, timings: timing passes made, and to be made (0 while nothing is chosen).
     """
 
     card: TaskCard
@@ -38,10 +39,12 @@ class Row:
     lr: float | None
     score: float
     lost: int
+    timed: int = 0
+    timings: int = 0
 
     @property
     def missing(self) -> int:
-        """Runs still to be made."""
+        """Runs still to be made, but for timing passes."""
         return self.trials - self.trials_made + self.seeds - self.confirmed
 
 
@@ -76,14 +79,15 @@ class Clock:
             rows: as far as it is.
             started: for each task and contender, what part of a run is being made.
         """
-        total = longest = 0.0
+        total = longest = alone = 0.0
         for row in rows:
             runs = max(0.0, row.missing - started.get((row.card.name, row.contender.name), 0.0))
             seconds = self.expected(row, plan.steps_of(row.card))
             total += runs * seconds
             longest = max(longest, min(runs, 1.0) * seconds)
-        # The last run of a race keeps only one worker busy.
-        return max(total / self.workers, longest)
+            alone += (row.timings - row.timed) * row.card.run_seconds(min(TIMED_STEPS, plan.steps_of(row.card)))
+        # The last run of a race keeps only one worker busy, and a timing pass is alone.
+        return max(total / self.workers, longest) + alone
 
 
 def rows(plan: Plan, records: Records) -> list[Row]:
@@ -96,8 +100,10 @@ def _row(plan: Plan, card: TaskCard, contender: Contender, records: Records) -> 
     trials = [records[key.id] for key in state.runs if key.id in records]
     confirmed: list[RunRecord] = []
     keys: list[RunKey] = []
+    passes: list[RunKey] = []
     if state.best is not None:
-        keys = confirmations(plan, card, contender, state.best.key.lr)
+        keys = confirmations(plan, card, contender, state.best.key.hyperparameters)
+        passes = timings(plan, card, contender, state.best.key.hyperparameters)
         confirmed = [records[key.id] for key in keys if key.id in records]
     best = state.best or best_trial(card, trials)
     scores = [run.test_metric for run in confirmed if run.finished and run.test_metric is not None]
@@ -105,13 +111,20 @@ def _row(plan: Plan, card: TaskCard, contender: Contender, records: Records) -> 
         card=card,
         contender=contender,
         trials_made=len(trials),
-        trials=len(state.runs),
+        trials=len(state.runs) + state.unknown,
         confirmed=len(confirmed),
-        seeds=len(keys) if not state.missing else plan.seeds,
+        seeds=plan.seeds if state.missing or state.unknown else len(keys),
         lr=None if best is None else best.key.lr,
         score=statistics.fmean(scores) if scores else math.nan if best is None else best.curve.valid_metric[-1],
         lost=sum(not run.finished for run in (*trials, *confirmed)),
+        timed=sum(key.id in records for key in passes),
+        timings=len(passes),
     )
+
+
+def part_of(step: int, steps: int) -> float:
+    """How far a run is, from 0 to 1; 0 where nobody knows its length (a script's)."""
+    return step / steps if steps else 0.0
 
 
 def duration(seconds: float) -> str:

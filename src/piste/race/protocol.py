@@ -1,30 +1,41 @@
 """Which runs a race makes, decided from the runs it has: killed anywhere, it goes on where it was.
 
-1. *Tune.* Every contender gets the same number of learning rates, quasi-random around its own prior, all on one seed.
-   Where the best of them is the lowest or highest tried, the range is extended, at most twice.
-2. *Confirm.* The best learning rate (on the validation split) is trained again on fresh seeds, the same ones for every
+1. *Tune.* Every contender gets the same number of trials: first its preset as it is, then quasi-random points around
+   its own prior (or, asked for, points that TPE chooses by the results so far), all on one seed. Where the best is at
+   an end of what was tried, the range is extended, at most twice. With ``screens``, all trials run on a schedule of
+   half the length first, to its end, and the better half goes on.
+2. *Confirm.* The best setting (on the validation split) is trained again on fresh seeds, the same ones for every
    contender, and scored on the report split, which nothing else has used.
+3. *Time.* Contenders take turns at short runs, one at a time, with nothing beside them.
 """
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from scipy.stats import qmc  # type: ignore[import-untyped]
-
-from piste.race.contenders import Contender, rounded
+from piste.race import sampling
+from piste.race.contenders import Contender
 from piste.race.inspection import TaskCard
-from piste.race.record import CONFIRM, TUNE, RunKey, RunRecord
+from piste.race.record import CONFIRM, SCREEN, TIME, TUNE, RunKey, RunRecord
+from piste.race.space import Dimension
 
 Records = Mapping[str, RunRecord]
+Settings = dict[str, float]
 
 TUNE_SEED = 0
 # With two trials one of them is always an edge; extending then would say nothing.
 FEWEST_TRIALS_TO_EXTEND = 3
 MOST_EXTENSIONS = 2
-_SEQUENCE_SEED = 20  # of the scrambling; one sequence for all contenders, so that all look at the same positions
+# An extension goes one mean spacing beyond the edge, but not less than this: twenty trials are dense.
+LEAST_EXTENSION = 0.25  # decades
+TIMED_STEPS = 60
+# Whose tuned reruns set the target, as in AlgoPerf (Dahl et al. 2023); the best of those that race.
+BASELINES = ("adamw", "nadamw", "sgd_momentum", "sgd_nesterov", "torch.AdamW")
+_ORDER = (SCREEN, TUNE, CONFIRM, TIME)
 
 
 @dataclass(frozen=True)
@@ -35,10 +46,16 @@ class Plan:
         cards: the tasks.
         contenders: who races on each of them.
         steps: steps of a run; None leaves it to each task.
-        trials: learning rates tried for each contender.
+        trials: settings tried for each contender, times the number of combinations of swept values.
         seeds: confirmation runs for each contender.
         device: such as ``"cpu"``.
         versions: of python, torch and piste.
+        sampler: ``"halton"`` or ``"tpe"``.
+        screens: how often trials are halved on shorter schedules before they run at full length.
+        timing: rounds of timing passes; 0 for none.
+        machine: fingerprint of where timing passes run.
+        target: the validation score whose first passing is timed; None for that of the tuned baselines.
+        remarks: what has to be said about how this plan came about.
     """
 
     cards: tuple[TaskCard, ...]
@@ -48,30 +65,51 @@ class Plan:
     seeds: int
     device: str
     versions: dict[str, str]
+    sampler: str = sampling.HALTON
+    screens: int = 0
+    timing: int = 0
+    machine: str = ""
+    target: float | None = None
+    remarks: tuple[str, ...] = ()
 
     def steps_of(self, card: TaskCard) -> int:
         """Steps of each run of a task."""
         return self.steps or card.steps
 
     @property
-    def smallest_number_of_runs(self) -> int:
-        """All trials and confirmations, without extensions."""
-        return len(self.cards) * len(self.contenders) * (self.trials + self.seeds)
+    def trials_each(self) -> int:
+        """Trials of every contender: as many learning rates for each swept value of the one that has most of them."""
+        return self.trials * max(len(contender.cells) for contender in self.contenders)
 
-    def key(self, card: TaskCard, contender: Contender, lr: float, seed: int, phase: str) -> RunKey:
+    @property
+    def smallest_number_of_runs(self) -> int:
+        """All trials and confirmations, without extensions and timing passes."""
+        return len(self.cards) * len(self.contenders) * (self.trials_each + self.seeds)
+
+    def key(
+        self,
+        card: TaskCard,
+        contender: Contender,
+        hyperparameters: Mapping[str, float],
+        seed: int,
+        phase: str,
+        steps: int | None = None,
+    ) -> RunKey:
         """The key of one run."""
+        # A timing pass of another machine is another run: wall times are never compared across machines.
+        versions = {**self.versions, "machine": self.machine} if phase == TIME else self.versions
         return RunKey(
             task=card.name,
             task_hash=card.task_hash,
             contender=contender.name,
             optimizer=contender.optimizer,
             schedule=contender.schedule,
-            hyperparameters={"lr": lr},
-            steps=self.steps_of(card),
+            hyperparameters=dict(hyperparameters),
+            steps=self.steps_of(card) if steps is None else steps,
             seed=seed,
             phase=phase,
             device=self.device,
-            versions=self.versions,
+            versions=versions,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -86,20 +124,23 @@ class Plan:
             KeyError, TypeError: it is not that of a plan.
         """
         cards = tuple(TaskCard(**{**card, "examples": tuple(card["examples"])}) for card in content["cards"])
-        contenders = tuple(Contender(**contender) for contender in content["contenders"])
-        return cls(**{**content, "cards": cards, "contenders": contenders})
+        contenders = tuple(Contender.from_json(contender) for contender in content["contenders"])
+        remarks = tuple(content.get("remarks", ()))
+        return cls(**{**content, "cards": cards, "contenders": contenders, "remarks": remarks})
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How far the search for one contender's learning rate on one task is.
+    """How far the search for one contender's setting on one task is.
 
     Args:
-        runs: keys of all trials asked for so far, extensions included.
+        runs: keys of all trials asked for so far, screening and extensions included.
         missing: those that have not been made.
         best: the record with the best validation score; None while trials are missing or if none finished.
-        edge: ``"low"``, ``"high"`` or ``""``: whether the best is at an end of what was tried.
+        edge: ``"low"``, ``"high"`` or ``""``: whether the best learning rate is at an end of what was tried.
         extensions: trials beyond the equal number.
+        edges: the same as ``edge`` for each dimension whose best is at an end.
+        unknown: trials that will be asked for once the missing ones are there.
     """
 
     runs: list[RunKey]
@@ -107,37 +148,68 @@ class Tuning:
     best: RunRecord | None
     edge: str
     extensions: int
+    edges: dict[str, str] = field(default_factory=dict)
+    unknown: int = 0
 
 
 def tuning(plan: Plan, card: TaskCard, contender: Contender, records: Records) -> Tuning:
-    """Where the search for a contender's learning rate stands, from the records alone."""
-    lrs = [contender.lr_at(position) for position in _positions(plan.trials)]
-    for extensions in range(MOST_EXTENSIONS + 1):
-        keys = [plan.key(card, contender, lr, TUNE_SEED, TUNE) for lr in lrs]
+    """Where the search for a contender's setting stands, from the records alone."""
+    runs: list[RunKey] = []
+    points, unknown = _points(plan, card, contender, records)
+    for stage in range(plan.screens, 0, -1):
+        # A whole run on a schedule of its own, and never the beginning of a longer one: ranks flip while rates fall.
+        keys = [plan.key(card, contender, p, TUNE_SEED, SCREEN, _halved(plan, card, stage)) for p in points]
+        runs += keys
         missing = [key for key in keys if key.id not in records]
-        best = None if missing else best_trial(card, [records[key.id] for key in keys])
-        edge = "" if best is None else _edge(best.key.lr, lrs)
-        if not edge or extensions == MOST_EXTENSIONS or plan.trials < FEWEST_TRIALS_TO_EXTEND:
+        if missing:
+            return Tuning(runs, missing, None, "", 0, unknown=sum(_survivors(len(points), stage)))
+        points = _better_half(card, keys, records)
+    added = 0
+    for round_ in range(MOST_EXTENSIONS + 1):
+        keys = [plan.key(card, contender, point, TUNE_SEED, TUNE) for point in points]
+        missing = [key for key in keys if key.id not in records]
+        best = None if missing or unknown else best_trial(card, [records[key.id] for key in keys])
+        edges = {} if best is None else _edges(contender, best.key, [*runs, *keys])
+        further = [] if best is None else _extensions(plan, contender, best.key, edges, [*runs, *keys])
+        if not further or round_ == MOST_EXTENSIONS or plan.trials < FEWEST_TRIALS_TO_EXTEND:
             break
-        lrs.append(_beyond(edge, lrs, contender.decades / plan.trials))
-    return Tuning(keys, missing, best, edge, extensions)
+        points, added = points + further, added + len(further)
+    return Tuning([*runs, *keys], missing, best, edges.get("lr", ""), added, edges, unknown)
 
 
-def confirmations(plan: Plan, card: TaskCard, contender: Contender, lr: float) -> list[RunKey]:
-    """The confirmation runs at a learning rate, in seed order. No seed of them was used for tuning."""
+def confirmations(plan: Plan, card: TaskCard, contender: Contender, best: Mapping[str, float] | float) -> list[RunKey]:
+    """The confirmation runs of a setting (or of a learning rate alone), in seed order. No seed of them tuned anything."""
     seeds = range(TUNE_SEED + 1, TUNE_SEED + 1 + plan.seeds)
-    return [plan.key(card, contender, lr, seed, CONFIRM) for seed in seeds]
+    chosen = best if isinstance(best, Mapping) else {"lr": best}
+    return [plan.key(card, contender, chosen, seed, CONFIRM) for seed in seeds]
+
+
+def timings(plan: Plan, card: TaskCard, contender: Contender, best: Mapping[str, float]) -> list[RunKey]:
+    """The timing passes of a setting, a round each."""
+    steps = min(TIMED_STEPS, plan.steps_of(card))
+    return [plan.key(card, contender, best, round_, TIME, steps) for round_ in range(plan.timing)]
 
 
 def keys_so_far(plan: Plan, records: Records) -> Iterator[tuple[TaskCard, Contender, RunKey]]:
     """Every run the plan asks for, as far as the records decide it."""
     for card in plan.cards:
+        passes: list[tuple[Contender, RunKey]] = []
+        settled = True
         for contender in plan.contenders:
             state = tuning(plan, card, contender, records)
             keys = state.runs
             if state.best is not None:
-                keys = keys + confirmations(plan, card, contender, state.best.key.lr)
+                best = state.best.key.hyperparameters
+                confirmed = confirmations(plan, card, contender, best)
+                keys = keys + confirmed
+                settled = settled and all(key.id in records for key in confirmed)
+                passes += [(contender, key) for key in timings(plan, card, contender, best)]
+            settled = settled and not state.missing
             for key in keys:
+                yield card, contender, key
+        # Turns can only be taken once everyone is there, and the machine is idle once nothing else is to be run.
+        if settled:
+            for contender, key in passes:
                 yield card, contender, key
 
 
@@ -145,41 +217,131 @@ def next_runs(plan: Plan, records: Records) -> list[tuple[TaskCard, Contender, R
     """The runs that can be made now, in the order to make them.
 
     Contenders take turns, so that what an idle or a busy machine does to the timings falls on all alike; trials come
-    before confirmations, of which more become known meanwhile.
+    before confirmations, of which more become known meanwhile, and timing passes last.
     """
-    missing: list[tuple[tuple[bool, int], tuple[TaskCard, Contender, RunKey]]] = []
+    missing: list[tuple[tuple[int, int], tuple[TaskCard, Contender, RunKey]]] = []
     turns: dict[tuple[str, str, str], int] = {}
     for card, contender, key in keys_so_far(plan, records):
         lane = (card.reference, contender.name, key.phase)
         turns[lane] = turns.get(lane, -1) + 1
         if key.id not in records:
-            missing.append(((key.phase == CONFIRM, turns[lane]), (card, contender, key)))
+            missing.append(((_ORDER.index(key.phase), turns[lane]), (card, contender, key)))
     return [run for _, run in sorted(missing, key=lambda entry: entry[0])]
 
 
 def best_trial(card: TaskCard, trials: list[RunRecord]) -> RunRecord | None:
     """The finished trial with the best validation metric; the lower validation loss, then the lower lr, break ties."""
+    return min((trial for trial in trials if trial.finished), key=lambda trial: _rank(card, trial), default=None)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A validation score to be reached, and where it comes from, in words."""
+
+    value: float
+    source: str
+
+
+def target_of(plan: Plan, card: TaskCard, records: Records) -> Target | None:
+    """The score whose first passing is timed: the user's, or what the tuned baseline reaches in the median of reruns.
+
+    The median and not the best, so that one lucky seed sets no target that nobody reaches. None while no baseline that
+    races has been confirmed on every seed.
+    """
+    if plan.target is not None:
+        return Target(plan.target, "asked for")
     sign = -1.0 if card.higher_is_better else 1.0
-    finished = [trial for trial in trials if trial.finished]
-    return min(
-        finished,
-        key=lambda trial: (sign * trial.curve.valid_metric[-1], trial.curve.valid_loss[-1], trial.key.lr),
-        default=None,
-    )
+    found: list[tuple[float, str]] = []
+    for contender in plan.contenders:
+        state = tuning(plan, card, contender, records) if contender.optimizer in BASELINES else None
+        if state is None or state.best is None:
+            continue
+        keys = confirmations(plan, card, contender, state.best.key.hyperparameters)
+        runs = [records[key.id] for key in keys if key.id in records and records[key.id].finished]
+        if len(runs) == len(keys):
+            found.append((statistics.median(run.curve.valid_metric[-1] for run in runs), contender.name))
+    if not found:
+        return None
+    value, name = min(found, key=lambda entry: sign * entry[0])
+    return Target(value, f"median of {plan.seeds} reruns of {name}, tuned like the others")
 
 
-def _positions(count: int) -> list[float]:
-    """Quasi-random positions in [0, 1]; more of them begin with the same ones, so that earlier trials stay useful."""
-    sequence = qmc.Halton(d=1, scramble=True, seed=_SEQUENCE_SEED)
-    return [float(position) for position in sequence.random(count)[:, 0]]
+def seeds_needed(deviation: float, difference: float, z: float = 1.96) -> int:
+    """Seeds that each of two contenders needs before a difference of their means shows: n = 2 (z sd / delta)^2.
+
+    Args:
+        deviation: standard deviation of a score over seeds.
+        difference: what is to be resolved, above 0.
+        z: quantile of the normal distribution, that of a 95 % interval.
+
+    >>> seeds_needed(0.01, 0.02), seeds_needed(0.01, 0.005)
+    (2, 31)
+    """
+    return max(2, math.ceil(2 * (z * deviation / difference) ** 2))
 
 
-def _edge(lr: float, lrs: list[float]) -> str:
-    if len(lrs) == 1:
-        return ""
-    return "low" if lr == min(lrs) else "high" if lr == max(lrs) else ""
+def _points(plan: Plan, card: TaskCard, contender: Contender, records: Records) -> tuple[list[Settings], int]:
+    """The settings of the equal number of trials, and how many of them are not known yet."""
+    if plan.sampler == sampling.HALTON:
+        return sampling.points(contender, plan.trials_each), 0
+
+    def loss(settings: Settings) -> float | None:
+        """What a trial came to, lower is better; None if it has not been made."""
+        record = records.get(plan.key(card, contender, settings, TUNE_SEED, TUNE).id)
+        if record is None:
+            return None
+        return (-1 if card.higher_is_better else 1) * record.curve.valid_metric[-1] if record.finished else math.inf
+
+    return sampling.adaptive_points(contender, plan.trials_each, loss)
 
 
-def _beyond(edge: str, lrs: list[float], decades: float) -> float:
-    """One mean spacing beyond the edge."""
-    return rounded(min(lrs) / 10**decades if edge == "low" else max(lrs) * 10**decades)
+def _halved(plan: Plan, card: TaskCard, stage: int) -> int:
+    return max(1, plan.steps_of(card) >> stage)
+
+
+def _survivors(count: int, stages: int) -> list[int]:
+    """How many trials are left after each halving."""
+    left = [count]
+    for _ in range(stages):
+        left.append(math.ceil(left[-1] / 2))
+    return left[1:]
+
+
+def _better_half(card: TaskCard, keys: list[RunKey], records: Records) -> list[Settings]:
+    finished = [records[key.id] for key in keys if records[key.id].finished]
+    ranked = sorted(finished, key=lambda trial: _rank(card, trial))
+    return [trial.key.hyperparameters for trial in ranked[: math.ceil(len(keys) / 2)]]
+
+
+def _rank(card: TaskCard, trial: RunRecord) -> tuple[float, float, float]:
+    sign = -1.0 if card.higher_is_better else 1.0
+    return sign * trial.curve.valid_metric[-1], trial.curve.valid_loss[-1], trial.key.lr
+
+
+def _edges(contender: Contender, best: RunKey, tried: list[RunKey]) -> dict[str, str]:
+    """Of each dimension whose best value is the lowest or highest tried, which of the two."""
+    found = {}
+    for name in ("lr", *(dimension.name for dimension in contender.space)):
+        values = {contender.value(name, key.hyperparameters) for key in tried}
+        own = contender.value(name, best.hyperparameters)
+        if len(values) > 1 and own in (min(values), max(values)):
+            found[name] = "low" if own == min(values) else "high"
+    return found
+
+
+def _extensions(
+    plan: Plan, contender: Contender, best: RunKey, edges: Mapping[str, str], tried: list[RunKey]
+) -> list[Settings]:
+    """The best setting with one dimension moved beyond its edge, for each that can be. Swept lists are what they are."""
+    lr = Dimension("lr", contender.lr_center, *(contender.lr_at(end) for end in (0.0, 1.0)))
+    known = [key.hyperparameters for key in tried]
+    found = []
+    for dimension in (lr, *contender.sampled):
+        if dimension.name not in edges:
+            continue
+        own = contender.value(dimension.name, best.hyperparameters)
+        decades = contender.decades if dimension is lr else dimension.decades
+        value = dimension.beyond(edges[dimension.name], own, max(decades / plan.trials, LEAST_EXTENSION))
+        if value is not None and {**best.hyperparameters, dimension.name: value} not in known:
+            found.append({**best.hyperparameters, dimension.name: value})
+    return found

@@ -13,7 +13,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-SCHEMA: Final = 1
+# 2 added traces and totals; what 1 wrote is read, with those left empty.
+SCHEMA: Final = 2
+READABLE: Final = (1, 2)
 
 FINISHED: Final = "finished"
 DIVERGED: Final = "diverged"
@@ -21,9 +23,11 @@ FAILED: Final = "failed"
 OUT_OF_MEMORY: Final = "out_of_memory"
 STATUSES: Final = (FINISHED, DIVERGED, FAILED, OUT_OF_MEMORY)
 
+SCREEN: Final = "screen"
 TUNE: Final = "tune"
 CONFIRM: Final = "confirm"
-PHASES: Final = (TUNE, CONFIRM)
+TIME: Final = "time"
+PHASES: Final = (SCREEN, TUNE, CONFIRM, TIME)
 
 
 class RecordError(ValueError):
@@ -41,11 +45,13 @@ class RunKey:
         optimizer: the preset's name.
         schedule: name of a function in ``piste.schedules``.
         hyperparameters: what was chosen for this run, ``lr`` first of all.
-        steps: number of optimizer steps.
+        steps: number of optimizer steps; 0 where a script decides it.
         seed: decides initial weights, batch order and dropout, the same for every contender.
-        phase: ``"tune"`` (its validation score may choose the lr) or ``"confirm"`` (fresh seeds, report split).
+        phase: ``"tune"`` (its validation score may choose the setting), ``"confirm"`` (fresh seeds, report split),
+            ``"screen"`` (a trial on a shorter schedule) or ``"time"`` (short, alone, for its wall times; nothing is
+            evaluated and ``seed`` counts rounds).
         device: ``"cpu"``, ``"cuda:0"``, …
-        versions: of python, torch and piste.
+        versions: of python, torch and piste; of timing passes the machine's fingerprint, too.
     """
 
     task: str
@@ -81,6 +87,8 @@ class Curve:
         train_loss: mean training loss since the evaluation before (at step 0: of the first batch, before any step).
         valid_loss: loss on the validation split.
         valid_metric: the task's metric on the validation split (equal to the loss where the task has none).
+        lr: learning rate of the first group in the last step (at step 0: in the first one).
+        gradient_norm: Euclidean norm of the whole gradient in that step, before the optimizer does anything to it.
     """
 
     step: list[int] = field(default_factory=list)
@@ -88,6 +96,8 @@ class Curve:
     train_loss: list[float] = field(default_factory=list)
     valid_loss: list[float] = field(default_factory=list)
     valid_metric: list[float] = field(default_factory=list)
+    lr: list[float] = field(default_factory=list)
+    gradient_norm: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -103,6 +113,12 @@ class Cost:
             process during the run, Python and torch included. 0 where it could not be measured.
         gradient_evaluations: forward-backward passes made in the whole run.
         parameters: number of trained weights.
+        steps: optimizer steps made; 0 in records of schema 1.
+        examples: training examples seen, each forward-backward pass counted once for its batch.
+        train_seconds: wall time of training, evaluation left out; nan where unknown, as below.
+        optimizer_total_seconds: of these, what lies beyond one gradient evaluation a step.
+        compile_seconds: by how much the first five steps took longer than the median step: compilation, tracing, caches.
+        evaluation_seconds: wall time of all evaluations.
     """
 
     step_seconds: float
@@ -111,6 +127,12 @@ class Cost:
     peak_bytes: int
     gradient_evaluations: int
     parameters: int
+    steps: int = 0
+    examples: int = 0
+    train_seconds: float = math.nan
+    optimizer_total_seconds: float = math.nan
+    compile_seconds: float = math.nan
+    evaluation_seconds: float = math.nan
 
     @classmethod
     def unknown(cls) -> Cost:
@@ -155,6 +177,11 @@ class RunRecord:
         """Whether the run went to its last step."""
         return self.status == FINISHED
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the machine; wall times are comparable only where it is the same."""
+        return fingerprint(self.machine)
+
     def to_json(self) -> str:
         """The record as JSON text, its checksum computed anew."""
         content = _plain(dataclasses.asdict(self))
@@ -176,8 +203,9 @@ class RunRecord:
             raise RecordError("not a run record")
         if content["checksum"] != _checksum(content):
             raise RecordError("its checksum does not match its content")
-        if content.get("schema") != SCHEMA:
-            raise RecordError(f"its schema is {content.get('schema')!r}, this version reads {SCHEMA}")
+        if content.get("schema") not in READABLE:
+            readable = " and ".join(map(str, READABLE))
+            raise RecordError(f"its schema is {content.get('schema')!r}, this version reads {readable}")
         try:
             record = cls(**_revive(content))
         except (TypeError, KeyError, ValueError) as error:
@@ -235,13 +263,19 @@ class Standing:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """All contenders on one task, best first, and the verdict in one or two sentences."""
+    """All contenders on one task, best first, and the verdict in one or two sentences.
+
+    ``target`` is the validation score whose first passing is timed (None where there is none), ``target_source`` where
+    it comes from.
+    """
 
     task: str
     metric_name: str
     higher_is_better: bool
     standings: list[Standing]
     verdict: str
+    target: float | None = None
+    target_source: str = ""
 
 
 @dataclass(frozen=True)
@@ -265,6 +299,12 @@ class StudyResult:
     notes: list[str]
     machine: dict[str, str]
     command: str
+
+
+def fingerprint(machine: dict[str, str]) -> str:
+    """Twelve hex digits for all that decides wall times on a machine, of those things that ``machine`` names."""
+    decisive = {name: machine[name] for name in ("system", "processor", "cores", "accelerator") if name in machine}
+    return hashlib.sha256(canonical_json(decisive).encode()).hexdigest()[:12]
 
 
 def canonical_json(content: Any) -> str:
@@ -291,18 +331,13 @@ def _plain(value: Any) -> Any:
 def _revive(content: dict[str, Any]) -> dict[str, Any]:
     """Turn the JSON form into constructor arguments of ``RunRecord``."""
     numbers = {name: [float(x) for x in values] for name, values in content["curve"].items() if name != "step"}
-    cost = content["cost"]
+    # Non-finite numbers are text in a file.
+    cost = {name: float(value) if isinstance(value, str) else value for name, value in content["cost"].items()}
     return {
         **content,
         "key": RunKey(**content["key"]),
         "curve": Curve(step=content["curve"]["step"], **numbers),
-        "cost": Cost(
-            **{
-                **cost,
-                "step_seconds": float(cost["step_seconds"]),
-                "optimizer_seconds": float(cost["optimizer_seconds"]),
-            }
-        ),
+        "cost": Cost(**{name: float(value) if name.endswith("_seconds") else value for name, value in cost.items()}),
         "test_loss": _number(content["test_loss"]),
         "test_metric": _number(content["test_metric"]),
     }

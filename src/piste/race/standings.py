@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from piste.race import costs
 from piste.race.contenders import Contender
 from piste.race.inspection import TaskCard
 from piste.race.protocol import (
@@ -13,9 +14,11 @@ from piste.race.protocol import (
     Tuning,
     confirmations,
     keys_so_far,
+    target_of,
+    timings,
     tuning,
 )
-from piste.race.record import CONFIRM, FINISHED, TUNE, Cost, RunRecord, Standing, StudyResult, TaskResult
+from piste.race.record import CONFIRM, FINISHED, TUNE, RunRecord, Standing, StudyResult, TaskResult
 from piste.race.statistics import Comparison, compare
 from piste.race.words import count, listing, size
 
@@ -59,15 +62,22 @@ def task_result(plan: Plan, card: TaskCard, records: Records) -> TaskResult:
     leader = next(iter(compared), None)
     contenders = {contender.name: contender for contender in plan.contenders}
     ranked = [*compared, *(name for name in contenders if name not in compared)]
+    passes = {name: _timed(plan, card, contenders[name], tunings[name], records) for name in contenders}
+    machine = costs.home([*made, *(run for runs in passes.values() for run in runs)])
     standings = [
-        _standing(contenders[name], tunings[name], confirmed[name], scores.get(name), compared.get(name), records)
+        _standing(
+            *(contenders[name], tunings[name], confirmed[name], scores.get(name), compared.get(name), records),
+            *(passes[name], machine),
+        )
         for name in ranked
     ]
     standings = [_without_false_tie(standing, confirmed, leader) for standing in standings]
     # Leader first, then its group, then the others, each by score.
     standings.sort(key=lambda standing: (standing.contender != leader, not standing.tied))
     verdict = _verdict(card, standings, plan.seeds)
-    return TaskResult(card.name, card.metric_name, card.higher_is_better, standings, verdict)
+    target = target_of(plan, card, records)
+    reached = () if target is None else (target.value, target.source)
+    return TaskResult(card.name, card.metric_name, card.higher_is_better, standings, verdict, *reached)
 
 
 def recommended(standings: list[Standing]) -> Standing | None:
@@ -92,7 +102,15 @@ def _confirmed(
     """The confirmation runs in seed order, None where one has not been made."""
     if state.best is None:
         return []
-    return [records.get(key.id) for key in confirmations(plan, card, contender, state.best.key.lr)]
+    return [records.get(key.id) for key in confirmations(plan, card, contender, state.best.key.hyperparameters)]
+
+
+def _timed(plan: Plan, card: TaskCard, contender: Contender, state: Tuning, records: Records) -> list[RunRecord]:
+    """The timing passes that have been made."""
+    if state.best is None:
+        return []
+    keys = timings(plan, card, contender, state.best.key.hyperparameters)
+    return [records[key.id] for key in keys if key.id in records]
 
 
 def _scores(confirmed: dict[str, list[RunRecord | None]], worst: float) -> dict[str, list[float]]:
@@ -126,6 +144,8 @@ def _standing(
     scores: list[float] | None,
     compared: Comparison | None,
     records: Records,
+    passes: list[RunRecord],
+    machine: str,
 ) -> Standing:
     trials = [records[key.id] for key in state.runs if key.id in records]
     confirmations_made = [record for record in confirmed if record is not None]
@@ -148,7 +168,7 @@ def _standing(
         difference_low=numbers.difference_low,
         difference_high=numbers.difference_high,
         tied=numbers.tied,
-        cost=_cost([*trials, *confirmations_made]),
+        cost=costs.pooled([*trials, *confirmations_made, *passes], machine),
         failures=[_failure(record) for record in (*trials, *confirmations_made) if not record.finished],
     )
 
@@ -164,27 +184,6 @@ def _without_false_tie(
     if len(lost) <= len(lost_by_leader):
         return standing
     return Standing(**{**vars(standing), "tied": False})
-
-
-def _cost(records: list[RunRecord]) -> Cost:
-    """Times of the finished run with the shortest steps (of all runs where none finished); the rest are maxima.
-
-    Other work on the machine only ever lengthens a step, by several times on a busy one, and it does not fall on all
-    contenders alike.
-    """
-    runs = [record.cost for record in records if record.finished] or [record.cost for record in records]
-    if not runs:
-        return Cost.unknown()
-    timed = [cost for cost in runs if not math.isnan(cost.step_seconds)]
-    fastest = min(timed, key=lambda cost: cost.step_seconds, default=Cost.unknown())
-    return Cost(
-        step_seconds=fastest.step_seconds,
-        optimizer_seconds=fastest.optimizer_seconds,
-        state_bytes=max(cost.state_bytes for cost in runs),
-        peak_bytes=max(cost.peak_bytes for cost in runs),
-        gradient_evaluations=max(cost.gradient_evaluations for cost in runs),
-        parameters=max(cost.parameters for cost in runs),
-    )
 
 
 def _failure(record: RunRecord) -> str:
@@ -255,14 +254,14 @@ def _number(value: float) -> str:
 
 
 def _notes(plan: Plan, records: Records, used: list[RunRecord], missing: int, workers: int) -> list[str]:
-    notes = []
+    notes = list(plan.remarks)
     if missing:
         notes.append(f"The race is not finished: {missing} or more runs are missing. Repeat the command to go on.")
     if plan.seeds < FEW_SEEDS:
         notes.append(f"Few seeds ({plan.seeds}): only large differences can be found. {FEW_SEEDS} or more are better.")
     if plan.trials < FEW_TRIALS:
         notes.append(f"Few trials ({plan.trials}): the learning rates are coarse, and with them the comparison.")
-    if workers > 1:
+    if workers > 1 and not plan.timing:
         notes.append(
             f"Step times were taken while {workers} runs went side by side: compare them with each other, "
             "not with those of an idle machine."
@@ -274,8 +273,8 @@ def _notes(plan: Plan, records: Records, used: list[RunRecord], missing: int, wo
             f"{len(lost)} confirmation runs did not finish; each counts as the worst score seen on its task, "
             "the untrained model's included."
         )
-    if len({tuple(sorted(record.machine.items())) for record in used}) > 1:
-        notes.append("The runs come from more than one machine: their times cannot be compared.")
+    if len({record.fingerprint for record in used}) > 1:
+        notes.append("The runs come from more than one machine: times are those of one of them, or unknown.")
     return notes
 
 

@@ -9,13 +9,11 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-import statistics
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,6 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 import piste
 from piste.race import environment, record
 from piste.race.contenders import Contender, make_optimizer
+from piste.race.costs import WARM_UP_STEPS, Stopwatch
 from piste.race.data import Split, Splits, evaluation_batches, to_device, training_batches
 from piste.race.record import Cost, Curve, RunKey, RunRecord
 from piste.race.task import Task
@@ -36,7 +35,6 @@ EVALUATION_BATCH = 256
 # A mean training loss of ten times that of the untrained model, over a whole stretch between two evaluations, is
 # taken for divergence. Nothing else is stopped early: ranks flip while learning rates still fall.
 DIVERGED_FACTOR = 10.0
-_WARM_UP_STEPS = 5  # left out of the timing
 _CUDA_CHECK_EVERY = 10  # steps between waits for the device, which would slow it if made at every step
 
 Progress = Callable[[int], None]
@@ -44,14 +42,6 @@ Progress = Callable[[int], None]
 
 class DivergedError(Exception):
     """The loss is no longer finite, or far above where it started."""
-
-
-@dataclass
-class _Timer:
-    """Wall times of whole steps and of ``optimizer.step()``, warm-up left out."""
-
-    step: list[float] = field(default_factory=list)
-    optimizer: list[float] = field(default_factory=list)
 
 
 def run(task: Task, splits: Splits, contender: Contender, key: RunKey, progress: Progress) -> RunRecord:
@@ -141,8 +131,10 @@ class _Attempt:
         self.key = key
         self.device = torch.device(key.device)
         self.curve = Curve()
-        self.timer = _Timer()
+        self.stopwatch = Stopwatch()
         self.seconds = 0.0
+        self.evaluation_seconds = 0.0
+        self.steps = 0
         self.gradient_evaluations = 0
         self.parameters = 0
         self.optimizer: torch.optim.Optimizer | None = None
@@ -152,15 +144,21 @@ class _Attempt:
     def train(self, progress: Progress) -> None:
         model = fresh_model(self.task, self.key.seed, self.device)
         self.parameters = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-        self.optimizer, schedule = make_optimizer(self.contender, model, self.key.lr, self.key.steps, self.task.domain)
+        others = {name: value for name, value in self.key.hyperparameters.items() if name != "lr"}
+        self.optimizer, schedule = make_optimizer(
+            self.contender, model, self.key.lr, self.key.steps, self.task.domain, others
+        )
         batches = training_batches(self.splits.train, self.task.batch_size, derived_seed(self.key.seed, "batches"))
-        stops = evaluation_steps(self.key.steps)
-        self._evaluate(0, model, self.optimizer, math.nan)
+        # A timing pass evaluates nothing: it would only make room in the caches.
+        stops = set() if self.key.phase == record.TIME else evaluation_steps(self.key.steps)
+        if stops:
+            self._evaluate(0, model, self.optimizer, math.nan)
         losses: list[Tensor] = []
         stretch = self._clock()
         for number in range(1, self.key.steps + 1):
             seed_everything(derived_seed(self.key.seed, f"step {number}"))
-            losses.append(self._step(number, model, self.optimizer, schedule, batches))
+            losses.append(self._step(number, model, self.optimizer, schedule, batches, traced=number in stops))
+            self.steps = number
             self._check(number, losses[-1])
             progress(number)
             if number in stops:
@@ -168,6 +166,8 @@ class _Attempt:
                 self._evaluate(number, model, self.optimizer, float(torch.stack(losses).mean()))
                 losses.clear()
                 stretch = self._clock()
+        if not stops:
+            self.seconds = self._clock() - stretch
         if self.key.phase == record.CONFIRM:
             with evaluating(self.optimizer):
                 self.test = evaluate(self.task, model, self.splits.report, self.device)
@@ -178,12 +178,18 @@ class _Attempt:
         """The record of what happened so far, under the given status."""
         test_loss, test_metric = self.test if self.test and status == record.FINISHED else (None, None)
         cost = Cost(
-            step_seconds=_median(self.timer.step),
-            optimizer_seconds=_median(self.timer.optimizer),
+            step_seconds=self.stopwatch.step_seconds,
+            optimizer_seconds=self.stopwatch.optimizer_seconds,
             state_bytes=state_bytes(self.optimizer) if self.optimizer else 0,
             peak_bytes=environment.peak_bytes(self.device),
             gradient_evaluations=self.gradient_evaluations,
             parameters=self.parameters,
+            steps=self.steps,
+            examples=self.steps * self.task.batch_size,
+            train_seconds=self.seconds,
+            optimizer_total_seconds=self.steps * self.stopwatch.optimizer_seconds,
+            compile_seconds=self.stopwatch.compile_seconds,
+            evaluation_seconds=self.evaluation_seconds,
         )
         return new_record(self.key, status, message, self.curve, cost, test_loss, test_metric)
 
@@ -194,25 +200,42 @@ class _Attempt:
         optimizer: torch.optim.Optimizer,
         schedule: LRScheduler,
         batches: Iterator[Any],
+        traced: bool,
     ) -> Tensor:
-        timed = self.device.type == "cpu" or number % _CUDA_CHECK_EVERY == 0
+        timed = self.device.type == "cpu" or number <= WARM_UP_STEPS or number % _CUDA_CHECK_EVERY == 0
         start = self._clock(timed)
         optimizer.zero_grad()
         batch = to_device(next(batches), self.device)
         loss = self._evaluate_gradient(model, batch)
+        if number == 1 or traced:
+            start += self._trace(number, model, optimizer, loss, entries=(number == 1) + traced)
         before = self._clock(timed)
         if isinstance(optimizer, piste.SAM) and optimizer.needs_two_passes and optimizer.first_step():
             self._evaluate_gradient(model, batch)
         optimizer.step()
         after = self._clock(timed)
         schedule.step()
-        if timed and number > _WARM_UP_STEPS:
-            self.timer.step.append(self._clock() - start)
-            self.timer.optimizer.append(after - before)
-        loss = loss.detach()
+        if timed:
+            self.stopwatch.add(number, self._clock() - start, after - before)
+        return loss.detach()
+
+    def _trace(
+        self, number: int, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, entries: int
+    ) -> float:
+        """Note learning rate and gradient norm, and the loss of the first batch; returns how long that took.
+
+        The first step stands for the evaluation before it, and one that is evaluated after the first step for both.
+        """
+        if self.key.phase == record.TIME:
+            return 0.0
+        begun = self._clock()
+        norms = [weight.grad.float().norm() for weight in model.parameters() if weight.grad is not None]
+        norm = float(torch.stack(norms).norm()) if norms else math.nan
+        self.curve.lr += entries * [float(optimizer.param_groups[0]["lr"])]
+        self.curve.gradient_norm += entries * [norm]
         if number == 1:
-            self.curve.train_loss[0] = float(loss)
-        return loss
+            self.curve.train_loss[0] = float(loss.detach())
+        return self._clock() - begun
 
     def _evaluate_gradient(self, model: nn.Module, batch: Any) -> Tensor:
         loss = self.task.loss(model, batch)
@@ -227,8 +250,10 @@ class _Attempt:
                 raise DivergedError(f"the training loss became {value} at step {number} of {self.key.steps}")
 
     def _evaluate(self, number: int, model: nn.Module, optimizer: torch.optim.Optimizer, train_loss: float) -> None:
+        begun = self._clock()
         with evaluating(optimizer):
             loss, metric = evaluate(self.task, model, self.splits.valid, self.device)
+        self.evaluation_seconds += self._clock() - begun
         self.curve.step.append(number)
         self.curve.train_seconds.append(self.seconds)
         self.curve.train_loss.append(train_loss)
@@ -292,10 +317,6 @@ def _failure(error: BaseException) -> tuple[str, str]:
     # The CPU allocator has no error class of its own.
     is_memory = isinstance(error, RuntimeError) and "allocate memory" in str(error)
     return (record.OUT_OF_MEMORY if is_memory else record.FAILED), one_line(error)
-
-
-def _median(values: list[float]) -> float:
-    return statistics.median(values) if values else math.nan
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
