@@ -51,6 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "wrappings": {"wrappers"},
     "presets": {"checks", "optimizer", "optimizers", "schedules", "groups", "wrappings"},
     "registry": {"checks", "presets", "optimizers", "wrappings", "schedules", "groups", "optimizer"},
+    "scripting": {"registry"},
     "memory": {"bucket", "optimizer", "plan", "registry", "storage", "symbol"},
     "advise": {"checks", "groups", "memory", "optimizer", "optimizers", "presets", "routing", "schedules", "wrappers"},
 }

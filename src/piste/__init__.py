@@ -55,6 +55,8 @@ from piste.registry import optimizer_info as optimizer_info
 from piste.registry import preset_of as preset_of
 from piste.registry import schedule_for as schedule_for
 from piste.registry import state_bytes as state_bytes
+from piste.scripting import race_optimizer as race_optimizer
+from piste.scripting import race_report as race_report
 from piste.stable_embedding import StableEmbedding as StableEmbedding
 from piste.storage import STATE_FORMATS as STATE_FORMATS
 from piste.storage import WEIGHT_FORMATS as WEIGHT_FORMATS

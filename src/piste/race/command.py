@@ -18,14 +18,18 @@ from rich.console import Console
 import piste
 from piste.race import footprint, report
 from piste.race.advice import advise
+from piste.race.budget import BudgetError, parse_budget
 from piste.race.catalogue import find, show, show_list
 from piste.race.contenders import ContenderError, make_contenders
 from piste.race.executor import ExecutorError
 from piste.race.record import StudyResult
+from piste.race.sampling import SAMPLERS, SamplerError
+from piste.race.settings import Settings
+from piste.race.space import parse_sweep
 from piste.race.standings import recommended
 from piste.race.starter import STARTER
 from piste.race.store import Store, StoreError
-from piste.race.study import DeviceError, InterruptedRaceError, Settings, race, stored_result, stored_settings
+from piste.race.study import DeviceError, InterruptedRaceError, SettingsError, race, stored_result, stored_settings
 from piste.race.task import BUILT_IN, TaskError
 from piste.race.terminal import show_result, view_for
 
@@ -34,7 +38,7 @@ __all__ = ["command"]
 _TASKS = ("char_transformer", "digits")
 _OPTIMIZERS = "sgd_momentum,adamw,ranger,rangeradabelief"
 _RESULTS = Path("piste-race")
-_ASKED = ("task", "optimizers", "schedules", "steps", "seeds", "trials", "device")
+_WRONG = (BudgetError, ContenderError, DeviceError, SamplerError, SettingsError, TaskError)  # a setting is wrong
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -54,7 +58,7 @@ def _explained(debug: bool, out: Path | None = None) -> Iterator[None]:
         words = f"all finished runs are kept. Go on with: {again}" if again else "nothing was run yet"
         click.echo(f"piste: stopped; {words}", err=True)
         sys.exit(130)
-    except (ContenderError, TaskError, DeviceError, StoreError, ExecutorError, OSError) as error:
+    except (*_WRONG, StoreError, ExecutorError, OSError) as error:
         if debug:
             traceback.print_exc()
         message = str(error) if not isinstance(error, OSError) else f"{error.filename or ''}: {error.strerror or error}"
@@ -69,19 +73,51 @@ def _names(context: click.Context, parameter: click.Parameter, value: str) -> tu
     return names
 
 
+def _sweeps(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    """Checked here, so that a mistake is one of the command line; kept as text, to be compared and stored."""
+    for text in value:
+        try:
+            parse_sweep(text)
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from None
+    return value
+
+
+def _budget(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    try:
+        return None if value is None else parse_budget(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
 def _debug(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--debug", is_flag=True, help="Show the traceback of an error.")(function)
 
 
 @command.command(name="race", short_help="Race optimizers on a task.")
 @click.argument("task", required=False, metavar="[TASK.py[:name]]")
-@click.option("--optimizers", default=_OPTIMIZERS, show_default=True, callback=_names, help="Names, with commas.")
+@click.argument("arguments", nargs=-1, metavar="[-- ARGS]")
+@click.option(
+    "--optimizers", default=_OPTIMIZERS, show_default=True, callback=_names, help="Names, with commas; or cheatsheet."
+)
 @click.option(
     "--schedules", default="", callback=_names, help="Crossed with the optimizers. [default: each one's companion]"
 )
 @click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps of a run. [default: the task's]")
 @click.option("--seeds", type=click.IntRange(min=1), default=5, show_default=True, help="Confirmation runs each.")
-@click.option("--trials", type=click.IntRange(min=1), default=5, show_default=True, help="Learning rates each.")
+@click.option("--trials", type=click.IntRange(min=1), default=5, show_default=True, help="Settings tried, each.")
+@click.option(
+    "--sweep", "sweeps", multiple=True, callback=_sweeps, metavar="NAME[=V,V…]", help="eps, rho, or any with values."
+)
+@click.option("--sampler", type=click.Choice(SAMPLERS), default=SAMPLERS[0], show_default=True, help="Of trials.")
+@click.option("--screens", type=click.IntRange(0, 4), default=0, show_default=True, help="Halvings on short schedules.")
+@click.option("--timing", type=click.IntRange(min=0), default=3, show_default=True, help="Rounds of timing passes.")
+@click.option("--target", type=float, help="Score to be timed. [default: what tuned baselines reach]")
+@click.option("--agnostic", is_flag=True, help="No settings by field: the same for every task.")
+@click.option("--budget", callback=_budget, metavar="TIME", help="Plan the race to fit, such as 10m or 1h30m.")
+@click.option("--script", type=click.Path(), help="Race a script of yours; its arguments stand after --.")
+@click.option("--metric", default="loss", show_default=True, help="What of a script's reports is the score.")
+@click.option("--higher-is-better", is_flag=True, help="The direction of that.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, …")
 @click.option("--out", type=click.Path(path_type=Path), help="Directory of results. [default: piste-race/<tasks>]")
 @click.option("--resume", is_flag=True, help="Go on with the last race in --out, as it was asked for.")
@@ -90,30 +126,34 @@ def _debug(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.pass_context
 def _race(
     context: click.Context,
+    /,
     task: str | None,
-    optimizers: tuple[str, ...],
-    schedules: tuple[str, ...],
-    steps: int | None,
-    seeds: int,
-    trials: int,
-    device: str,
+    arguments: tuple[str, ...],
+    script: str | None,
     out: Path | None,
     resume: bool,
     new: Path | None,
     debug: bool,
+    **options: Any,
 ) -> None:
     """Race optimizers on TASK: a built-in one or a file of your own.
 
     Built in are char_transformer, digits, digits_noise and digits_vit. Every contender tries the same number of
-    learning rates around its own prior; its best is trained again on fresh seeds and scored on data used for nothing
+    settings around its own prior; its best is trained again on fresh seeds and scored on data used for nothing
     else. Without TASK, two built-in tasks are raced. Finished runs are kept: the same command goes on where it was
-    stopped.
+    stopped. A training script of your own that calls piste.race_optimizer is raced with --script.
     """
-    given = [name for name in _ASKED if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
     if new is not None:
         _write_starter(new)
         return
-    asked = Settings((task,) if task else _TASKS, optimizers, schedules, steps, trials, seeds, device)
+    if script is not None:
+        # Whatever is not an option is the script's; click cannot tell what stood before the "--".
+        arguments = (*((task,) if task else ()), *arguments)
+        task = script
+    elif arguments:
+        raise click.UsageError(f"one task at a time, not {' '.join((str(task), *arguments))}; ARGS belong to --script")
+    asked = Settings((task,) if task else _TASKS, script=script is not None, arguments=arguments, **options)
+    given = [name for name in (*options, "script", "task", "arguments") if _is_given(context, name)]
     if out is None:
         out = _latest() if resume and task is None else _RESULTS / "+".join(_stem(each) for each in asked.tasks)
     with _explained(debug, out):
@@ -125,6 +165,10 @@ def _race(
         if not any(recommended(each.standings) for each in result.results):
             click.echo("piste: no run of any contender finished; the report says why", err=True)
             sys.exit(1)
+
+
+def _is_given(context: click.Context, name: str) -> bool:
+    return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
 
 def _stored(store: Store, asked: Settings, given: list[str]) -> tuple[Settings, str]:
@@ -144,7 +188,7 @@ def _stored(store: Store, asked: Settings, given: list[str]) -> tuple[Settings, 
 def _words(value: object) -> str:
     if isinstance(value, tuple):
         return ",".join(value) or "each one's companion"
-    return "the task's own" if value is None else str(value)
+    return "what it is by default" if value is None else str(value)
 
 
 def _stem(task: str) -> str:

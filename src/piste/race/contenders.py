@@ -88,6 +88,11 @@ class Contender:
         """The dimensions that are searched in a range."""
         return tuple(dimension for dimension in self.space if not dimension.values)
 
+    @property
+    def lr_range(self) -> Dimension:
+        """The learning rate as a dimension."""
+        return Dimension("lr", self.lr_center, self.lr_at(0.0), self.lr_at(1.0))
+
     def value(self, name: str, hyperparameters: Mapping[str, float]) -> float:
         """What a trial has of a dimension, said or not."""
         defaults = {dimension.name: dimension.default for dimension in self.space}
@@ -142,7 +147,9 @@ def make_contenders(
 
 def preset_behind(optimizer: str) -> piste.Preset:
     """The preset of a contender's name; for a class of torch one that says nothing beyond the class."""
-    return piste.Preset(optimizer, _torch_class(optimizer)) if optimizer.startswith(_TORCH) else piste.presets[optimizer]
+    return (
+        piste.Preset(optimizer, _torch_class(optimizer)) if optimizer.startswith(_TORCH) else piste.presets[optimizer]
+    )
 
 
 def make_optimizer(
@@ -173,9 +180,7 @@ def make_optimizer(
     by_field = preset.domains.get(domain, {})
     if by_field and not settings.keys() & by_field.keys():
         settings["domain"] = domain
-    return piste.create_with_schedule(
-        contender.optimizer, model, total_steps, schedule=contender.schedule, **settings
-    )
+    return piste.create_with_schedule(contender.optimizer, model, total_steps, schedule=contender.schedule, **settings)
 
 
 def _names(pattern: str) -> list[str]:
@@ -213,9 +218,7 @@ def _schedules(optimizer: str, schedules: Sequence[str], script: bool) -> Sequen
     return schedules or (("constant",) if optimizer.startswith(_TORCH) else (piste.presets[optimizer].schedule,))
 
 
-def _contender(
-    optimizer: str, schedule: str, trials: int, sweeps: Sequence[Sweep], agnostic: bool
-) -> Contender:
+def _contender(optimizer: str, schedule: str, trials: int, sweeps: Sequence[Sweep], agnostic: bool) -> Contender:
     preset = preset_behind(optimizer)
     if optimizer.startswith(_TORCH):
         default_lr = inspect.signature(preset.optimizer).parameters["lr"].default

@@ -16,7 +16,6 @@ import torch
 import piste
 from piste.race.record import fingerprint
 
-
 # How a run is driven and reported does not change how it goes; these do.
 _DECISIVE = ("race/data.py", "race/training.py")
 

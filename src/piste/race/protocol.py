@@ -21,7 +21,6 @@ from piste.race import sampling
 from piste.race.contenders import Contender
 from piste.race.inspection import TaskCard
 from piste.race.record import CONFIRM, SCREEN, TIME, TUNE, RunKey, RunRecord
-from piste.race.space import Dimension
 
 Records = Mapping[str, RunRecord]
 Settings = dict[str, float]
@@ -178,7 +177,7 @@ def tuning(plan: Plan, card: TaskCard, contender: Contender, records: Records) -
 
 
 def confirmations(plan: Plan, card: TaskCard, contender: Contender, best: Mapping[str, float] | float) -> list[RunKey]:
-    """The confirmation runs of a setting (or of a learning rate alone), in seed order. No seed of them tuned anything."""
+    """The confirmation runs of a setting (or of a learning rate alone), in seed order. No seed tuned anything."""
     seeds = range(TUNE_SEED + 1, TUNE_SEED + 1 + plan.seeds)
     chosen = best if isinstance(best, Mapping) else {"lr": best}
     return [plan.key(card, contender, chosen, seed, CONFIRM) for seed in seeds]
@@ -332,8 +331,8 @@ def _edges(contender: Contender, best: RunKey, tried: list[RunKey]) -> dict[str,
 def _extensions(
     plan: Plan, contender: Contender, best: RunKey, edges: Mapping[str, str], tried: list[RunKey]
 ) -> list[Settings]:
-    """The best setting with one dimension moved beyond its edge, for each that can be. Swept lists are what they are."""
-    lr = Dimension("lr", contender.lr_center, *(contender.lr_at(end) for end in (0.0, 1.0)))
+    """The best setting with one dimension moved beyond its edge, for each that can be; swept lists stay."""
+    lr = contender.lr_range
     known = [key.hyperparameters for key in tried]
     found = []
     for dimension in (lr, *contender.sampled):

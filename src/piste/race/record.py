@@ -117,7 +117,7 @@ class Cost:
         examples: training examples seen, each forward-backward pass counted once for its batch.
         train_seconds: wall time of training, evaluation left out; nan where unknown, as below.
         optimizer_total_seconds: of these, what lies beyond one gradient evaluation a step.
-        compile_seconds: by how much the first five steps took longer than the median step: compilation, tracing, caches.
+        compile_seconds: by how much the first five steps took longer than the median step (tracing, compiling).
         evaluation_seconds: wall time of all evaluations.
     """
 
@@ -331,13 +331,14 @@ def _plain(value: Any) -> Any:
 def _revive(content: dict[str, Any]) -> dict[str, Any]:
     """Turn the JSON form into constructor arguments of ``RunRecord``."""
     numbers = {name: [float(x) for x in values] for name, values in content["curve"].items() if name != "step"}
-    # Non-finite numbers are text in a file.
-    cost = {name: float(value) if isinstance(value, str) else value for name, value in content["cost"].items()}
+    cost: dict[str, Any] = {
+        name: float(value) if name.endswith("_seconds") else value for name, value in content["cost"].items()
+    }
     return {
         **content,
         "key": RunKey(**content["key"]),
         "curve": Curve(step=content["curve"]["step"], **numbers),
-        "cost": Cost(**{name: float(value) if name.endswith("_seconds") else value for name, value in cost.items()}),
+        "cost": Cost(**cost),
         "test_loss": _number(content["test_loss"]),
         "test_metric": _number(content["test_metric"]),
     }

@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 from scipy.stats import qmc  # type: ignore[import-untyped]
 
 from piste.race.contenders import Contender
-from piste.race.space import Dimension, rounded
+from piste.race.space import rounded
 
 HALTON = "halton"
 TPE = "tpe"
@@ -47,9 +48,7 @@ def points(contender: Contender, count: int) -> list[Point]:
     return [{**fixed, **point, **cell} for point in free[:needed] for cell in cells][:count]
 
 
-def adaptive_points(
-    contender: Contender, count: int, loss: Callable[[Point], float | None]
-) -> tuple[list[Point], int]:
+def adaptive_points(contender: Contender, count: int, loss: Callable[[Point], float | None]) -> tuple[list[Point], int]:
     """So many settings, of which those after the first half follow from how the ones before went.
 
     Args:
@@ -81,7 +80,7 @@ def _suggested(
     optuna = optuna_or_refusal()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     swept = [dimension for dimension in contender.space if dimension.values]
-    lr = Dimension("lr", contender.lr_center, *(contender.lr_at(end) for end in (0.0, 1.0)))
+    lr = contender.lr_range
     ranged = (lr, *contender.sampled)
     kinds = {
         **{dimension.name: optuna.distributions.FloatDistribution(0.0, 1.0) for dimension in ranged},
@@ -103,7 +102,7 @@ def _suggested(
     return tuple({**dict(contender.settings), **chosen}.items())
 
 
-def optuna_or_refusal():  # type: ignore[no-untyped-def]
+def optuna_or_refusal() -> Any:
     """Optuna, imported only when asked for.
 
     Raises:

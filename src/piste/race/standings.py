@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from piste.race import costs
+from piste.race import costs, script
 from piste.race.contenders import Contender
 from piste.race.inspection import TaskCard
 from piste.race.protocol import (
@@ -266,7 +266,7 @@ def _notes(plan: Plan, records: Records, used: list[RunRecord], missing: int, wo
             f"Step times were taken while {workers} runs went side by side: compare them with each other, "
             "not with those of an idle machine."
         )
-    notes += [*_search_notes(plan, records), *_passes_notes(used)]
+    notes += [*_search_notes(plan, records), *_passes_notes(used), *script.notes(used)]
     lost = [record for record in used if record.key.phase == CONFIRM and record.status != FINISHED]
     if lost:
         notes.append(

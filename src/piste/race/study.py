@@ -1,116 +1,54 @@
-"""The driver of a race: looks at the tasks, makes the runs that are missing, keeps each, and reports.
-
-It never runs a task's code itself; that happens in worker processes, so that whatever a task does ends a run and
-not the race.
-"""
+"""A race from what was asked for to its result: plans it, has its runs made, and reads one that is kept."""
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
-from typing import Any, Protocol
 
 import torch
 
-from piste.race import environment, progress, record
-from piste.race.contenders import make_contenders
-from piste.race.executor import Death, Executor
+from piste.race import environment, sampling
+from piste.race.budget import fitted
+from piste.race.contenders import Contender, ContenderError, make_contenders
+from piste.race.driver import Driver, InterruptedRaceError, State, View, inspect_tasks, measured_paces, stop_signals
+from piste.race.executor import Executor
 from piste.race.inspection import TaskCard
-from piste.race.progress import Clock, Row
-from piste.race.protocol import Plan, next_runs
-from piste.race.record import RunRecord, StudyResult
+from piste.race.protocol import Plan
+from piste.race.record import StudyResult, fingerprint
+from piste.race.script import Script
+from piste.race.settings import Settings
+from piste.race.space import parse_sweep
 from piste.race.standings import study_result
 from piste.race.store import Store, StoreError
-from piste.race.task import BUILT_IN, TaskError, split_reference
-from piste.race.training import new_record
-from piste.race.worker import Inspect, Progress, Refusal, Run
+from piste.race.task import BUILT_IN, split_reference
+
+__all__ = [
+    "DeviceError",
+    "InterruptedRaceError",
+    "Settings",
+    "SettingsError",
+    "State",
+    "View",
+    "race",
+    "resolve_device",
+    "stored_result",
+    "stored_settings",
+    "title",
+]
 
 # Each worker process holds its own Python and torch, some 300 MB; more of them only when asked for.
 MOST_WORKERS = 16
-_POLL_SECONDS = 0.1
-
-
-class InterruptedRaceError(Exception):
-    """The race was asked to stop; all finished runs are kept."""
 
 
 class DeviceError(ValueError):
     """The device does not exist here."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What was asked for.
-
-    Args:
-        tasks: built-in names, or ``FILE.py`` or ``FILE.py:name``.
-        optimizers: presets, or ``torch.AdamW`` for a class of ``torch.optim``.
-        schedules: crossed with the optimizers; empty for each preset's own.
-        steps: of a run; None for each task's own.
-        trials: learning rates tried for each contender.
-        seeds: confirmation runs for each contender.
-        device: ``"auto"``, ``"cpu"``, ``"cuda:0"``, …
-    """
-
-    tasks: tuple[str, ...]
-    optimizers: tuple[str, ...]
-    schedules: tuple[str, ...]
-    steps: int | None
-    trials: int
-    seeds: int
-    device: str
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Settings:
-        """Back from plain data."""
-        lists = {name: tuple(content[name]) for name in ("tasks", "optimizers", "schedules")}
-        return cls(**{**content, **lists})
-
-
-@dataclass
-class State:
-    """A race as it stands, for whoever shows it."""
-
-    plan: Plan
-    rows: list[Row]
-    running: list[tuple[Run, int]]
-    started: float
-    seconds_left: float
-
-    @property
-    def made(self) -> int:
-        """Runs that are there."""
-        return sum(row.trials_made + row.confirmed for row in self.rows)
-
-    @property
-    def total(self) -> int:
-        """Runs there will be, as far as is known."""
-        return sum(row.trials + row.seeds for row in self.rows)
-
-
-class View(Protocol):
-    """Shows a race while it goes."""
-
-    def looking(self, tasks: Sequence[str]) -> None:
-        """The tasks are being inspected."""
-
-    def begin(self, state: State, damaged: Sequence[str]) -> None:
-        """The plan is made; the runs start."""
-
-    def finished(self, state: State, made: RunRecord) -> None:
-        """A run has ended."""
-
-    def tick(self, state: State) -> None:
-        """Time has passed."""
-
-    def end(self) -> None:
-        """No more runs, for whatever reason."""
+class SettingsError(ValueError):
+    """Two things that were asked for exclude each other."""
 
 
 def race(settings: Settings, store: Store, view: View, command: str, workers: int | None = None) -> StudyResult:
@@ -124,19 +62,27 @@ def race(settings: Settings, store: Store, view: View, command: str, workers: in
         workers: processes side by side; None for one a core on the CPU, one on an accelerator.
 
     Raises:
-        ContenderError, TaskError, DeviceError: a setting is wrong; nothing has been written.
+        ContenderError, TaskError, DeviceError, SettingsError, SamplerError, BudgetError: a setting is wrong, or cannot
+            be had here; nothing has been written.
         StoreError: the store cannot be used, or no longer; finished runs are kept.
         ExecutorError: worker processes cannot be started here.
         InterruptedRaceError: Ctrl-C or a signal to end; finished runs are kept.
     """
-    contenders = make_contenders(settings.optimizers, settings.schedules)
+    begun = time.monotonic()
+    _refuse_contradictions(settings)
+    contenders = contenders_for(settings, settings.trials)
     device = resolve_device(settings.device)
-    references = [_absolute(task) for task in settings.tasks]
+    script = _script(settings)
+    references = [_absolute(task) for task in settings.tasks] if script is None else []
     workers = workers or _default_workers(device)
-    with _stop_signals() as stopped, store.writing(), Executor(workers, store.logs) as executor:
+    with stop_signals() as stopped, store.writing(), Executor(workers, store.logs) as executor:
         view.looking(settings.tasks)
-        cards = _inspect(references, device, executor, stopped)
-        plan = Plan(cards, contenders, settings.steps, settings.trials, settings.seeds, device, environment.versions())
+        cards = inspect_tasks(references, device, executor, stopped) if script is None else (script.card(),)
+        plan = _plan(settings, cards, contenders, device)
+        if settings.budget is not None:
+            plan = _planned_before(settings, plan, store) or _fitted(
+                settings, plan, begun, workers, executor, stopped, view
+            )
         created = environment.now()
         kept = {"settings": asdict(settings), "plan": plan.to_json()}
         about = {
@@ -147,9 +93,105 @@ def race(settings: Settings, store: Store, view: View, command: str, workers: in
             "machine": environment.machine(device),
         }
         store.write_study({**kept, **about})
-        driver = _Driver(plan, store, view, executor, stopped)
+        driver = Driver(plan, store, view, executor, stopped, script)
         driver.run()
     return study_result(plan, driver.records, **about)  # type: ignore[arg-type]
+
+
+def contenders_for(settings: Settings, trials: int) -> tuple[Contender, ...]:
+    """Who races; how many trials there are decides what they search.
+
+    Raises:
+        ContenderError: a name or a sweep is wrong.
+    """
+    try:
+        sweeps = [parse_sweep(text) for text in settings.sweeps]
+    except ValueError as error:
+        raise ContenderError(f"--sweep: {error}") from error
+    return make_contenders(
+        settings.optimizers,
+        settings.schedules,
+        trials=trials,
+        sweeps=sweeps,
+        agnostic=settings.agnostic,
+        script=settings.script,
+    )
+
+
+def _refuse_contradictions(settings: Settings) -> None:
+    if settings.sampler == sampling.TPE:
+        sampling.optuna_or_refusal()
+        if settings.screens:
+            raise SettingsError("--screens and --sampler tpe exclude each other: TPE needs each result before the next")
+    if settings.script:
+        for name, given in (
+            ("--steps", settings.steps is not None),
+            ("--schedules", bool(settings.schedules)),
+            ("--screens", settings.screens > 0),
+            ("--budget", settings.budget is not None),
+        ):
+            if given:
+                raise SettingsError(f"{name} and --script exclude each other: how a run goes is up to the script")
+
+
+def _plan(settings: Settings, cards: tuple[TaskCard, ...], contenders: tuple[Contender, ...], device: str) -> Plan:
+    """The race as it was asked for."""
+    remarks = []
+    if settings.sampler == sampling.TPE:
+        remarks.append(
+            "Trials were chosen by TPE from the results of earlier ones (--sampler tpe): they cannot be scored anew by "
+            "another measure, and how a contender does with fewer of them cannot be told from them."
+        )
+    if settings.script:
+        remarks.append(
+            "The script's own schedule was used for all contenders. Where its reports hold no test_ numbers, scores "
+            "are those of the split that chose the settings, on fresh seeds."
+        )
+    return Plan(
+        *(cards, contenders, settings.steps, settings.trials, settings.seeds, device, environment.versions()),
+        sampler=settings.sampler,
+        screens=settings.screens,
+        timing=0 if settings.script else settings.timing,
+        machine=fingerprint(environment.machine(device)),
+        target=settings.target,
+        remarks=tuple(remarks),
+    )
+
+
+def _fitted(
+    settings: Settings,
+    plan: Plan,
+    begun: float,
+    workers: int,
+    executor: Executor,
+    stopped: Callable[[], bool],
+    view: View,
+) -> Plan:
+    """The race that fits into the budget, by what a few steps of every contender take here."""
+    view.measuring(len(plan.contenders))
+    paces = measured_paces(plan, executor, stopped)
+    assert settings.budget is not None
+    left = settings.budget - (time.monotonic() - begun)
+    return fitted(plan, settings.budget, left, paces, workers, lambda trials: contenders_for(settings, trials))
+
+
+def _planned_before(settings: Settings, plan: Plan, store: Store) -> Plan | None:
+    """What the same command planned for the same budget: measured again, it would come out a little different."""
+    try:
+        stored = Plan.from_json(store.read_study()["plan"]) if stored_settings(store) == settings else None
+    except (StoreError, KeyError, TypeError):
+        return None
+    same_tasks = stored is not None and [c.task_hash for c in stored.cards] == [c.task_hash for c in plan.cards]
+    if stored is None or not same_tasks or stored.versions != plan.versions or stored.machine != plan.machine:
+        return None
+    return stored
+
+
+def _script(settings: Settings) -> Script | None:
+    if not settings.script:
+        return None
+    (path,) = settings.tasks
+    return Script(str(Path(path).resolve()), settings.arguments, settings.metric, settings.higher_is_better)
 
 
 def stored_settings(store: Store) -> Settings:
@@ -212,108 +254,6 @@ def title(plan: Plan) -> str:
     return f"{count} contender{'s' * (count != 1)} on {names}"
 
 
-class _Driver:
-    """Keeps the workers busy until no run is missing."""
-
-    def __init__(self, plan: Plan, store: Store, view: View, executor: Executor, stopped: Callable[[], bool]) -> None:
-        self.plan = plan
-        self.store = store
-        self.view = view
-        self.executor = executor
-        self.stopped = stopped
-        self.records: dict[str, RunRecord] = store.load()
-        self.clock = Clock(len(executor.lanes))
-        self.started = time.monotonic()
-        self.since: dict[str, float] = {}
-        self.step: dict[str, int] = {}
-        self._look()
-
-    def run(self) -> None:
-        self.view.begin(self._state(), self.store.damaged)
-        try:
-            while self._submit():
-                for event in self.executor.events(_POLL_SECONDS):
-                    assert isinstance(event.job, Run)
-                    self._handle(event.job, event.answer)
-                self.view.tick(self._state())
-                if self.stopped():
-                    raise InterruptedRaceError
-        finally:
-            self.view.end()
-
-    def _submit(self) -> bool:
-        """Give idle workers what is missing; whether anything is being worked on."""
-        busy = {job.key.id for job in self.executor.jobs if isinstance(job, Run)}
-        for run in self.missing:
-            if not self.executor.idle:
-                break
-            if run.key.id not in busy:
-                self.executor.submit(run)
-                self.since[run.key.id] = time.monotonic()
-                self.step[run.key.id] = 0
-                busy.add(run.key.id)
-        return bool(busy)
-
-    def _handle(self, job: Run, answer: object) -> None:
-        key = job.key
-        if isinstance(answer, Progress):
-            self.step[key.id] = answer.step
-            return
-        if isinstance(answer, Refusal):
-            raise TaskError(answer.message)
-        if isinstance(answer, Death):
-            answer = new_record(key, record.FAILED, answer.reason)
-        assert isinstance(answer, RunRecord)
-        self.store.add(answer)
-        self.records[key.id] = answer
-        self.clock.add(key.task, key.contender, time.monotonic() - self.since[key.id])
-        self._look()
-        self.view.finished(self._state(), answer)
-
-    def _look(self) -> None:
-        """Derive from the records what is there and what is missing; only a new record changes either."""
-        self.rows = progress.rows(self.plan, self.records)
-        self.missing = [Run(card.reference, who, key) for card, who, key in next_runs(self.plan, self.records)]
-
-    def _state(self) -> State:
-        running = [(job, self.step[job.key.id]) for job in self.executor.jobs if isinstance(job, Run)]
-        done = {(job.key.task, job.key.contender): step / job.key.steps for job, step in running}
-        return State(self.plan, self.rows, running, self.started, self.clock.left(self.plan, self.rows, done))
-
-
-def _inspect(
-    references: Sequence[str], device: str, executor: Executor, stopped: Callable[[], bool]
-) -> tuple[TaskCard, ...]:
-    """Have the workers load and try every task."""
-    waiting = [Inspect(reference, device) for reference in references]
-    cards: dict[str, TaskCard] = {}
-    while len(cards) < len(references):
-        while waiting and executor.idle:
-            executor.submit(waiting.pop(0))
-        for event in executor.events(_POLL_SECONDS):
-            if isinstance(event.answer, Refusal):
-                raise TaskError(event.answer.message) from WorkerError(event.answer.traceback)
-            if isinstance(event.answer, Death):
-                raise TaskError(
-                    f"{event.job.reference}: {event.answer.reason} while the task was tried; what it printed is in "
-                    f"{executor.logs}"
-                )
-            if isinstance(event.answer, TaskCard):
-                cards[event.job.reference] = event.answer
-        if stopped():
-            raise InterruptedRaceError
-    found = tuple(cards[reference] for reference in references)
-    for card in found:
-        same = [other.reference for other in found if other.name == card.name]
-        if len(same) > 1:
-            raise TaskError(f"tasks of one race need names of their own; {' and '.join(same)} are both {card.name!r}")
-    return found
-
-
-class WorkerError(Exception):
-    """Carries the traceback of a worker process, shown with ``--debug``."""
-
-
 def _absolute(task: str) -> str:
     """A task's reference, valid in every directory."""
     if task in BUILT_IN:
@@ -324,24 +264,3 @@ def _absolute(task: str) -> str:
 
 def _default_workers(device: str) -> int:
     return min(environment.usable_cores(), MOST_WORKERS) if device == "cpu" else 1
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C (or request to end) into a wish that the driver looks at; a second one acts at once."""
-    wished = threading.Event()
-
-    def wish(number: int, frame: FrameType | None) -> None:
-        if wished.is_set():
-            raise KeyboardInterrupt
-        wished.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield wished.is_set
-        return
-    before = {number: signal.signal(number, wish) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield wished.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

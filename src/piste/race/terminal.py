@@ -14,11 +14,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from piste.race.progress import Row, duration
-from piste.race.record import RunRecord, Standing, StudyResult, TaskResult
+from piste.race.driver import State
+from piste.race.progress import Row, duration, part_of
+from piste.race.protocol import Plan
+from piste.race.record import TIME, RunRecord, Standing, StudyResult, TaskResult
 from piste.race.standings import recommended
-from piste.race.study import State
-from piste.race.words import single_line, size
+from piste.race.words import count, listing, single_line, size
 
 __all__ = ["LiveView", "PlainView", "show_result", "view_for"]
 
@@ -27,6 +28,16 @@ def view_for(console: Console) -> LiveView | PlainView:
     """A table that is drawn again and again on a terminal that can do so, a line a run elsewhere."""
     redrawn = console.is_terminal and not console.is_dumb_terminal
     return LiveView(console) if redrawn else PlainView(console)
+
+
+def chosen(hyperparameters: Mapping[str, float]) -> str:
+    """``lr 0.1 eps 1e-08``."""
+    return " ".join(f"{name} {value:g}" for name, value in hyperparameters.items())
+
+
+def measuring_line(contenders: int) -> str:
+    """Why nothing is to be seen yet."""
+    return f"measuring a few steps of {count(contenders, 'contender')} …"
 
 
 def number(value: float) -> str:
@@ -44,6 +55,10 @@ class PlainView:
         """The tasks are being inspected."""
         self._say(f"looking at {' and '.join(tasks)} …")
 
+    def measuring(self, contenders: int) -> None:
+        """Contenders take a few steps, for the budget."""
+        self._say(measuring_line(contenders))
+
     def begin(self, state: State, damaged: Sequence[str]) -> None:
         """The plan is made; the runs start."""
         for line in (*damaged, *plan_lines(state)):
@@ -52,8 +67,13 @@ class PlainView:
     def finished(self, state: State, made: RunRecord) -> None:
         """A run has ended."""
         key = made.key
-        outcome = number(made.curve.valid_metric[-1]) if made.finished else f"{made.status}: {made.message}"
-        run = f"{key.task}  {key.contender}  lr {key.lr:g}  seed {key.seed}  {key.phase}"
+        if not made.finished:
+            outcome = f"{made.status}: {made.message}"
+        elif key.phase == TIME:
+            outcome = f"{made.cost.step_seconds * 1e3:.3g} ms a step"
+        else:
+            outcome = number(made.curve.valid_metric[-1])
+        run = f"{key.task}  {key.contender}  {chosen(key.hyperparameters)}  seed {key.seed}  {key.phase}"
         self._say(f"[{state.made}/{state.total}] {run}: {outcome}   ({duration(state.seconds_left)} left)")
 
     def tick(self, state: State) -> None:
@@ -79,6 +99,10 @@ class LiveView:
         self.status.update(f"looking at {escape(' and '.join(tasks))}")
         self.status.start()
 
+    def measuring(self, contenders: int) -> None:
+        """Contenders take a few steps, for the budget."""
+        self.status.update(measuring_line(contenders))
+
     def begin(self, state: State, damaged: Sequence[str]) -> None:
         """The plan is made; the runs start."""
         self.status.stop()
@@ -93,7 +117,8 @@ class LiveView:
         """A run has ended."""
         if not made.finished and self.live is not None:
             key = made.key
-            line = f"{key.task}  {key.contender}  lr {key.lr:g}  seed {key.seed}: {made.status}, {made.message}"
+            setting = chosen(key.hyperparameters)
+            line = f"{key.task}  {key.contender}  {setting}  seed {key.seed}: {made.status}, {made.message}"
             self.live.console.print(line, style="yellow", markup=False, highlight=False)
 
     def tick(self, state: State) -> None:
@@ -125,7 +150,9 @@ class LiveView:
 
 def _cells(row: Row, state: State, *, wide: bool) -> list[str | Text]:
     active = [(job, step) for job, step in state.running if _same(job.key.task, job.key.contender, row)]
-    now = ", ".join((f"lr {job.key.lr:g} " if wide else "") + f"{step / job.key.steps:.0%}" for job, step in active)
+    now = ", ".join(
+        (f"lr {job.key.lr:g} " if wide else "") + f"{part_of(step, job.key.steps):.0%}" for job, step in active
+    )
     return [
         Text(row.contender.name, style="bold" if active else ""),
         f"{row.trials_made}/{row.trials}",
@@ -159,14 +186,28 @@ def plan_lines(state: State) -> list[str]:
     lines = []
     for card in plan.cards:
         about = f" ({single_line(card.description)})" if card.description else ""
-        lines.append(f"task {card.name}{about}: {card.parameters:,} weights, {plan.steps_of(card)} steps a run")
+        steps = plan.steps_of(card)
+        size_of = f"{card.parameters:,} weights, {steps} steps a run" if steps else "as long as the script says"
+        lines.append(f"task {card.name}{about}: {size_of}")
     lines.append(f"contenders: {', '.join(c.name for c in plan.contenders)}")
-    each = f"{plan.trials} learning rates and {plan.seeds} fresh seeds for each contender on each task"
+    each = f"{_trials(plan)} and {plan.seeds} fresh seeds for each contender on each task"
     lines.append(f"plan: {each}, {state.total} runs or a few more, on {plan.device}")
+    if plan.timing:
+        lines.append(f"then {count(plan.timing, 'round')} of timing passes, one at a time")
+    lines += plan.remarks
     if state.made:
         lines.append(f"{state.made} of them are there already")
-    lines.append(f"estimated time: {duration(state.seconds_left)}")
+    known = all(plan.steps_of(card) for card in plan.cards)
+    lines.append(f"estimated time: {duration(state.seconds_left) if known else 'known after the first runs'}")
     return lines
+
+
+def _trials(plan: Plan) -> str:
+    """``5 learning rates``, or ``20 trials of lr, weight_decay and eps``."""
+    names = list(dict.fromkeys(dimension.name for contender in plan.contenders for dimension in contender.space))
+    if not names:
+        return count(plan.trials_each, "learning rate")
+    return f"{count(plan.trials_each, 'trial')} of {listing(['lr', *names], 9)}"
 
 
 def show_result(console: Console, result: StudyResult, report: Path | None) -> None:

@@ -10,16 +10,19 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 
+from piste.race import script
 from piste.race.contenders import Contender
 from piste.race.data import Splits
 from piste.race.inspection import TaskCard, inspect_task, load_data, task_hash
 from piste.race.record import RunKey, RunRecord
+from piste.race.script import Script
 from piste.race.task import Task, TaskError, load_task
 from piste.race.training import run, seed_everything
 
@@ -41,6 +44,7 @@ class Run:
     reference: str
     contender: Contender
     key: RunKey
+    script: Script | None = None
 
 
 @dataclass(frozen=True)
@@ -112,12 +116,21 @@ class _Worker:
         return inspect_task(job.reference, ready.task, ready.task_hash, ready.splits, torch.device(job.device))
 
     def _run(self, job: Run) -> RunRecord:
+        if job.script is not None:
+            return script.run(job.script, job.contender, job.key, self._progress())
         ready = self._ready(job.reference)
         if ready.task_hash != job.key.task_hash:
             raise TaskError(
                 f"task {job.key.task} changed while it was raced (or gives other data each time it is loaded); "
                 "start the race again"
             )
+        made = run(ready.task, ready.splits, job.contender, job.key, self._progress())
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return made
+
+    def _progress(self) -> Callable[[int], None]:
+        """Sends the number of steps on, now and then."""
         sent = time.monotonic()
 
         def progress(step: int) -> None:
@@ -126,10 +139,7 @@ class _Worker:
                 sent = time.monotonic()
                 self._send(Progress(step))
 
-        made = run(ready.task, ready.splits, job.contender, job.key, progress)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return made
+        return progress
 
     def _ready(self, reference: str) -> _Ready:
         """The task, loaded once a process."""

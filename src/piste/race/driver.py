@@ -1,0 +1,251 @@
+"""Keeps worker processes busy: looks at the tasks, measures contenders for a budget, makes the missing runs.
+
+It never runs a task's code itself; that happens in worker processes, so that whatever a task does ends a run and
+not the race.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Protocol
+
+from piste.race import progress, record
+from piste.race.budget import Pace
+from piste.race.executor import Death, Executor
+from piste.race.inspection import TaskCard
+from piste.race.progress import Clock, Row, part_of
+from piste.race.protocol import TUNE_SEED, Plan, next_runs
+from piste.race.record import RunRecord
+from piste.race.script import Script
+from piste.race.store import Store
+from piste.race.task import TaskError
+from piste.race.training import new_record
+from piste.race.worker import Inspect, Progress, Refusal, Run
+
+_POLL_SECONDS = 0.1
+_PROBE_STEPS = 12  # of which the first five are warm-up
+
+
+class InterruptedRaceError(Exception):
+    """The race was asked to stop; all finished runs are kept."""
+
+
+class WorkerError(Exception):
+    """Carries the traceback of a worker process, shown with ``--debug``."""
+
+
+@dataclass
+class State:
+    """A race as it stands, for whoever shows it."""
+
+    plan: Plan
+    rows: list[Row]
+    running: list[tuple[Run, int]]
+    started: float
+    seconds_left: float
+
+    @property
+    def made(self) -> int:
+        """Runs that are there."""
+        return sum(row.trials_made + row.confirmed + row.timed for row in self.rows)
+
+    @property
+    def total(self) -> int:
+        """Runs there will be, as far as is known."""
+        return sum(row.trials + row.seeds + row.timings for row in self.rows)
+
+
+class View(Protocol):
+    """Shows a race while it goes."""
+
+    def looking(self, tasks: Sequence[str]) -> None:
+        """The tasks are being inspected."""
+
+    def measuring(self, contenders: int) -> None:
+        """Contenders take a few steps, for the budget."""
+
+    def begin(self, state: State, damaged: Sequence[str]) -> None:
+        """The plan is made; the runs start."""
+
+    def finished(self, state: State, made: RunRecord) -> None:
+        """A run has ended."""
+
+    def tick(self, state: State) -> None:
+        """Time has passed."""
+
+    def end(self) -> None:
+        """No more runs, for whatever reason."""
+
+
+class Driver:
+    """Keeps the workers busy until no run is missing."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        store: Store,
+        view: View,
+        executor: Executor,
+        stopped: Callable[[], bool],
+        script: Script | None = None,
+    ) -> None:
+        self.plan = plan
+        self.script = script
+        self.store = store
+        self.view = view
+        self.executor = executor
+        self.stopped = stopped
+        self.records: dict[str, RunRecord] = store.load()
+        self.clock = Clock(len(executor.lanes))
+        self.started = time.monotonic()
+        self.since: dict[str, float] = {}
+        self.step: dict[str, int] = {}
+        self._look()
+
+    def run(self) -> None:
+        self.view.begin(self._state(), self.store.damaged)
+        try:
+            while self._submit():
+                for event in self.executor.events(_POLL_SECONDS):
+                    assert isinstance(event.job, Run)
+                    self._handle(event.job, event.answer)
+                self.view.tick(self._state())
+                if self.stopped():
+                    raise InterruptedRaceError
+        finally:
+            self.view.end()
+
+    def _submit(self) -> bool:
+        """Give idle workers what is missing; whether anything is being worked on."""
+        busy = {job.key.id for job in self.executor.jobs if isinstance(job, Run)}
+        for run in self.missing:
+            if not self.executor.idle:
+                break
+            if busy and run.key.phase == record.TIME:
+                break  # a timing pass is alone
+            if run.key.id not in busy:
+                self.executor.submit(run)
+                self.since[run.key.id] = time.monotonic()
+                self.step[run.key.id] = 0
+                busy.add(run.key.id)
+        return bool(busy)
+
+    def _handle(self, job: Run, answer: object) -> None:
+        key = job.key
+        if isinstance(answer, Progress):
+            self.step[key.id] = answer.step
+            return
+        if isinstance(answer, Refusal):
+            raise TaskError(answer.message)
+        if isinstance(answer, Death):
+            answer = new_record(key, record.FAILED, answer.reason)
+        assert isinstance(answer, RunRecord)
+        self.store.add(answer)
+        self.records[key.id] = answer
+        if key.phase in (record.TUNE, record.CONFIRM):
+            self.clock.add(key.task, key.contender, time.monotonic() - self.since[key.id])
+        self._look()
+        self.view.finished(self._state(), answer)
+
+    def _look(self) -> None:
+        """Derive from the records what is there and what is missing; only a new record changes either."""
+        self.rows = progress.rows(self.plan, self.records)
+        missing = next_runs(self.plan, self.records)
+        self.missing = [Run(card.reference, who, key, self.script) for card, who, key in missing]
+
+    def _state(self) -> State:
+        running = [(job, self.step[job.key.id]) for job in self.executor.jobs if isinstance(job, Run)]
+        done = {(job.key.task, job.key.contender): part_of(step, job.key.steps) for job, step in running}
+        return State(self.plan, self.rows, running, self.started, self.clock.left(self.plan, self.rows, done))
+
+
+def inspect_tasks(
+    references: Sequence[str], device: str, executor: Executor, stopped: Callable[[], bool]
+) -> tuple[TaskCard, ...]:
+    """Have the workers load and try every task."""
+    waiting = [Inspect(reference, device) for reference in references]
+    cards: dict[str, TaskCard] = {}
+    while len(cards) < len(references):
+        while waiting and executor.idle:
+            executor.submit(waiting.pop(0))
+        for event in executor.events(_POLL_SECONDS):
+            if isinstance(event.answer, Refusal):
+                raise TaskError(event.answer.message) from WorkerError(event.answer.traceback)
+            if isinstance(event.answer, Death):
+                raise TaskError(
+                    f"{event.job.reference}: {event.answer.reason} while the task was tried; what it printed is in "
+                    f"{executor.logs}"
+                )
+            if isinstance(event.answer, TaskCard):
+                cards[event.job.reference] = event.answer
+        if stopped():
+            raise InterruptedRaceError
+    found = tuple(cards[reference] for reference in references)
+    for card in found:
+        same = [other.reference for other in found if other.name == card.name]
+        if len(same) > 1:
+            raise TaskError(f"tasks of one race need names of their own; {' and '.join(same)} are both {card.name!r}")
+    return found
+
+
+def measured_paces(plan: Plan, executor: Executor, stopped: Callable[[], bool]) -> dict[tuple[str, str], Pace]:
+    """A few steps of every contender on every task, side by side as the runs will be."""
+    waiting = [
+        Run(
+            card.reference,
+            contender,
+            plan.key(card, contender, {"lr": contender.lr_center}, TUNE_SEED, record.TIME, _PROBE_STEPS),
+        )
+        for card in plan.cards
+        for contender in plan.contenders
+    ]
+    cards = {card.reference: card for card in plan.cards}
+    paces: dict[tuple[str, str], Pace] = {}
+    count = len(waiting)
+    while len(paces) < count:
+        while waiting and executor.idle:
+            executor.submit(waiting.pop(0))
+        for event in executor.events(_POLL_SECONDS):
+            if isinstance(event.answer, Refusal):
+                raise TaskError(event.answer.message)
+            if isinstance(event.answer, (RunRecord, Death)) and isinstance(event.job, Run):
+                card = cards[event.job.reference]
+                paces[card.reference, event.job.contender.name] = _pace(event.answer, card)
+        if stopped():
+            raise InterruptedRaceError
+    return paces
+
+
+def _pace(answer: RunRecord | Death, card: TaskCard) -> Pace:
+    """Of a probe; where it was lost, as its runs will be, what the probe of the task says."""
+    if isinstance(answer, Death) or math.isnan(answer.cost.step_seconds):
+        return Pace(0.0, card.step_seconds)
+    return Pace(answer.cost.compile_seconds, answer.cost.step_seconds)
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C (or request to end) into a wish that the driver looks at; a second one acts at once."""
+    wished = threading.Event()
+
+    def wish(number: int, frame: FrameType | None) -> None:
+        if wished.is_set():
+            raise KeyboardInterrupt
+        wished.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield wished.is_set
+        return
+    before = {number: signal.signal(number, wish) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield wished.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
