@@ -97,7 +97,6 @@ def run(script: Script, contender: Contender, key: RunKey, progress: Callable[[i
         arguments = create_arguments(preset_behind(contender.optimizer), key.hyperparameters)
         content = {"optimizer": contender.optimizer, "arguments": arguments, "report": str(reports.path)}
         asked.write_text(json.dumps(content), encoding="utf-8")
-        begun = time.monotonic()
         process = _start(script, key, asked, reports.path)
         try:
             while process.poll() is None and not (reports.diverged or reports.message):
@@ -108,10 +107,9 @@ def run(script: Script, contender: Contender, key: RunKey, progress: Callable[[i
             _end(process)
         reports.read()
         status, message = reports.outcome(process.returncode)
-        seconds = time.monotonic() - begun
         test = reports.test if key.phase == record.CONFIRM and status == record.FINISHED else (None, None)
         passes = preset_behind(contender.optimizer).gradient_evaluations
-        return new_record(key, status, message, reports.curve, reports.cost(seconds, passes), *test)
+        return new_record(key, status, message, reports.curve, reports.cost(passes), *test)
 
 
 @dataclass
@@ -179,7 +177,7 @@ class _Reports:
             return record.FAILED, "the script ended without a piste.race_report"
         return record.FINISHED, ""
 
-    def cost(self, seconds: float, passes: float) -> Cost:
+    def cost(self, passes: float) -> Cost:
         """What the run needed, as far as its last report knows."""
         numbers: dict[str, Any] = {}
         for line in self.lines:
@@ -196,7 +194,6 @@ class _Reports:
             steps=steps,
             train_seconds=step * steps,
             optimizer_total_seconds=own * steps,
-            evaluation_seconds=max(0.0, seconds - step * steps),
         )
 
     def _add(self, line: dict[str, Any]) -> None:
