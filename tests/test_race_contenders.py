@@ -33,6 +33,18 @@ def test_patterns_and_spellings_mean_presets() -> None:
         make_contenders(["sgd", "sgd*"], [])
 
 
+def test_the_cheat_sheet_is_a_group_and_all_of_it_can_race() -> None:
+    """Every optimizer that it names and that makes do with one loss a batch."""
+    contenders = make_contenders(["cheatsheet", "torch.AdamW"], [])
+    names = {contender.optimizer for contender in contenders}
+    named = "sgd_momentum rmsprop lamb adamw ranger ranger21 rangeradabelief shampoo sam+adamw asam+adamw looksam+adamw"
+    assert names >= {*named.split(), "gsam+adamw", "adan", "amos", "adafactor", "novograd", "sm3", "lookahead+adamw"}
+    for contender in contenders:
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 1))
+        optimizer, _ = make_optimizer(contender, model, contender.lr_center, 10)
+        assert optimizer.param_groups[0]["lr"] > 0
+
+
 @pytest.mark.parametrize("name", ["torch.LBFGS", "torch.Optimizer", "torch.Nothing", "torch.lr_scheduler"])
 def test_classes_of_torch_that_cannot_race(name: str) -> None:
     with pytest.raises(ContenderError, match=name):

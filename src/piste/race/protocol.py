@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -32,8 +31,6 @@ MOST_EXTENSIONS = 2
 # An extension goes one mean spacing beyond the edge, but not less than this: twenty trials are dense.
 LEAST_EXTENSION = 0.25  # decades
 TIMED_STEPS = 60
-# Whose tuned reruns set the target, as in AlgoPerf (Dahl et al. 2023); the best of those that race.
-BASELINES = ("adamw", "nadamw", "sgd_momentum", "sgd_nesterov", "torch.AdamW")
 _ORDER = (SCREEN, TUNE, CONFIRM, TIME)
 
 
@@ -95,8 +92,6 @@ class Plan:
         steps: int | None = None,
     ) -> RunKey:
         """The key of one run."""
-        # A timing pass of another machine is another run: wall times are never compared across machines.
-        versions = {**self.versions, "machine": self.machine} if phase == TIME else self.versions
         return RunKey(
             task=card.name,
             task_hash=card.task_hash,
@@ -108,7 +103,9 @@ class Plan:
             seed=seed,
             phase=phase,
             device=self.device,
-            versions=versions,
+            versions=self.versions,
+            # A timing pass of another machine is another run: wall times are never compared across machines.
+            machine=self.machine if phase == TIME else "",
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -231,52 +228,6 @@ def next_runs(plan: Plan, records: Records) -> list[tuple[TaskCard, Contender, R
 def best_trial(card: TaskCard, trials: list[RunRecord]) -> RunRecord | None:
     """The finished trial with the best validation metric; the lower validation loss, then the lower lr, break ties."""
     return min((trial for trial in trials if trial.finished), key=lambda trial: _rank(card, trial), default=None)
-
-
-@dataclass(frozen=True)
-class Target:
-    """A validation score to be reached, and where it comes from, in words."""
-
-    value: float
-    source: str
-
-
-def target_of(plan: Plan, card: TaskCard, records: Records) -> Target | None:
-    """The score whose first passing is timed: the user's, or what the tuned baseline reaches in the median of reruns.
-
-    The median and not the best, so that one lucky seed sets no target that nobody reaches. None while no baseline that
-    races has been confirmed on every seed.
-    """
-    if plan.target is not None:
-        return Target(plan.target, "asked for")
-    sign = -1.0 if card.higher_is_better else 1.0
-    found: list[tuple[float, str]] = []
-    for contender in plan.contenders:
-        state = tuning(plan, card, contender, records) if contender.optimizer in BASELINES else None
-        if state is None or state.best is None:
-            continue
-        keys = confirmations(plan, card, contender, state.best.key.hyperparameters)
-        runs = [records[key.id] for key in keys if key.id in records and records[key.id].finished]
-        if len(runs) == len(keys):
-            found.append((statistics.median(run.curve.valid_metric[-1] for run in runs), contender.name))
-    if not found:
-        return None
-    value, name = min(found, key=lambda entry: sign * entry[0])
-    return Target(value, f"median of {plan.seeds} reruns of {name}, tuned like the others")
-
-
-def seeds_needed(deviation: float, difference: float, z: float = 1.96) -> int:
-    """Seeds that each of two contenders needs before a difference of their means shows: n = 2 (z sd / delta)^2.
-
-    Args:
-        deviation: standard deviation of a score over seeds.
-        difference: what is to be resolved, above 0.
-        z: quantile of the normal distribution, that of a 95 % interval.
-
-    >>> seeds_needed(0.01, 0.02), seeds_needed(0.01, 0.005)
-    (2, 31)
-    """
-    return max(2, math.ceil(2 * (z * deviation / difference) ** 2))
 
 
 def _points(plan: Plan, card: TaskCard, contender: Contender, records: Records) -> tuple[list[Settings], int]:

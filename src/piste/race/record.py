@@ -51,7 +51,8 @@ class RunKey:
             ``"screen"`` (a trial on a shorter schedule) or ``"time"`` (short, alone, for its wall times; nothing is
             evaluated and ``seed`` counts rounds).
         device: ``"cpu"``, ``"cuda:0"``, …
-        versions: of python, torch and piste; of timing passes the machine's fingerprint, too.
+        versions: of python, torch and piste.
+        machine: fingerprint of the machine, of timing passes alone: elsewhere they are other runs.
     """
 
     task: str
@@ -65,11 +66,15 @@ class RunKey:
     phase: str
     device: str
     versions: dict[str, str]
+    machine: str = ""
 
     @property
     def id(self) -> str:
         """The content address of the run: 20 hex digits."""
-        return hashlib.sha256(canonical_json(dataclasses.asdict(self)).encode()).hexdigest()[:20]
+        content = dataclasses.asdict(self)
+        if not self.machine:
+            del content["machine"]  # as in schema 1, whose ids stay what they are
+        return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:20]
 
     @property
     def lr(self) -> float:
@@ -265,8 +270,7 @@ class Standing:
 class TaskResult:
     """All contenders on one task, best first, and the verdict in one or two sentences.
 
-    ``target`` is the validation score whose first passing is timed (None where there is none), ``target_source`` where
-    it comes from.
+    ``target`` is the validation score that was asked for, whose first passing is timed; None where none was.
     """
 
     task: str
@@ -275,7 +279,6 @@ class TaskResult:
     standings: list[Standing]
     verdict: str
     target: float | None = None
-    target_source: str = ""
 
 
 @dataclass(frozen=True)

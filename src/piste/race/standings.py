@@ -7,6 +7,7 @@ import math
 from piste.race import costs, script
 from piste.race.contenders import Contender
 from piste.race.inspection import TaskCard
+from piste.race.power import unresolved
 from piste.race.protocol import (
     FEWEST_TRIALS_TO_EXTEND,
     Plan,
@@ -14,7 +15,6 @@ from piste.race.protocol import (
     Tuning,
     confirmations,
     keys_so_far,
-    target_of,
     timings,
     tuning,
 )
@@ -75,9 +75,7 @@ def task_result(plan: Plan, card: TaskCard, records: Records) -> TaskResult:
     # Leader first, then its group, then the others, each by score.
     standings.sort(key=lambda standing: (standing.contender != leader, not standing.tied))
     verdict = _verdict(card, standings, plan.seeds)
-    target = target_of(plan, card, records)
-    reached = () if target is None else (target.value, target.source)
-    return TaskResult(card.name, card.metric_name, card.higher_is_better, standings, verdict, *reached)
+    return TaskResult(card.name, card.metric_name, card.higher_is_better, standings, verdict, plan.target)
 
 
 def recommended(standings: list[Standing]) -> Standing | None:
@@ -214,6 +212,7 @@ def _verdict(card: TaskCard, standings: list[Standing], seeds: int) -> str:
         f"No difference found on {card.name} between {listing(group, _NAMED)} "
         f"({at} [{_interval(leader)}] for the best mean). "
         f"Take {best.contender}, the cheapest of {between}: {_cost_words(best)}.{_behind(standings)}"
+        f"{_unresolved(standings)}"
     )
 
 
@@ -229,6 +228,11 @@ def _win(card: TaskCard, leader: Standing, second: Standing, at: str) -> str:
         f"{text}, {_number(abs(second.difference))} [{_number(low)}, {_number(high)}] {ahead} than the next, "
         f"{second.contender}. It costs {_cost_words(leader)}."
     )
+
+
+def _unresolved(standings: list[Standing]) -> str:
+    words = unresolved(standings)
+    return f" {words}" if words else ""
 
 
 def _behind(standings: list[Standing]) -> str:

@@ -73,11 +73,12 @@ def race(settings: Settings, store: Store, view: View, command: str, workers: in
     contenders = contenders_for(settings, settings.trials)
     device = resolve_device(settings.device)
     script = _script(settings)
+    described = () if script is None else (script.card(),)
     references = [_absolute(task) for task in settings.tasks] if script is None else []
     workers = workers or _default_workers(device)
     with stop_signals() as stopped, store.writing(), Executor(workers, store.logs) as executor:
         view.looking(settings.tasks)
-        cards = inspect_tasks(references, device, executor, stopped) if script is None else (script.card(),)
+        cards = described or inspect_tasks(references, device, executor, stopped)
         plan = _plan(settings, cards, contenders, device)
         if settings.budget is not None:
             plan = _planned_before(settings, plan, store) or _fitted(

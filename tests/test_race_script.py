@@ -1,0 +1,386 @@
+"""Racing a script of one's own: the two calls outside and inside of a race, and what its runs leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import piste
+from piste import scripting
+from piste.race import script as script_module
+from piste.race.contenders import Contender, make_contenders
+from piste.race.record import CONFIRM, DIVERGED, FAILED, FINISHED, OUT_OF_MEMORY, TUNE, RunKey, RunRecord
+from piste.race.script import Script, _Reports, notes, run, seed_of
+from piste.race.task import TaskError
+
+# Outside of a race
+
+
+def test_outside_of_a_race_both_calls_are_ordinary_code() -> None:
+    model = torch.nn.Linear(2, 1)
+    optimizer = piste.race_optimizer(model, default="sgd_momentum", lr=0.3)
+    assert type(optimizer) is type(piste.create("sgd_momentum", model))
+    assert optimizer.param_groups[0]["lr"] == 0.3
+    assert piste.race_report(step=1, loss=1.0, accuracy=2.0) is None
+    with pytest.raises(ValueError, match="adamv"):
+        piste.race_optimizer(model, default="adamv")
+
+
+def test_both_sides_mean_the_same_variable() -> None:
+    assert script_module.RUN_VARIABLE == scripting.RUN_VARIABLE
+
+
+# Inside of one
+
+
+@pytest.fixture
+def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """This process is a run of a race; where its reports go."""
+    reports = tmp_path / "reports.jsonl"
+    arguments = {"lr": 0.25, "betas": [0.5, 0.9], "eps": 1e-3}
+    content = {"optimizer": "adam", "arguments": arguments, "report": str(reports)}
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    monkeypatch.setenv(scripting.RUN_VARIABLE, str(tmp_path / "run.json"))
+    scripting._run.cache_clear()
+    yield reports  # type: ignore[misc]
+    scripting._run.cache_clear()
+
+
+def train(optimizer: torch.optim.Optimizer, model: torch.nn.Module, steps: int) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.ones(3, 2)).square().mean().backward()
+        optimizer.step()
+
+
+def test_inside_of_a_race_the_contender_is_made_and_watched(inside: Path) -> None:
+    model = torch.nn.Linear(2, 1)
+    optimizer = piste.race_optimizer(model, default="sgd", lr=99.0)
+    assert isinstance(optimizer, piste.Adam)
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["betas"], group["eps"]) == (0.25, (0.5, 0.9), 1e-3)
+    train(optimizer, model, 12)
+    piste.race_report(step=12, loss=torch.tensor(0.5), accuracy=0.75)
+    started, report = (json.loads(line) for line in inside.read_text().splitlines())
+    assert started["parameters"] == 3
+    assert report["metrics"] == {"loss": 0.5, "accuracy": 0.75}
+    assert (report["step"], report["steps"], report["lr"], report["state_bytes"]) == (12, 12, 0.25, 24)
+    assert report["step_seconds"] >= report["optimizer_seconds"] > 0
+    expected = torch.stack([weight.grad.norm() for weight in model.parameters()]).norm()  # type: ignore[union-attr]
+    assert report["gradient_norm"] == pytest.approx(float(expected))
+
+
+def test_what_a_script_does_for_a_report_is_not_training(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(10**6))
+    monkeypatch.setattr(scripting.time, "perf_counter", lambda: float(next(clock)))
+    model = torch.nn.Linear(2, 1)
+    optimizer = piste.race_optimizer(model)
+    for _ in range(3):
+        train(optimizer, model, 8)
+        for _ in range(1000):
+            next(clock)
+        piste.race_report(step=1, loss=1.0)
+    assert json.loads(inside.read_text().splitlines()[-1])["step_seconds"] == 2.0
+
+
+def test_only_the_first_process_reports(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    piste.race_optimizer(torch.nn.Linear(2, 1))
+    piste.race_report(step=1, loss=1.0)
+    assert not inside.exists()
+
+
+# What reports become
+
+
+def reports(tmp_path: Path, *lines: dict[str, object], metric: str = "loss") -> _Reports:
+    path = tmp_path / "reports.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "half a li')
+    found = _Reports(path, metric)
+    found.read()
+    return found
+
+
+STARTED = {"started": "adamw", "parameters": 3}
+
+
+def test_reports_become_a_curve_and_the_test_split_its_score(tmp_path: Path) -> None:
+    found = reports(
+        tmp_path,
+        STARTED,
+        {"step": 5, "metrics": {"loss": 2.0, "accuracy": 0.5, "train_loss": 3.0}, "steps": 5, "step_seconds": 0.5},
+        {"step": 9, "metrics": {"loss": 1.0, "accuracy": 0.75, "test_accuracy": 0.7, "test_loss": 1.5}, "steps": 9},
+        {"peak_bytes": 77},
+        metric="accuracy",
+    )
+    assert (found.curve.step, found.curve.valid_loss, found.curve.valid_metric) == ([5, 9], [2.0, 1.0], [0.5, 0.75])
+    assert found.curve.train_loss[0] == 3.0
+    assert found.test == (1.5, 0.7)
+    assert found.outcome(0) == (FINISHED, "")
+    cost = found.cost(2)
+    assert (cost.steps, cost.gradient_evaluations, cost.parameters, cost.peak_bytes) == (9, 18, 3, 77)
+
+
+@pytest.mark.parametrize(
+    ("lines", "code", "status", "words"),
+    [
+        ([STARTED], 0, FAILED, "without a piste.race_report"),
+        ([], 0, FAILED, "without asking piste.race_optimizer"),
+        ([STARTED], 3, FAILED, "exit code 3"),
+        ([STARTED], -11, FAILED, "SIGSEGV"),
+        ([STARTED, {"error": "RuntimeError: no"}], 1, FAILED, "RuntimeError: no"),
+        ([STARTED, {"error": "OutOfMemoryError: full"}], 1, OUT_OF_MEMORY, "full"),
+        ([STARTED, {"step": 1, "metrics": {"loss": float("nan")}}], -9, DIVERGED, "nan at step 1"),
+    ],
+)
+def test_ends_of_a_script_are_outcomes(
+    tmp_path: Path, lines: list[dict[str, object]], code: int, status: str, words: str
+) -> None:
+    found, message = reports(tmp_path, *lines).outcome(code)
+    assert found == status
+    assert words in message
+
+
+def test_a_metric_that_is_not_reported_is_named(tmp_path: Path) -> None:
+    found = reports(tmp_path, STARTED, {"step": 1, "metrics": {"loss": 1.0, "f1": 0.5}}, metric="accuracy")
+    assert found.outcome(-9) == (FAILED, "a report has no 'accuracy'; it has f1, loss")
+
+
+def test_scripts_that_ask_for_nothing_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "train.py"
+    with pytest.raises(TaskError, match="there is no script"):
+        Script(str(path), (), "loss", False).card()
+    path.write_text("print(1)")
+    with pytest.raises(TaskError, match=r"never calls piste\.race_optimizer"):
+        Script(str(path), (), "loss", False).card()
+
+
+def test_other_arguments_are_another_task(tmp_path: Path) -> None:
+    path = tmp_path / "train.py"
+    path.write_text("race_optimizer race_report")
+    cards = [Script(str(path), arguments, "loss", False).card() for arguments in ((), ("--deep",))]
+    assert cards[0].task_hash != cards[1].task_hash
+    assert {card.name for card in cards} == {"train"}
+
+
+# Real processes
+
+
+SCRIPT = """
+import sys, torch, piste
+torch.manual_seed(int(sys.argv[1])) if len(sys.argv) > 1 else None
+model = torch.nn.Linear(4, 1)
+optimizer = piste.race_optimizer(model, default="adamw")
+x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+y = x.sum(1, keepdim=True)
+for step in range(1, 21):
+    optimizer.zero_grad()
+    loss = (model(x[:48]) - y[:48]).square().mean()
+    loss.backward()
+    optimizer.step()
+    if step % 10 == 0:
+        with torch.no_grad():
+            piste.race_report(step=step, loss=(model(x[48:]) - y[48:]).square().mean(), train_loss=loss)
+"""
+
+
+def key_of(contender: Contender, seed: int = 1, phase: str = CONFIRM, **hyperparameters: float) -> RunKey:
+    settings = {"lr": contender.lr_center, **hyperparameters}
+    optimizer, schedule = contender.optimizer, contender.schedule
+    return RunKey("train", "f00d", contender.name, optimizer, schedule, settings, 0, seed, phase, "cpu", {})
+
+
+def run_of(
+    path: Path, *arguments: str, optimizer: str = "sgd_momentum", seed: int = 1, metric: str = "loss"
+) -> RunRecord:
+    (contender,) = make_contenders([optimizer], (), script=True)
+    return run(Script(str(path), arguments, metric, False), contender, key_of(contender, seed), lambda step: None)
+
+
+def write(tmp_path: Path, text: str = SCRIPT) -> Path:
+    path = tmp_path / "train.py"
+    path.write_text(textwrap.dedent(text))
+    return path
+
+
+@pytest.mark.slow
+def test_a_run_is_seeded_and_can_be_repeated(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    first, again, other = run_of(path), run_of(path), run_of(path, seed=2)
+    assert (first.status, first.message) == (FINISHED, "")
+    assert first.curve.step == [10, 20]
+    assert first.curve.valid_loss == again.curve.valid_loss
+    assert first.curve.valid_loss != other.curve.valid_loss
+    assert first.test_loss == first.curve.valid_loss[-1]
+    assert (first.cost.steps, first.cost.parameters, first.cost.state_bytes) == (20, 5, 20)
+    assert first.cost.peak_bytes > 10**7
+    stubborn = [run_of(path, "7", seed=seed) for seed in (1, 2)]
+    assert any("do not depend on the seed" in note for note in notes(stubborn))
+    obedient = [run_of(path, "{seed}", seed=seed) for seed in (1, 2)]
+    assert notes(obedient) == []
+
+
+@pytest.mark.slow
+def test_a_script_that_raises_is_an_outcome(tmp_path: Path) -> None:
+    made = run_of(
+        write(tmp_path, SCRIPT.replace("if step % 10 == 0:", "if step == 5: raise RuntimeError('no more')\n    if 0:"))
+    )
+    assert (made.status, made.message) == (FAILED, "RuntimeError: no more")
+    assert made.test_loss is None
+
+
+@pytest.mark.slow
+def test_a_script_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    """However that ends: the lifeline is a pipe, and pipes close."""
+    child = tmp_path / "pid"
+    path = write(tmp_path, f"""
+        import os, pathlib, time
+        pathlib.Path({str(child)!r}).write_text(str(os.getpid()))
+        time.sleep(600)  # race_optimizer race_report
+    """)  # fmt: skip
+    program = "from test_race_script import run_of; from pathlib import Path; import sys; run_of(Path(sys.argv[1]))"
+    here = str(Path(__file__).parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}
+    parent = subprocess.Popen([sys.executable, "-c", program, str(path)], env=environment)
+    deadline = time.monotonic() + 120
+    while not (child.exists() and child.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    pid = int(child.read_text())
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.slow
+def test_a_whole_race_of_a_script(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    main = "from piste.cli import main; main()"
+    arguments = ["--script", str(path), "--optimizers", "sgd,torch.SGD", "--trials", "1", "--seeds", "2"]
+    command = [sys.executable, "-c", main, "race", *arguments, "--out", str(tmp_path / "out"), "--", "{seed}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "as long as the script says" in done.stdout
+    assert "The script's own schedule was used for all contenders" in " ".join(done.stdout.split())
+    made = [json.loads(each.read_text()) for each in (tmp_path / "out" / "runs").glob("*.json")]
+    assert sorted((m["key"]["optimizer"], m["key"]["phase"]) for m in made) == sorted(
+        (name, phase) for name in ("sgd", "torch.SGD") for phase in (TUNE, CONFIRM, CONFIRM)
+    )
+    again = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert "6 of them are there already" in again.stdout
+
+
+# Frameworks
+
+STUB = (
+    f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+    + """
+from torchvision_stub import declare_operators
+declare_operators()
+import os, torch, piste
+from torch import nn
+draw = torch.Generator().manual_seed(0)
+x = torch.randn(48, 4, generator=draw)
+y = x.sum(1, keepdim=True)
+"""
+)
+
+TRANSFORMERS = """
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+    def forward(self, x, labels):
+        out = self.layer(x)
+        return {"loss": (out - labels).square().mean(), "out": out}
+
+class Report(TrainerCallback):
+    def on_evaluate(self, args, state, control, metrics, **others):
+        piste.race_report(step=state.global_step, loss=metrics["eval_loss"])
+
+rows = [{"x": a, "labels": b} for a, b in zip(x, y)]
+model = Net()
+args = TrainingArguments(
+    "out", per_device_train_batch_size=8, max_steps=8, eval_steps=4, eval_strategy="steps", use_cpu=True,
+    report_to="none", save_strategy="no", disable_tqdm=True, seed=int(os.environ.get("PISTE_RACE_SEED", 42)),
+)
+trainer = Trainer(
+    model=model, args=args, train_dataset=rows[:32], eval_dataset=rows[32:],
+    optimizers=(piste.race_optimizer(model), None), callbacks=[Report()],
+)
+trainer.train()
+"""
+
+LIGHTNING = """
+import lightning
+from torch.utils.data import DataLoader, TensorDataset
+
+class Net(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+    def training_step(self, batch, index):
+        return (self.layer(batch[0]) - batch[1]).square().mean()
+    def validation_step(self, batch, index):
+        self.log("val", (self.layer(batch[0]) - batch[1]).square().mean())
+    def on_validation_epoch_end(self):
+        if not self.trainer.sanity_checking:
+            piste.race_report(step=self.trainer.global_step, loss=self.trainer.callback_metrics["val"])
+    def configure_optimizers(self):
+        return piste.race_optimizer(self)
+
+trainer = lightning.Trainer(
+    max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+    enable_model_summary=False,
+)
+loaders = [DataLoader(TensorDataset(x[part], y[part]), batch_size=8) for part in (slice(0, 32), slice(32, 48))]
+trainer.fit(Net(), *loaders)
+"""
+
+FASTAI = """
+from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.learner import Learner
+from fastai.losses import MSELossFlat
+from fastai.optimizer import OptimWrapper
+
+class Report(Callback):
+    def after_epoch(self):
+        piste.race_report(step=(self.epoch + 1) * len(self.dls.train), loss=self.recorder.values[-1][1])
+
+rows = list(zip(x, y))
+loaders = DataLoaders(DataLoader(rows[:32], bs=8, num_workers=0), DataLoader(rows[32:], bs=16, num_workers=0))
+model = nn.Linear(4, 1)
+optimizer = piste.race_optimizer(model)
+learn = Learner(loaders, model, loss_func=MSELossFlat(), opt_func=lambda parameters, **_: OptimWrapper(opt=optimizer))
+with learn.no_bar(), learn.no_logging():
+    learn.fit(2, optimizer.param_groups[0]["lr"], cbs=Report())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "text"), [("transformers", TRANSFORMERS), ("lightning", LIGHTNING), ("fastai", FASTAI)]
+)
+def test_scripts_of_frameworks_race_as_they_are(tmp_path: Path, name: str, text: str) -> None:
+    pytest.importorskip(name)
+    made = run_of(write(tmp_path, STUB + text), optimizer="sgd_momentum")
+    assert (made.status, made.message) == (FINISHED, "")
+    assert made.curve.step == [4, 8]
+    assert made.curve.valid_loss[1] < made.curve.valid_loss[0] < 5
+    assert made.cost.steps == 8
+    assert made.cost.state_bytes == 20
+    assert seed_of(made.key) != seed_of(key_of(make_contenders(["sgd"], (), script=True)[0], 2))
