@@ -21,6 +21,7 @@ def seeds_needed(deviation: float, difference: float, z: float = Z) -> int:
         difference: what is to be resolved, not 0.
         z: sum of the quantiles of level and power.
 
+    >>> from piste.race.power import seeds_needed
     >>> seeds_needed(0.01, 0.01), seeds_needed(0.01, 0.001)
     (16, 1571)
     """
