@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,10 @@ import piste
 from piste import scripting
 from piste.race import script as script_module
 from piste.race.contenders import Contender, make_contenders
-from piste.race.record import CONFIRM, DIVERGED, FAILED, FINISHED, OUT_OF_MEMORY, TUNE, RunKey, RunRecord
+from piste.race.record import CONFIRM, DIVERGED, FAILED, FINISHED, OUT_OF_MEMORY, TUNE, Curve, RunKey, RunRecord
 from piste.race.script import Script, _Reports, notes, run, seed_of
 from piste.race.task import TaskError
+from piste.race.training import new_record
 
 # Outside of a race
 
@@ -172,6 +174,18 @@ def test_other_arguments_are_another_task(tmp_path: Path) -> None:
     assert {card.name for card in cards} == {"train"}
 
 
+def test_a_script_that_seeds_itself_is_found_out() -> None:
+    """By the runs it has made: all seeds of a contender came to the same losses, one by one."""
+    (contender,) = make_contenders(["sgd"], (), script=True)
+    keys = [key_of(contender, seed) for seed in (1, 2)]
+    losses = Curve([5, 9], [0.0] * 2, [1.0] * 2, [2.0, 1.0], [2.0, 1.0])
+    other = replace(losses, valid_loss=[2.0, 1.5])
+    stubborn, obedient = ([new_record(*each) for each in zip(keys, 2 * [FINISHED], 2 * [""], curves, strict=True)]
+                          for curves in ([losses, losses], [losses, other]))  # fmt: skip
+    assert any("do not depend on the seed" in note for note in notes(stubborn))
+    assert notes(obedient) == []
+
+
 # Real processes
 
 
@@ -223,10 +237,6 @@ def test_a_run_is_seeded_and_can_be_repeated(tmp_path: Path) -> None:
     assert first.test_loss == first.curve.valid_loss[-1]
     assert (first.cost.steps, first.cost.parameters, first.cost.state_bytes) == (20, 5, 20)
     assert first.cost.peak_bytes > 10**7
-    stubborn = [run_of(path, "7", seed=seed) for seed in (1, 2)]
-    assert any("do not depend on the seed" in note for note in notes(stubborn))
-    obedient = [run_of(path, "{seed}", seed=seed) for seed in (1, 2)]
-    assert notes(obedient) == []
 
 
 @pytest.mark.slow
@@ -266,7 +276,7 @@ def test_a_script_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
 def test_a_whole_race_of_a_script(tmp_path: Path) -> None:
     path = write(tmp_path)
     main = "from piste.cli import main; main()"
-    arguments = ["--script", str(path), "--optimizers", "sgd,torch.SGD", "--trials", "1", "--seeds", "2"]
+    arguments = ["--script", str(path), "--optimizers", "sgd,torch.SGD", "--trials", "1", "--seeds", "1"]
     command = [sys.executable, "-c", main, "race", *arguments, "--out", str(tmp_path / "out"), "--", "{seed}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -274,10 +284,10 @@ def test_a_whole_race_of_a_script(tmp_path: Path) -> None:
     assert "The script's own schedule was used for all contenders" in " ".join(done.stdout.split())
     made = [json.loads(each.read_text()) for each in (tmp_path / "out" / "runs").glob("*.json")]
     assert sorted((m["key"]["optimizer"], m["key"]["phase"]) for m in made) == sorted(
-        (name, phase) for name in ("sgd", "torch.SGD") for phase in (TUNE, CONFIRM, CONFIRM)
+        (name, phase) for name in ("sgd", "torch.SGD") for phase in (TUNE, CONFIRM)
     )
     again = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-    assert "6 of them are there already" in again.stdout
+    assert "4 of them are there already" in again.stdout
 
 
 # Frameworks
@@ -366,8 +376,7 @@ loaders = DataLoaders(DataLoader(rows[:32], bs=8, num_workers=0), DataLoader(row
 model = nn.Linear(4, 1)
 optimizer = piste.race_optimizer(model)
 learn = Learner(loaders, model, loss_func=MSELossFlat(), opt_func=lambda parameters, **_: OptimWrapper(opt=optimizer))
-with learn.no_bar(), learn.no_logging():
-    learn.fit(2, optimizer.param_groups[0]["lr"], cbs=Report())
+learn.fit(2, optimizer.param_groups[0]["lr"], cbs=Report())
 """
 
 
@@ -380,7 +389,7 @@ def test_scripts_of_frameworks_race_as_they_are(tmp_path: Path, name: str, text:
     made = run_of(write(tmp_path, STUB + text), optimizer="sgd_momentum")
     assert (made.status, made.message) == (FINISHED, "")
     assert made.curve.step == [4, 8]
-    assert made.curve.valid_loss[1] < made.curve.valid_loss[0] < 5
+    assert made.curve.valid_loss[-1] < 2.5  # about 4 untrained
     assert made.cost.steps == 8
     assert made.cost.state_bytes == 20
     assert seed_of(made.key) != seed_of(key_of(make_contenders(["sgd"], (), script=True)[0], 2))
