@@ -368,6 +368,7 @@ from fastai.losses import MSELossFlat
 from fastai.optimizer import OptimWrapper
 
 class Report(Callback):
+    order = 60  # after the Recorder, which has the values
     def after_epoch(self):
         piste.race_report(step=(self.epoch + 1) * len(self.dls.train), loss=self.recorder.values[-1][1])
 

@@ -99,8 +99,9 @@ def fitted(plan: Plan, seconds: float, left: float, paces: Paces, workers: int, 
         if needed <= left:
             remark = f"Budget {duration(seconds)}: {_given_up(plan, smaller)} The plan takes about {duration(needed)}."
             return replace(smaller, remarks=(*plan.remarks, remark))
+    rest = f"{duration(left)} of it are" if left > 0 else "nothing of it is"
     raise BudgetError(
-        f"the budget of {duration(seconds)} is too short: {duration(left)} of it are left after looking at the tasks, "
+        f"the budget of {duration(seconds)} is too short: {rest} left after looking at the tasks, "
         f"and the smallest race of {count(len(plan.contenders), 'contender')} takes about {duration(needed)} here; "
         "name fewer optimizers or tasks, or allow more time"
     )
