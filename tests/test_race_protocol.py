@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import math
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from piste.race import costs
 from piste.race.budget import BudgetError, Pace, expected_seconds, fitted, parse_budget
 from piste.race.contenders import make_contenders
+from piste.race.driver import Driver
 from piste.race.inspection import TaskCard
 from piste.race.power import seeds_needed
 from piste.race.protocol import (
@@ -25,6 +29,9 @@ from piste.race.protocol import (
 from piste.race.record import CONFIRM, DIVERGED, FINISHED, SCREEN, TIME, TUNE, Cost, Curve, RunKey, RunRecord
 from piste.race.space import parse_sweep
 from piste.race.standings import study_result
+from piste.race.store import Store
+from piste.race.terminal import PlainView
+from piste.race.worker import Run
 
 CARD = TaskCard("/line.py", "line", "f00d", "", "loss", False, 100, 5, (60, 20, 20), 0.001, 0.001)
 HERE, THERE = {"system": "here"}, {"system": "there"}
@@ -154,6 +161,18 @@ def test_a_swept_list_is_not_extended_but_its_edge_is_told() -> None:
     assert {key.hyperparameters["eps"] for key in state.runs} == {1.0, 0.1}
 
 
+def test_sweeps_and_edges_are_told() -> None:
+    plan = plan_for("adamw", trials=3, sweeps=("eps=1,0.1",), remarks=("as planned",))
+    records, _ = raced(plan, lambda key: bowl(key) - key.hyperparameters["eps"])
+    about = {"title": "", "created": "", "command": "", "workers": 1, "machine": {}}
+    notes = study_result(plan, records, **about).notes  # type: ignore[arg-type]
+    assert notes[0] == "as planned"
+    assert any(
+        "eps of adamw+one_cycle, best validation loss of one seed" in n and "1: 0 and 0.1: 0.9" in n for n in notes
+    )
+    assert "line: the best eps is the highest tried for adamw+one_cycle; a better one may lie beyond." in notes
+
+
 def test_screening_halves_whole_schedules_and_keeps_the_better_half() -> None:
     plan = plan_for("adamw", trials=8, screens=2)
     records, asked = raced(plan, bowl)
@@ -231,6 +250,39 @@ def test_times_are_medians_of_passes_and_never_of_two_machines() -> None:
     assert costs.pooled(quality, home).step_seconds == 0.001
     assert math.isnan(costs.pooled(quality[1:], home).step_seconds)
     assert costs.pooled(quality[1:], home).state_bytes == 80
+
+
+class Lanes:
+    """Two workers that take jobs and never end them."""
+
+    def __init__(self) -> None:
+        self.lanes = [None, None]
+        self.jobs: list[Run] = []
+
+    @property
+    def idle(self) -> int:
+        return len(self.lanes) - len(self.jobs)
+
+    def submit(self, job: Run) -> None:
+        self.jobs.append(job)
+
+
+def test_a_timing_pass_is_alone_on_the_machine(tmp_path: Path) -> None:
+    plan = plan_for(trials=3, timing=2)
+    records, _ = raced(plan, bowl)
+    store = Store(tmp_path / "race")
+    with store.writing():
+        for record in records.values():
+            if record.key.phase != TIME:
+                store.add(record)
+    lanes, passes = Lanes(), []
+    driver = Driver(plan, store, PlainView(Console(file=io.StringIO())), lanes, lambda: False)  # type: ignore[arg-type]
+    while driver._submit():
+        assert len(lanes.jobs) == 1
+        job = lanes.jobs.pop()
+        passes.append((job.key.phase, job.key.optimizer))
+        driver._handle(job, records[job.key.id])
+    assert passes == 2 * [(TIME, "adamw"), (TIME, "sgd_momentum")]
 
 
 # Targets and seeds

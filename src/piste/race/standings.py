@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from piste.race import costs, script
+from piste.race import costs
 from piste.race.contenders import Contender
 from piste.race.inspection import TaskCard
 from piste.race.power import unresolved
@@ -19,6 +19,7 @@ from piste.race.protocol import (
     tuning,
 )
 from piste.race.record import CONFIRM, FINISHED, TUNE, RunRecord, Standing, StudyResult, TaskResult
+from piste.race.remarks import remarks
 from piste.race.statistics import Comparison, compare
 from piste.race.words import count, listing, size
 
@@ -258,7 +259,7 @@ def _number(value: float) -> str:
 
 
 def _notes(plan: Plan, records: Records, used: list[RunRecord], missing: int, workers: int) -> list[str]:
-    notes = list(plan.remarks)
+    notes = remarks(plan, records, used)
     if missing:
         notes.append(f"The race is not finished: {missing} or more runs are missing. Repeat the command to go on.")
     if plan.seeds < FEW_SEEDS:
@@ -270,7 +271,7 @@ def _notes(plan: Plan, records: Records, used: list[RunRecord], missing: int, wo
             f"Step times were taken while {workers} runs went side by side: compare them with each other, "
             "not with those of an idle machine."
         )
-    notes += [*_search_notes(plan, records), *_passes_notes(used), *script.notes(used)]
+    notes += [*_search_notes(plan, records), *_passes_notes(used)]
     lost = [record for record in used if record.key.phase == CONFIRM and record.status != FINISHED]
     if lost:
         notes.append(
