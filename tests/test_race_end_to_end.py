@@ -205,3 +205,16 @@ def test_the_starter_races_as_it_is(tmp_path: Path) -> None:
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "report: " in done.stdout
+
+
+def test_a_budget_is_measured_said_and_kept(tmp_path: Path) -> None:
+    arguments = (str(write(tmp_path)), *SMALL, "--timing", "0", "--budget", "1h")
+    output = race(tmp_path, *arguments)
+    assert "measuring a few steps of 2 contenders" in output
+    assert "Budget 60 min: nothing had to be given up for it." in output
+    study = json.loads((tmp_path / "out" / "study.json").read_text())
+    assert study["plan"]["remarks"][0].startswith("Budget 60 min")
+    again = race(tmp_path, *arguments)
+    assert "measuring" not in again
+    assert json.loads((tmp_path / "out" / "study.json").read_text())["plan"] == study["plan"]
+    assert "too short" in race(tmp_path, str(tmp_path / "linear.py"), *SMALL, "--budget", "0.01s", status=2)
