@@ -146,9 +146,10 @@ def test_hyperparameters_reach_the_optimizer(monkeypatch: pytest.MonkeyPatch) ->
     made: list[Any] = []
     make = training.make_optimizer
 
-    def spy(*arguments: Any) -> Any:
-        made.append(make(*arguments)[0])
-        return make(*arguments)
+    def spy(*arguments: Any, **others: Any) -> Any:
+        found = make(*arguments, **others)
+        made.append(found[0])
+        return found
 
     monkeypatch.setattr(training, "make_optimizer", spy)
     assert run_of("adamw", eps=0.5, beta1=0.7, weight_decay=0.3).status == FINISHED

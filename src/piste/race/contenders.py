@@ -158,6 +158,7 @@ def make_optimizer(
     lr: float,
     total_steps: int,
     domain: str = "",
+    *,
     others: Mapping[str, float] | None = None,
 ) -> tuple[torch.optim.Optimizer, LRScheduler]:
     """The contender's optimizer and schedule on a model's weights.

@@ -146,7 +146,7 @@ class _Attempt:
         self.parameters = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
         others = {name: value for name, value in self.key.hyperparameters.items() if name != "lr"}
         self.optimizer, schedule = make_optimizer(
-            self.contender, model, self.key.lr, self.key.steps, self.task.domain, others
+            self.contender, model, self.key.lr, self.key.steps, self.task.domain, others=others
         )
         batches = training_batches(self.splits.train, self.task.batch_size, derived_seed(self.key.seed, "batches"))
         # A timing pass evaluates nothing: it would only make room in the caches.
