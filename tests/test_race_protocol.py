@@ -235,6 +235,8 @@ def test_timing_passes_come_last_take_turns_and_belong_to_a_machine() -> None:
     ]
     assert {key.steps for key in passes} == {TIMED_STEPS}
     assert next_runs(plan, records) == []
+    one = {key: made for key, made in records.items() if made.key.optimizer == "adamw" and made.key.phase != TIME}
+    assert {key.optimizer for _, _, key in next_runs(plan, one)} == {"sgd_momentum"}  # turns take two
     elsewhere = [key for _, _, key in next_runs(replace(plan, machine="m2"), records)]
     assert [key.phase for key in elsewhere] == 4 * [TIME]
 
