@@ -6,8 +6,9 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from piste.race.statistics import compare, holm, interval, paired_p_value
+from piste.race.statistics import POWER, compare, detectable, holm, interval, paired_p_value, pairs, power
 
 
 def _scores(generator: np.random.Generator, means: dict[str, float], seeds: int = 5) -> dict[str, list[float]]:
@@ -76,3 +77,50 @@ def test_equal_steps_of_a_coarse_score_are_no_proof() -> None:
 def test_bad_scores_are_refused(scores: dict[str, list[float]]) -> None:
     with pytest.raises(ValueError, match="same number of scores"):
         compare(scores, higher_is_better=False)
+
+
+def test_the_chance_to_beat_counts_seeds_and_halves_draws() -> None:
+    found = pairs({"a": [1.0, 2.0, 3.0, 4.0], "b": [2.0, 2.0, 4.0, 3.0]}, higher_is_better=False)
+    assert found["a", "b"].chance == (1 + 0.5 + 1 + 0) / 4
+    assert found["b", "a"].chance == 1 - found["a", "b"].chance
+    assert found["a", "b"].low == pytest.approx(1 - found["b", "a"].high)
+    upside_down = pairs({"a": [1.0, 2.0], "b": [2.0, 3.0]}, higher_is_better=True)
+    assert upside_down["b", "a"].chance == 1.0
+
+
+@pytest.mark.parametrize(("won", "count"), [(0, 5), (3, 5), (5, 5), (7, 20)])
+def test_the_interval_of_a_chance_is_wilsons(won: int, count: int) -> None:
+    """Against scipy's, which exists for whole successes."""
+    scores = {"a": [0.0] * count, "b": [1.0] * won + [-1.0] * (count - won)}
+    expected = stats.binomtest(won, count).proportion_ci(method="wilson")
+    found = pairs(scores, higher_is_better=False)["a", "b"]
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_pairs_are_corrected_together() -> None:
+    generator = np.random.default_rng(3)
+    scores = _scores(generator, {"a": 2.0, "b": 2.0, "c": 2.03, "d": 2.05})
+    found = pairs(scores, higher_is_better=False)
+    compared = compare(scores, higher_is_better=False)
+    leader, *others = compared
+    for name in others:
+        assert found[leader, name].p == found[name, leader].p == compared[name].p
+    assert len(found) == 12
+
+
+@pytest.mark.parametrize(("effect", "count", "level"), [(0.5, 5, 0.05), (1.5, 5, 0.05), (1.0, 12, 0.005)])
+def test_power_is_that_of_simulated_races(effect: float, count: int, level: float) -> None:
+    """4,000 paired t tests on normal differences: within four standard errors."""
+    drawn = np.random.default_rng(4).normal(effect, 1.0, (4000, count))
+    found = float(np.mean((stats.ttest_1samp(drawn, 0.0, axis=1).pvalue < level) & (drawn.mean(axis=1) > 0)))
+    assert power(effect, count, level) == pytest.approx(found, abs=4 * math.sqrt(0.25 / 4000))
+
+
+def test_what_is_detectable_is_found_at_the_stated_power() -> None:
+    differences = [0.3, -0.1, 0.4, 0.2, 0.0]
+    spread = float(np.std(differences, ddof=1))
+    for comparisons in (1, 6):
+        least = detectable(differences, comparisons)
+        assert power(least / spread, 5, 0.05 / comparisons) == pytest.approx(POWER, abs=1e-4)
+    assert detectable([0.1, 0.1]) == 0.0
+    assert math.isnan(detectable([0.1]))

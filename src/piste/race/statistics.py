@@ -1,4 +1,4 @@
-"""What can be said from a few seeds: intervals, paired comparisons, and who is tied with the leader.
+"""What can be said from a few seeds: intervals, paired comparisons, who is tied with the leader, and what goes unseen.
 
 All contenders are scored on the same seeds, so they are compared pair by pair on the differences, in which the luck of
 a seed (initial weights, batch order) cancels. Two things must agree before a difference is claimed:
@@ -13,18 +13,35 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, permutations
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats  # type: ignore[import-untyped]
+from scipy import optimize, stats  # type: ignore[import-untyped]
 
 LEVEL: Final = 0.95
+POWER: Final = 0.8  # with which a difference that is there should be found
 _RESAMPLES = 9999
 _BOOTSTRAP_SEED = 20
 
 Scores = Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One contender beside another, on the seeds that both have run.
+
+    Args:
+        chance: that the first scores better than the second on a new seed; equal scores count half.
+        low, high: Wilson's interval of it, wide for few seeds even where all of them agree.
+        p: Holm-corrected over all pairs of the race; nan from a single seed.
+    """
+
+    chance: float
+    low: float
+    high: float
+    p: float
 
 
 @dataclass(frozen=True)
@@ -60,17 +77,64 @@ def compare(scores: Scores, higher_is_better: bool) -> dict[str, Comparison]:
     Raises:
         ValueError: there are no contenders, or the numbers of scores differ or are zero.
     """
-    lengths = {len(values) for values in scores.values()}
-    if len(lengths) != 1 or lengths == {0}:
-        raise ValueError(
-            f"scores must hold the same number of scores, at least one, for every contender, not {lengths}"
-        )
-    columns = {name: np.asarray(values, dtype=float) for name, values in scores.items()}
+    columns = _columns(scores)
     sign = -1.0 if higher_is_better else 1.0
     order = sorted(columns, key=lambda name: sign * float(columns[name].mean()))
     leader = order[0]
     p_values = _corrected_p_values(columns)
     return {name: _beside(columns[name], columns[leader], p_values.get(frozenset((name, leader)))) for name in order}
+
+
+def pairs(scores: Scores, higher_is_better: bool) -> dict[tuple[str, str], Pair]:
+    """Every contender beside every other, in both orders.
+
+    Args:
+        scores, higher_is_better: as for ``compare``.
+
+    Raises:
+        ValueError: as ``compare``.
+    """
+    columns = _columns(scores)
+    p_values = _corrected_p_values(columns)
+    sign = -1.0 if higher_is_better else 1.0
+    return {
+        (first, second): _pair(sign * (columns[first] - columns[second]), p_values.get(frozenset((first, second))))
+        for first, second in permutations(columns, 2)
+    }
+
+
+def power(effect: float, count: int, level: float = 1 - LEVEL) -> float:
+    """The chance that a paired t test over ``count`` seeds finds a difference, and in the right direction.
+
+    Args:
+        effect: the true difference, in standard deviations of the differences from seed to seed.
+        count: seeds, two or more.
+        level: chance of a false claim; divide it by the number of comparisons.
+    """
+    limit = float(stats.t.isf(level / 2, count - 1))
+    shift = abs(effect) * math.sqrt(count)
+    return float(stats.nct.sf(limit, count - 1, shift))
+
+
+def detectable(differences: Sequence[float] | NDArray[np.float64], comparisons: int = 1) -> float:
+    """The smallest true difference that as many seeds would find in four races of five; nan from a single seed.
+
+    Args:
+        differences: one a seed; their spread is taken for the true one.
+        comparisons: how many pairs the level is shared among.
+    """
+    count = len(differences)
+    if count < 2:
+        return math.nan
+    level = (1 - LEVEL) / max(1, comparisons)
+
+    def lacking(effect: float) -> float:
+        return power(effect, count, level) - POWER
+
+    most = 4.0
+    while lacking(most) < 0:
+        most *= 2
+    return float(np.std(differences, ddof=1)) * float(optimize.brentq(lacking, 0.0, most, xtol=1e-6))
 
 
 def interval(values: Sequence[float] | NDArray[np.float64]) -> tuple[float, float]:
@@ -128,6 +192,30 @@ def paired_p_value(differences: NDArray[np.float64], resolution: float) -> float
     if variance == 0:
         return 0.0
     return 2 * float(stats.t.sf(mean / math.sqrt(variance / count), count - 1))
+
+
+def _columns(scores: Scores) -> dict[str, NDArray[np.float64]]:
+    lengths = {len(values) for values in scores.values()}
+    if len(lengths) != 1 or lengths == {0}:
+        raise ValueError(
+            f"scores must hold the same number of scores, at least one, for every contender, not {lengths}"
+        )
+    return {name: np.asarray(values, dtype=float) for name, values in scores.items()}
+
+
+def _pair(behind: NDArray[np.float64], p: float | None) -> Pair:
+    won = float(np.sum(behind < 0)) + float(np.sum(behind == 0)) / 2
+    count = len(behind)
+    low, high = _wilson(won / count, count)
+    return Pair(won / count, low, high, math.nan if p is None else p)
+
+
+def _wilson(share: float, count: int) -> tuple[float, float]:
+    """Wilson's score interval, from its formula: scipy's takes whole successes only, and a draw is half of one."""
+    z = float(stats.norm.isf((1 - LEVEL) / 2))
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _corrected_p_values(columns: Mapping[str, NDArray[np.float64]]) -> dict[frozenset[str], float]:
