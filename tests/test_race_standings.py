@@ -12,7 +12,8 @@ from piste.race.contenders import Contender, make_contenders
 from piste.race.inspection import TaskCard
 from piste.race.protocol import MOST_EXTENSIONS, TUNE_SEED, Plan, next_runs, tuning
 from piste.race.record import CONFIRM, DIVERGED, FAILED, FINISHED, TUNE, Cost, Curve, RunKey, RunRecord
-from piste.race.standings import recommended, study_result
+from piste.race.standings import study_result
+from piste.race.verdict import recommended
 
 CARD = TaskCard("/line.py", "line", "f00d", "", "loss", False, 10, 5, (60, 20, 20), 0.001, 0.001)
 UNTRAINED = 9.0

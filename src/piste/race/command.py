@@ -22,12 +22,12 @@ from piste.race.catalogue import find, show, show_list
 from piste.race.contenders import ContenderError, make_contenders
 from piste.race.executor import ExecutorError
 from piste.race.record import StudyResult
-from piste.race.standings import recommended
 from piste.race.starter import STARTER
 from piste.race.store import Store, StoreError
 from piste.race.study import DeviceError, InterruptedRaceError, Settings, race, stored_result, stored_settings
 from piste.race.task import BUILT_IN, TaskError
 from piste.race.terminal import show_result, view_for
+from piste.race.verdict import recommended
 
 __all__ = ["command"]
 

@@ -235,13 +235,34 @@ class Standing:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """All contenders on one task, best first, and the verdict in one or two sentences."""
+    """All contenders on one task, best first, the verdict in one or two sentences, and what limits it."""
 
     task: str
     metric_name: str
     higher_is_better: bool
     standings: list[Standing]
     verdict: str
+    caveats: list[str] = field(default_factory=list)
+
+
+COMMITTED: Final = "committed"
+CLEAR: Final = "clear"
+EXCLUDED: Final = "ruled out by construction"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a race has to say of one sin of comparisons.
+
+    Args:
+        sin: its name.
+        state: ``"committed"``, ``"clear"`` (looked for and not found) or ``"ruled out by construction"``.
+        words: what was found, or why it cannot happen; empty where clear.
+    """
+
+    sin: str
+    state: str
+    words: str
 
 
 @dataclass(frozen=True)
@@ -256,6 +277,7 @@ class StudyResult:
         notes: what the race holds against itself (few seeds, best lr at an edge, timings taken side by side, …).
         machine: what ran it.
         command: the command that repeats it.
+        findings: one for each sin of comparisons, committed or not.
     """
 
     title: str
@@ -265,6 +287,7 @@ class StudyResult:
     notes: list[str]
     machine: dict[str, str]
     command: str
+    findings: list[Finding] = field(default_factory=list)
 
 
 def canonical_json(content: Any) -> str:

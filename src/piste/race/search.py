@@ -83,9 +83,7 @@ class Sensitivity:
     decades: float
 
 
-def sensitivity(
-    lrs: Sequence[float], scores: Sequence[float], untrained: float, higher_is_better: bool
-) -> Sensitivity:
+def sensitivity(lrs: Sequence[float], scores: Sequence[float], untrained: float, higher_is_better: bool) -> Sensitivity:
     """The expected loss in excess of the best over a range of learning rates (Wortsman et al. 2023).
 
     The mean over the logarithm of the rate, by trapezoids between the trials; nothing counts as worse than the model
@@ -146,9 +144,7 @@ def redraw(
     sign = -1.0 if higher_is_better else 1.0
     searched, scored = (sign * _paired(name, both) for name, both in (("trials", trials), ("confirmed", confirmed)))
     generator = np.random.default_rng(_SEED)
-    tried, seeds = (
-        generator.integers(both.shape[1], size=(RESAMPLES, both.shape[1])) for both in (searched, scored)
-    )
+    tried, seeds = (generator.integers(both.shape[1], size=(RESAMPLES, both.shape[1])) for both in (searched, scored))
     shift = searched[:, tried].min(axis=2) - searched.min(axis=1, keepdims=True)
     first, second = scored[:, seeds].mean(axis=2) + shift
     behind = second - first

@@ -1,4 +1,4 @@
-"""From records to results: scores, standings, the verdict, and what the race holds against itself."""
+"""From records to results: scores and standings of every task, and with them what else there is to say."""
 
 from __future__ import annotations
 
@@ -6,25 +6,13 @@ import math
 
 from piste.race.contenders import Contender
 from piste.race.inspection import TaskCard
-from piste.race.protocol import (
-    FEWEST_TRIALS_TO_EXTEND,
-    Plan,
-    Records,
-    Tuning,
-    confirmations,
-    keys_so_far,
-    tuning,
-)
-from piste.race.record import CONFIRM, FINISHED, TUNE, Cost, RunRecord, Standing, StudyResult, TaskResult
+from piste.race.protocol import Plan, Records, Tuning, confirmations, keys_so_far, tuning
+from piste.race.record import TUNE, Cost, RunRecord, Standing, StudyResult, TaskResult
+from piste.race.lints import Evidence
+from piste.race.search import counted
+from piste.race.sins import audit, notes
 from piste.race.statistics import Comparison, compare
-from piste.race.words import count, listing, size
-
-FEW_SEEDS = 5
-FEW_TRIALS = 4
-# Step times closer than this are the same; then the smaller optimizer state is the cheaper one.
-_SAME_TIME = 0.05
-# Contenders that a verdict or a note names; the others are counted, and stand in the table.
-_NAMED = 3
+from piste.race.verdict import caveats, verdict
 
 
 def study_result(
@@ -33,14 +21,17 @@ def study_result(
     """All that can be said from the records so far; a race cut short gives a result that says so."""
     used = [records[key.id] for _, _, key in keys_so_far(plan, records) if key.id in records]
     missing = sum(key.id not in records for _, _, key in keys_so_far(plan, records))
+    evidence = Evidence(plan, records, used, missing, workers)
+    findings = audit(evidence)
     return StudyResult(
         title=title,
         created=created,
         results=[task_result(plan, card, records) for card in plan.cards],
         records=used,
-        notes=_notes(plan, records, used, missing, workers),
+        notes=notes(evidence, findings),
         machine=machine,
         command=command,
+        findings=findings,
     )
 
 
@@ -66,24 +57,20 @@ def task_result(plan: Plan, card: TaskCard, records: Records) -> TaskResult:
     standings = [_without_false_tie(standing, confirmed, leader) for standing in standings]
     # Leader first, then its group, then the others, each by score.
     standings.sort(key=lambda standing: (standing.contender != leader, not standing.tied))
-    verdict = _verdict(card, standings, plan.seeds)
-    return TaskResult(card.name, card.metric_name, card.higher_is_better, standings, verdict)
+    searches = {name: _searched(card, state, records) for name, state in tunings.items()}
+    about = verdict(card.name, card.metric_name, card.higher_is_better, standings)
+    remarks = caveats(standings, searches, card.higher_is_better)
+    return TaskResult(card.name, card.metric_name, card.higher_is_better, standings, about, remarks)
 
 
-def recommended(standings: list[Standing]) -> Standing | None:
-    """The cheapest of the leader's group: least time a step, and of equally fast ones the least state.
-
-    From a single seed, which cannot tell a tie, it is the one that scored best.
-    """
-    if standings and len(standings[0].scores) == 1:
-        return standings[0]
-    group = [standing for standing in standings if standing.tied]
-    if not group:
-        return None
-    times = [standing.cost.step_seconds for standing in group if not math.isnan(standing.cost.step_seconds)]
-    limit = min(times, default=math.inf) * (1 + _SAME_TIME)
-    fast = [standing for standing in group if standing.cost.step_seconds <= limit] or group
-    return min(fast, key=lambda standing: standing.cost.state_bytes)  # of equal ones the first, which scored best
+def _searched(card: TaskCard, state: Tuning, records: Records) -> list[float]:
+    """Validation scores in the order of the trials; the worst untrained one for those that were lost."""
+    trials = [records[key.id] for key in state.runs[: len(state.runs) - state.extensions] if key.id in records]
+    scores = [trial.curve.valid_metric[-1] if trial.finished else math.nan for trial in trials]
+    untrained = [trial.curve.valid_metric[0] for trial in trials if trial.curve.valid_metric]
+    sign = -1.0 if card.higher_is_better else 1.0
+    worst = max((sign * value for value in untrained if math.isfinite(value)), default=math.nan)
+    return counted(scores, sign * worst)
 
 
 def _confirmed(
@@ -190,141 +177,3 @@ def _cost(records: list[RunRecord]) -> Cost:
 def _failure(record: RunRecord) -> str:
     which = "trial" if record.key.phase == TUNE else f"seed {record.key.seed}"
     return f"{which} at lr {record.key.lr:g}: {record.status.replace('_', ' ')}, {record.message}"
-
-
-def _verdict(card: TaskCard, standings: list[Standing], seeds: int) -> str:
-    leader = standings[0] if standings and standings[0].scores else None
-    if leader is None:
-        return f"No verdict on {card.name}: no contender has been confirmed on every seed."
-    best = recommended(standings)
-    at = f"{card.metric_name} {_number(leader.mean)}"
-    if len(leader.scores) < 2:
-        return (
-            f"{leader.contender} scored best on {card.name} ({at}), but one seed cannot tell a difference from chance; "
-            "race with --seeds 5 for a verdict."
-        )
-    others = [standing for standing in standings if standing.tied and standing is not leader]
-    if len(standings) == 1:
-        return f"{leader.contender} reached {at} [{_interval(leader)}] on {card.name}; it raced alone."
-    if not others:
-        return _win(card, leader, standings[1], at)
-    assert best is not None
-    group = [standing.contender for standing in standings if standing.tied]
-    between = f"the {len(group)} best" if len(group) > _NAMED else "them"
-    return (
-        f"No difference found on {card.name} between {listing(group, _NAMED)} "
-        f"({at} [{_interval(leader)}] for the best mean). "
-        f"Take {best.contender}, the cheapest of {between}: {_cost_words(best)}.{_behind(standings)}"
-    )
-
-
-def _win(card: TaskCard, leader: Standing, second: Standing, at: str) -> str:
-    text = f"{leader.contender} wins on {card.name}: {at} [{_interval(leader)}] at lr {_lr(leader)}"
-    if not second.scores:
-        return f"{text}; no other contender finished."
-    if second.failures and second.difference_low <= 0 <= second.difference_high:
-        return f"{text}; the next, {second.contender}, lost runs. It costs {_cost_words(leader)}."
-    ahead = "higher" if card.higher_is_better else "lower"
-    low, high = sorted((abs(second.difference_low), abs(second.difference_high)))
-    return (
-        f"{text}, {_number(abs(second.difference))} [{_number(low)}, {_number(high)}] {ahead} than the next, "
-        f"{second.contender}. It costs {_cost_words(leader)}."
-    )
-
-
-def _behind(standings: list[Standing]) -> str:
-    names = [standing.contender for standing in standings if not standing.tied]
-    return f" Behind them: {listing(names, _NAMED)}." if names else ""
-
-
-def _cost_words(standing: Standing) -> str:
-    cost = standing.cost
-    return f"{1000 * cost.step_seconds:.3g} ms a step, {size(cost.state_bytes)} of optimizer state"
-
-
-def _interval(standing: Standing) -> str:
-    return f"{_number(standing.low)}, {_number(standing.high)}"
-
-
-def _lr(standing: Standing) -> str:
-    return f"{standing.best_hyperparameters['lr']:g}"
-
-
-def _number(value: float) -> str:
-    return f"{value:.4g}"
-
-
-def _notes(plan: Plan, records: Records, used: list[RunRecord], missing: int, workers: int) -> list[str]:
-    notes = []
-    if missing:
-        notes.append(f"The race is not finished: {missing} or more runs are missing. Repeat the command to go on.")
-    if plan.seeds < FEW_SEEDS:
-        notes.append(f"Few seeds ({plan.seeds}): only large differences can be found. {FEW_SEEDS} or more are better.")
-    if plan.trials < FEW_TRIALS:
-        notes.append(f"Few trials ({plan.trials}): the learning rates are coarse, and with them the comparison.")
-    if workers > 1:
-        notes.append(
-            f"Step times were taken while {workers} runs went side by side: compare them with each other, "
-            "not with those of an idle machine."
-        )
-    notes += [*_search_notes(plan, records), *_passes_notes(used)]
-    lost = [record for record in used if record.key.phase == CONFIRM and record.status != FINISHED]
-    if lost:
-        notes.append(
-            f"{len(lost)} confirmation runs did not finish; each counts as the worst score seen on its task, "
-            "the untrained model's included."
-        )
-    if len({tuple(sorted(record.machine.items())) for record in used}) > 1:
-        notes.append("The runs come from more than one machine: their times cannot be compared.")
-    return notes
-
-
-def _passes_notes(used: list[RunRecord]) -> list[str]:
-    """Whose steps make more gradient evaluations than others': they were given equal steps, not equal evaluations."""
-    finished = [record for record in used if record.status == FINISHED and record.key.steps]
-    passes = {record.key.contender: record.cost.gradient_evaluations / record.key.steps for record in finished}
-    fewest = min(passes.values(), default=0)
-    more = {name: many for name, many in sorted(passes.items()) if many > fewest}
-    if not more:
-        return []
-    words = listing([f"{name} {many:.3g}" for name, many in more.items()], _NAMED)
-    return [
-        f"Gradient evaluations a step: {words}, the others {fewest:.3g}. All were given equal steps; what the others "
-        "do with as many evaluations, a race with more --steps tells."
-    ]
-
-
-def _search_notes(plan: Plan, records: Records) -> list[str]:
-    """Where the search for a learning rate was extended, and where it still ended at an edge: a line a task each."""
-    notes = []
-    for card in plan.cards:
-        found = {contender.name: tuning(plan, card, contender, records) for contender in plan.contenders}
-        at_edge = {name: state for name, state in found.items() if state.edge}
-        extended = {name: state for name, state in found.items() if state.extensions and not state.edge}
-        if at_edge:
-            notes.append(f"{card.name}: {_still_at_edge(at_edge)}; {_beyond(plan)}.")
-        if extended:
-            notes.append(f"{card.name}: {_extended(extended)}.")
-    return notes
-
-
-def _still_at_edge(found: dict[str, Tuning]) -> str:
-    most = max(state.extensions for state in found.values())
-    reach = f" after {count(most, 'extension')} of the range" if most else ""
-    by_edge = {edge: [name for name, state in found.items() if state.edge == edge] for edge in ("high", "low")}
-    parts = [f"the {edge}est tried{reach} for {listing(names, _NAMED)}" for edge, names in by_edge.items() if names]
-    return f"the best lr is {', '.join(parts)}"
-
-
-def _extended(found: dict[str, Tuning]) -> str:
-    counts = sorted({state.extensions for state in found.values()})
-    each = " each" if len(found) > 1 else ""
-    trials = " or ".join(map(str, counts)) + (" trial" if counts == [1] else " trials")
-    was = "was" if counts == [1] else "were"
-    return f"the best lr of {listing(list(found), _NAMED)} was at an edge, so {trials}{each} {was} added beyond it"
-
-
-def _beyond(plan: Plan) -> str:
-    if plan.trials < FEWEST_TRIALS_TO_EXTEND:
-        return f"{FEWEST_TRIALS_TO_EXTEND} trials or more extend the range"
-    return "a better one may lie beyond"

@@ -91,7 +91,7 @@ def median_reach(reaches: Sequence[Reach]) -> float:
 
 
 def targets(runs: Sequence[RunRecord], higher_is_better: bool, count: int = 24) -> list[float]:
-    """Targets from hardly trained to the best that any run reached, evenly spaced, in logarithm where they are positive.
+    """Targets from hardly trained to the best that any run reached, evenly spaced (losses in logarithm).
 
     Args:
         runs: confirmation runs of a task.
@@ -118,7 +118,7 @@ class SpeedUp:
     """How many times less one contender needs than another for a target.
 
     Args:
-        factor: ratio of the medians, above 1 where the first needs less; inf where the second misses, nan where both do.
+        factor: ratio of the medians, above 1 where the first needs less; inf if the second misses, nan if both do.
         low, high: interval by the paired bootstrap over seeds; nan from a single seed.
     """
 
@@ -190,8 +190,8 @@ def profiles(needed: Mapping[str, Sequence[float]]) -> dict[str, Profile]:
 
 
 def _profile(own: Sequence[float], best: Sequence[float]) -> Profile:
-    ratios = [1.0 if mine == least else mine / least if least else math.inf for mine, least in zip(own, best, strict=True)
-              if math.isfinite(least)]  # fmt: skip
+    solved = [(mine, least) for mine, least in zip(own, best, strict=True) if math.isfinite(least)]
+    ratios = [1.0 if mine == least else mine / least if least else math.inf for mine, least in solved]
     met = sorted(ratio for ratio in ratios if math.isfinite(ratio))
     factors = sorted({1.0, *met})
     shares = [sum(ratio <= factor for ratio in met) / len(own) for factor in factors]

@@ -16,8 +16,8 @@ from rich.text import Text
 
 from piste.race.progress import Row, duration
 from piste.race.record import RunRecord, Standing, StudyResult, TaskResult
-from piste.race.standings import recommended
 from piste.race.study import State
+from piste.race.verdict import recommended
 from piste.race.words import single_line, size
 
 __all__ = ["LiveView", "PlainView", "show_result", "view_for"]

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from piste.race import words
 from piste.race.record import CONFIRM, TUNE, RunRecord, Standing, StudyResult, TaskResult
-from piste.race.standings import recommended
 from piste.race.statistics import LEVEL
+from piste.race.verdict import recommended
 
 from .palette import Look, looks
 from .plots import Picture, pictures
