@@ -6,9 +6,9 @@ import math
 
 from piste.race.contenders import Contender
 from piste.race.inspection import TaskCard
+from piste.race.lints import Evidence
 from piste.race.protocol import Plan, Records, Tuning, confirmations, keys_so_far, tuning
 from piste.race.record import TUNE, Cost, RunRecord, Standing, StudyResult, TaskResult
-from piste.race.lints import Evidence
 from piste.race.search import counted
 from piste.race.sins import audit, notes
 from piste.race.statistics import Comparison, compare
