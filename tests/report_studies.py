@@ -6,7 +6,19 @@ import math
 import random
 import statistics
 
-from piste.race.record import Cost, Curve, RunKey, RunRecord, Standing, StudyResult, TaskResult
+from piste.race.record import (
+    CLEAR,
+    COMMITTED,
+    EXCLUDED,
+    Cost,
+    Curve,
+    Finding,
+    RunKey,
+    RunRecord,
+    Standing,
+    StudyResult,
+    TaskResult,
+)
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 VERSIONS = {"python": "3.12.4", "torch": "2.13.0+cpu", "piste": "0.1.0+0a1b2c3d"}
@@ -155,7 +167,8 @@ def _task(
         else f"{take.contender} is ahead of all others."
     )
     metric = "accuracy" if accuracy else "loss"
-    return TaskResult(name, metric, accuracy, standings, verdict), records
+    caveat = "No difference found is not equality: these 5 seeds find a true difference of 0.05 in four races of five."
+    return TaskResult(name, metric, accuracy, standings, verdict, [caveat]), records
 
 
 def plain_study() -> StudyResult:
@@ -171,6 +184,12 @@ def plain_study() -> StudyResult:
         notes,
         MACHINE,
         "piste race --optimizers ranger,adamw,rangeradabelief,sgd_momentum --seeds 5 --trials 8",
+        [
+            Finding("times from a busy machine", COMMITTED, notes[0]),
+            Finding("too few seeds", CLEAR, ""),
+            Finding("untuned contenders", CLEAR, ""),
+            Finding("training losses compared", EXCLUDED, "Scores come from the report split, never from training."),
+        ],
     )
 
 
@@ -257,7 +276,7 @@ def troubled_study(name: str = HOSTILE) -> StudyResult:
             **nothing,
         ),
     ]
-    result = TaskResult("task " + name, f"loss {name}", False, standings, f"Take {good}. {name}")
+    result = TaskResult("task " + name, f"loss {name}", False, standings, f"Take {good}. {name}", [f"caveat {name}"])
     bad = standing(
         "lone", [0.0], [0.0], Cost.unknown(), best_hyperparameters={}, scores=[], tied=False, seeds=0, **nothing
     )
@@ -271,6 +290,7 @@ def troubled_study(name: str = HOSTILE) -> StudyResult:
         [f"note {name}", "One seed only"],
         {"system": name},
         f"piste race {name}",
+        [Finding(f"sin {name}", state, f"words {name}") for state in (COMMITTED, CLEAR, EXCLUDED)],
     )
 
 

@@ -19,6 +19,8 @@ SECONDS: Final = "seconds"
 
 # Largest factor behind the best that a profile counts, as in AlgoPerf.
 MOST_BEHIND: Final = 4.0
+# How much of the way from the untrained model to the best is left at the first target, and at the last but one.
+_FIRST_TARGET, _LAST_TARGET = 0.9, 0.01
 _RESAMPLES = 2000
 _SEED = 20
 
@@ -91,7 +93,7 @@ def median_reach(reaches: Sequence[Reach]) -> float:
 
 
 def targets(runs: Sequence[RunRecord], higher_is_better: bool, count: int = 24) -> list[float]:
-    """Targets from hardly trained to the best that any run reached, evenly spaced (losses in logarithm).
+    """Targets from hardly trained to the best that any run reached, the closer together the harder they are.
 
     Args:
         runs: confirmation runs of a task.
@@ -107,10 +109,8 @@ def targets(runs: Sequence[RunRecord], higher_is_better: bool, count: int = 24) 
     hardest = sign * min(sign * value for values in curves for value in values)
     if sign * hardest >= sign * easiest:
         return []
-    logarithmic = not higher_is_better and hardest > 0
-    spaced = np.geomspace(easiest, hardest, count) if logarithmic else np.linspace(easiest, hardest, count)
-    # rounding must not put the last target beyond what was reached
-    return [*(float(target) for target in spaced[1:-1]), hardest]
+    left = np.geomspace(_FIRST_TARGET, _LAST_TARGET, count - 1)  # of the way from easiest to hardest
+    return [*(hardest + (easiest - hardest) * left).tolist(), hardest]
 
 
 @dataclass(frozen=True)

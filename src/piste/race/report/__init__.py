@@ -22,6 +22,7 @@ from markupsafe import Markup
 
 from piste.race.record import StudyResult, canonical_json
 
+from .exports import COLUMNS, derived_tables
 from .page import make_page
 from .palette import COLOURS
 
@@ -73,13 +74,17 @@ def render(result: StudyResult) -> str:
     content = make_page(result)
     plotly_script = plotly.offline.get_plotlyjs()
     script = _file("page.js")
-    figures = [plot.data() for section in content.sections for plot in section.pictures if not plot.empty]
+    plots = [plot for section in content.sections for plot in section.pictures]
+    plots += [content.across.profile] if content.across else []
+    worked_out = {name: dataclasses.asdict(table) for name, table in derived_tables(result, content.analyses).items()}
     return (
         _environment()
         .get_template("template.html.jinja")
         .render(
             page=content,
-            figures=figures,
+            figures=[plot.data() for plot in plots if not plot.empty],
+            columns=COLUMNS,
+            tables=json.loads(canonical_json(worked_out)),
             study=json.loads(canonical_json(dataclasses.asdict(result))),
             style=Markup(_style()),
             plotly=Markup(plotly_script),

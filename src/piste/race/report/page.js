@@ -61,12 +61,56 @@
     });
   };
   const drawAll = () => pictures.forEach(draw);
+  const redraw = (picture) => { if (picture.drawn) draw(picture); };
+
+  // A long race has a hundred pictures: each is drawn when the reader comes near it.
+  const watch = () => {
+    const seen = new IntersectionObserver((entries) => entries.forEach((entry) => {
+      if (!entry.isIntersecting) return;
+      seen.unobserve(entry.target);
+      draw(pictures.get(entry.target.id));
+    }), { rootMargin: "800px" });
+    pictures.forEach((picture) => { const node = document.getElementById(picture.id); if (node) seen.observe(node); });
+  };
 
   document.querySelectorAll("fieldset[data-plot]").forEach((fieldset) => {
     fieldset.addEventListener("change", (event) => {
       const picture = pictures.get(fieldset.dataset.plot);
       picture.chosen[Number(fieldset.dataset.switch)] = Number(event.target.value);
-      draw(picture);
+      redraw(picture);
+    });
+  });
+
+  // The numbers of a picture as a table, made when it is asked for.
+  document.querySelectorAll("button.numbers").forEach((button) => {
+    button.addEventListener("click", () => {
+      const figure = button.closest("figure");
+      const open = button.getAttribute("aria-expanded") === "true";
+      button.setAttribute("aria-expanded", String(!open));
+      if (open) { figure.querySelector(".numbers-table").remove(); return; }
+      const picture = pictures.get(button.dataset.plot);
+      const plain = document.createElement("textarea"); // turns the entities of plotly's texts into characters
+      const rows = composed(picture).data.filter((trace) => trace.visible && trace.hoverinfo !== "skip")
+        .flatMap((trace) => (trace.x || []).map((x, index) => [trace.name, x, trace.y[index]])).filter((row) => row[2] !== null);
+      const table = document.createElement("table");
+      table.createCaption().textContent = picture.title;
+      const head = table.createTHead().insertRow();
+      for (const text of ["Contender", "across", "up"]) { const th = document.createElement("th"); th.scope = "col"; th.textContent = text; head.append(th); }
+      const body = table.createTBody();
+      for (const [name, ...numbers] of rows) {
+        const row = body.insertRow();
+        const th = document.createElement("th");
+        th.scope = "row";
+        plain.innerHTML = name;
+        th.textContent = plain.value;
+        row.append(th);
+        for (const number of numbers) row.insertCell().textContent = number === null ? "–" : String(number);
+      }
+      const holder = document.createElement("div");
+      holder.className = "scroll numbers-table";
+      holder.tabIndex = 0;
+      holder.append(table);
+      figure.append(holder);
     });
   });
 
@@ -78,7 +122,7 @@
       const show = gone.delete(Number(slot));
       if (!show) gone.add(Number(slot));
       button.setAttribute("aria-pressed", String(show));
-      pictures.forEach((picture) => { if (picture.id.startsWith(`${section}-`)) draw(picture); });
+      pictures.forEach((picture) => { if (picture.id.startsWith(`${section}-`)) redraw(picture); });
     });
   });
 
@@ -91,7 +135,7 @@
     });
   });
 
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => pictures.forEach(redraw));
   // Paper is light and of another width than the screen.
   addEventListener("beforeprint", () => {
     document.documentElement.classList.add("paper");
@@ -154,32 +198,19 @@
   };
   const csv = (rows) => `${rows.map((row) => row.map(cell).join(",")).join("\r\n")}\r\n`;
 
-  const standingsTable = (study) => {
-    const rows = [];
-    for (const task of study.results) {
-      for (const standing of task.standings) {
-        const { cost, best_hyperparameters: best, ...rest } = standing;
-        const row = { task: task.task, metric: task.metric_name, ...rest, lr: best.lr, best_hyperparameters: best, ...cost };
-        if (!rows.length) rows.push(Object.keys(row));
-        rows.push(Object.values(row));
-      }
-    }
-    return rows;
+  // Tables come with the page; those of raw data are columns, each a path into the study.
+  const at = (item, path) => path.split(".").reduce((value, name) => (value === null || value === undefined ? value : value[name]), item);
+  const items = {
+    standings: (study) => study.results.flatMap((task) => task.standings.map((standing) => ({ task, standing }))),
+    runs: (study) => study.records,
+    curves: (study) => study.records.flatMap((run) => run.curve.step.map((_, index) => (
+      { ...run, curve: Object.fromEntries(Object.entries(run.curve).map(([name, values]) => [name, values[index]])) }))),
   };
-  const keyColumns = ["task", "contender", "optimizer", "schedule", "steps", "seed", "phase", "device"];
-  const keyCells = (run) => [run.id, ...keyColumns.map((name) => run.key[name]), run.key.hyperparameters.lr];
-  const runsTable = (study) => {
-    const costs = Object.keys((study.records[0] || { cost: {} }).cost);
-    const head = ["id", ...keyColumns, "lr", "hyperparameters", "status", "message", "test_loss", "test_metric", ...costs, "created"];
-    return [head, ...study.records.map((run) => [...keyCells(run), run.key.hyperparameters, run.status, run.message,
-      run.test_loss, run.test_metric, ...costs.map((name) => run.cost[name]), run.created])];
+  const tableOf = (kind) => {
+    if (!(kind in items)) { const table = read("tables")[kind]; return [table.columns, ...table.rows]; }
+    const columns = read("columns")[kind];
+    return [columns.map(([name]) => name), ...items[kind](read("study")).map((item) => columns.map(([, path]) => at(item, path)))];
   };
-  const curvesTable = (study) => {
-    const columns = ["step", "train_seconds", "train_loss", "valid_loss", "valid_metric"];
-    return [["id", ...keyColumns, "lr", ...columns], ...study.records.flatMap((run) =>
-      run.curve.step.map((_, index) => [...keyCells(run), ...columns.map((name) => run.curve[name][index])]))];
-  };
-  const makers = { standings: standingsTable, runs: runsTable, curves: curvesTable };
 
   const save = (text, filename, type) => {
     const link = document.createElement("a");
@@ -194,11 +225,11 @@
     button.addEventListener("click", () => {
       const { kind } = button.dataset;
       if (kind === "json") save(`${JSON.stringify(read("study"), null, 1)}\n`, "piste-race.json", "application/json");
-      else save(csv(makers[kind](read("study"))), `piste-${kind}.csv`, "text/csv");
+      else save(csv(tableOf(kind)), `piste-${kind}.csv`, "text/csv");
     });
   });
 
-  reveal("button.copy, button.download, button.save");
-  drawAll();
+  reveal("button.copy, button.download, button.save, button.numbers");
+  watch();
   document.documentElement.dataset.ready = "yes";
 })();
