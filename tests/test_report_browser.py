@@ -20,7 +20,8 @@ import pytest
 from report_studies import HOSTILE, USUAL, empty_study, large_study, plain_study, troubled_study
 
 from piste.race.record import StudyResult, canonical_json
-from piste.race.report import write
+from piste.race.report import exports, write
+from piste.race.report.page import make_page
 
 pytestmark = pytest.mark.slow
 
@@ -91,16 +92,28 @@ class Opened:
         assert self.complaints == []
         assert self.requests == [self.address]
 
+    def see(self, plot: str) -> None:
+        """Scroll to a plot: it is drawn when a reader comes near."""
+        self.page.locator(f"#{plot}").scroll_into_view_if_needed()
+        self.page.locator(f"#{plot} svg.main-svg").first.wait_for()
+
+    def see_all(self) -> None:
+        """Scroll past all plots."""
+        for plot in self.page.eval_on_selector_all(".plot", "nodes => nodes.map(node => node.id)"):
+            self.see(plot)
+
     def path_of(self, plot: str) -> list[str]:
-        """The shapes of the lines of a plot."""
+        """The shapes of the lines, or bars, of a plot."""
+        self.see(plot)
         found: list[str] = self.page.eval_on_selector_all(
-            f"#{plot} .scatterlayer .trace path",
+            f"#{plot} .trace path",
             "nodes => nodes.map(node => node.getAttribute('d') + node.getAttribute('transform'))",
         )
         return found
 
     def traces(self, plot: str) -> int:
-        return int(self.page.locator(f"#{plot} .scatterlayer .trace").count())
+        self.see(plot)
+        return int(self.page.locator(f"#{plot} .trace").count())
 
 
 Open = Callable[..., Opened]
@@ -120,13 +133,24 @@ def opened(browser: Any, reports: Callable[..., Path]) -> Iterator[Open]:
         context.close()
 
 
+def _number(text: str) -> object:
+    """Python writes 1.0 and 1e-05 where JavaScript writes 1 and 0.00001, in mappings too."""
+    if text.startswith("{"):
+        return json.loads(text)
+    try:
+        return repr(float(text))
+    except ValueError:
+        return text
+
+
 @pytest.mark.parametrize("study", [plain_study, troubled_study, large_study, empty_study])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_opens_without_a_word(opened: Open, study: Callable[[], StudyResult], scheme: str) -> None:
     started = time.perf_counter()
     report = opened(study, color_scheme=scheme)
     assert time.perf_counter() - started < 60
-    report.page.mouse.move(600, 1500)
+    report.see_all()
+    report.page.mouse.move(600, 400)
     report.calm()
 
 
@@ -136,6 +160,7 @@ def test_every_plot_is_drawn(opened: Open, study: Callable[[], StudyResult]) -> 
     plots = json.loads(report.page.locator("#figures").text_content())
     assert len(plots) == report.page.locator(".plot").count() > 0
     for plot in plots:
+        report.see(plot["id"])
         assert report.page.locator(f"#{plot['id']} svg.main-svg").first.is_visible()
         assert report.traces(plot["id"]) == len(plot["data"])
         shapes = [shape for shape in report.path_of(plot["id"]) if not shape.startswith(("null", "M0,0Z"))]
@@ -148,6 +173,7 @@ def test_switches_change_the_picture(opened: Open) -> None:
     plot = "task-2-curves"
     figure = page.locator("figure", has=page.locator(f"#{plot}"))
     title = page.locator(f"#{plot} .xtitle")
+    report.see(plot)
     assert title.text_content() == "optimizer steps"
     by_steps = report.path_of(plot)
     figure.get_by_label("time", exact=True).check()
@@ -173,7 +199,10 @@ def test_switches_change_the_picture(opened: Open) -> None:
 def test_switches_work_from_the_keyboard(opened: Open) -> None:
     report = opened()
     page = report.page
+    report.see("task-1-curves")
     page.locator("fieldset[data-plot=task-1-curves] input").first.focus()
+    page.keyboard.press("ArrowRight")
+    assert "gradient evaluations" in page.locator("#task-1-curves .xtitle").text_content()
     page.keyboard.press("ArrowRight")
     assert "training time" in page.locator("#task-1-curves .xtitle").text_content()
 
@@ -185,7 +214,7 @@ def test_a_contender_can_be_hidden_in_all_pictures_of_a_task(opened: Open) -> No
     button = page.locator("[aria-labelledby=task-1] .key button").nth(0)
     button.click()
     assert button.get_attribute("aria-pressed") == "false"
-    assert report.traces("task-1-curves") == curves - 2
+    assert report.traces("task-1-curves") == curves - 3
     assert report.traces("task-1-basin") == basin - 3
     assert report.traces("task-2-curves") == other
     button.click()
@@ -225,7 +254,8 @@ def test_hostile_names_do_nothing(opened: Open) -> None:
     page = report.page
     assert page.locator("img").count() == 0
     assert page.locator("[onerror], [onload]").count() == 0
-    assert page.locator("body script").count() == 4
+    assert page.locator("body script").count() == 6
+    report.see_all()
     labels = page.locator("#task-1-differences .annotation-text").all_text_contents()
     assert any("</script><img src=x" in label for label in labels)  # shown as typed
     # labels of hovered points are made from names, too
@@ -248,6 +278,8 @@ def test_dark_and_light_are_followed_at_once(opened: Open) -> None:
     report = opened(color_scheme="dark")
     page = report.page
 
+    report.see("task-1-curves")
+
     def colours() -> tuple[str, str, str]:
         return (
             page.evaluate("getComputedStyle(document.body).backgroundColor"),
@@ -268,6 +300,7 @@ def test_dark_and_light_are_followed_at_once(opened: Open) -> None:
 @pytest.mark.parametrize("width", [390, 320])
 def test_a_phone_does_not_scroll_sideways(opened: Open, study: Callable[[], StudyResult], width: int) -> None:
     report = opened(study, **{**PHONE, "viewport": {"width": width, "height": 844}})
+    report.see_all()
     assert report.page.evaluate("document.documentElement.scrollWidth") <= width
     for box in [plot.bounding_box() for plot in report.page.locator(".plot svg.main-svg").all()]:
         assert box["x"] >= 0
@@ -277,11 +310,13 @@ def test_a_phone_does_not_scroll_sideways(opened: Open, study: Callable[[], Stud
 
 def test_a_finger_scrolls_past_the_plots(opened: Open) -> None:
     report = opened(**PHONE)
+    report.see("task-1-curves")
     assert report.page.evaluate("document.getElementById('task-1-curves')._fullLayout.dragmode") is False
 
 
 def test_plots_follow_the_window(opened: Open) -> None:
     report = opened()
+    report.see("task-1-curves")
     report.page.set_viewport_size({"width": 700, "height": 900})
     report.page.wait_for_timeout(500)
     box = report.page.locator("#task-1-curves svg.main-svg").first.bounding_box()
@@ -296,7 +331,8 @@ def test_data_can_be_taken_out(opened: Open) -> None:
         with report.page.expect_download() as waiting:
             button.click()
         saved[waiting.value.suggested_filename] = Path(waiting.value.path()).read_bytes().decode()
-    assert sorted(saved) == ["piste-curves.csv", "piste-race.json", "piste-runs.csv", "piste-standings.csv"]
+    raw, derived = {"curves", "runs", "standings"}, {"budgets", "findings", "pairs", "sensitivities", "targets"}
+    assert set(saved) == {f"piste-{name}.csv" for name in raw | derived} | {"piste-race.json"}
     assert json.loads(saved["piste-race.json"]) == json.loads(canonical_json(dataclasses.asdict(study)))
 
     tables = {
@@ -316,6 +352,14 @@ def test_data_can_be_taken_out(opened: Open) -> None:
     standings = tables["piste-standings.csv"]
     assert len(standings) == sum(len(task.standings) for task in study.results)
     assert standings[1]["high"] == "inf"
+    # the command writes the same tables
+    analyses = make_page(study).analyses
+    for name, table in exports.tables(study, analyses).items():
+        written = list(csv.DictReader(io.StringIO(exports.as_csv(table), newline="")))
+        taken = tables[f"piste-{name}.csv"]
+        assert [*taken[0]] == [*written[0]], name
+        one, other = ([[*map(_number, row.values())] for row in rows] for rows in (taken, written))
+        assert one == other, name
     report.calm()
 
 
@@ -334,7 +378,7 @@ def test_a_picture_can_be_saved_with_its_key(opened: Open) -> None:
 def test_it_prints_and_comes_back(opened: Open) -> None:
     report = opened(color_scheme="dark")
     page = report.page
-    # what the page looks like at the moment of printing
+    # what the page looks like at the moment of printing; pictures that nobody has looked at are drawn for it
     page.evaluate(
         "addEventListener('beforeprint', () => {"
         "  window.printed = [document.getElementById('task-1-curves')._fullLayout.width,"
@@ -344,6 +388,7 @@ def test_it_prints_and_comes_back(opened: Open) -> None:
     assert printed.startswith(b"%PDF")
     assert page.evaluate("window.printed") == [680, "#17202a"]
     page.wait_for_timeout(300)
+    assert page.locator(".plot svg.main-svg").count() >= page.locator(".plot").count()
     assert page.evaluate("document.getElementById('task-1-curves')._fullLayout.width") > 900
     assert page.evaluate("document.getElementById('task-1-curves')._fullLayout.font.color") == "#e8edf2"
     report.calm()
@@ -356,9 +401,44 @@ def test_what_a_screen_reader_finds(opened: Open) -> None:
         assert page.get_by_role(landmark).count() == 1
     assert page.get_by_role("table", name="All contenders on digits").is_visible()
     assert page.get_by_role("img", name="Line chart of the validation loss").count() == 2
-    assert page.get_by_role("radio", name="time").count() == 2
+    assert page.get_by_role("radio", name="time", exact=True).count() == 5
+    assert page.get_by_role("table", name="Chance that the row scores better").count() == 2
+    assert page.get_by_role("list", name="What limits this verdict").count() == 2
+    assert page.get_by_role("columnheader", name="Against adamw+one_cycle").count() == 1
     assert page.get_by_role("button", name="Copy the code: use adamw+one_cycle as raced on digits").is_visible()
-    assert page.get_by_role("rowheader", name="sgd_momentum+one_cycle").count() == 2
+    assert page.get_by_role("rowheader", name="sgd_momentum+one_cycle").count() == 5
+
+
+def test_the_numbers_of_a_picture_can_be_read_as_a_table(opened: Open) -> None:
+    report = opened(troubled_study)
+    page = report.page
+    figure = page.locator("figure", has=page.locator("#task-1-curves"))
+    button = figure.locator("button.numbers")
+    assert button.get_attribute("aria-expanded") == "false"
+    button.click()
+    assert button.get_attribute("aria-expanded") == "true"
+    rows = figure.get_by_role("row").all_text_contents()
+    assert len(rows) > 9
+    assert any(HOSTILE[:20] in row for row in rows)  # as typed
+    assert page.locator("img").count() == 0
+    button.click()
+    assert figure.locator("table").count() == 0
+    report.calm()
+
+
+def test_what_the_race_looked_for_can_be_unfolded(opened: Open) -> None:
+    page = opened().page
+    reason = page.get_by_text("Scores come from the report split, never from training.")
+    assert reason.is_hidden()
+    page.get_by_text("Ruled out by construction (1)").click()
+    assert reason.is_visible()
+
+
+def test_pictures_far_away_wait_for_the_reader(opened: Open) -> None:
+    report = opened(large_study)
+    assert report.page.locator("#task-1-breakdown svg").count() == 0
+    report.see("task-1-breakdown")
+    assert report.traces("task-1-breakdown") == 8
 
 
 def test_without_scripts_the_words_remain(opened: Open, browser: Any, reports: Callable[..., Path]) -> None:

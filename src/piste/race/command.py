@@ -54,7 +54,7 @@ def _explained(debug: bool, out: Path | None = None) -> Iterator[None]:
         words = f"all finished runs are kept. Go on with: {again}" if again else "nothing was run yet"
         click.echo(f"piste: stopped; {words}", err=True)
         sys.exit(130)
-    except (ContenderError, TaskError, DeviceError, StoreError, ExecutorError, OSError) as error:
+    except (ContenderError, TaskError, DeviceError, report.ExportError, StoreError, ExecutorError, OSError) as error:
         if debug:
             traceback.print_exc()
         message = str(error) if not isinstance(error, OSError) else f"{error.filename or ''}: {error.strerror or error}"
@@ -285,15 +285,33 @@ def _show_one(name: str) -> None:
 
 @command.command(name="report", short_help="Write the report of a race again.")
 @click.argument("directory", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "kinds",
+    type=click.Choice(["html", *report.FORMATS]),
+    multiple=True,
+    default=["html"],
+    show_default=True,
+    help="What to write into DIRECTORY; may be repeated.",
+)
+@click.option(
+    "--to", "sinks", multiple=True, metavar="SINK", help="Hand the runs on: tensorboard:DIR, mlflow:DIR, wandb:PROJECT."
+)
 @_debug
-def _report(directory: Path, debug: bool) -> None:
-    """Show the standings of the race in DIRECTORY and write its report.html, from what is kept there."""
+def _report(directory: Path, kinds: tuple[str, ...], sinks: tuple[str, ...], debug: bool) -> None:
+    """Show the standings of the race in DIRECTORY and write its report, from what is kept there."""
     with _explained(debug, directory):
         store = Store(directory)
         result = stored_result(store)
         for line in store.damaged:
             click.echo(f"piste: {line}", err=True)
-        _show(Console(), store, result)
+        if "html" in kinds:
+            _show(Console(), store, result)
+        for kind in kinds:
+            for path in report.export(result, kind, directory) if kind != "html" else ():
+                click.echo(f"wrote {path}")
+        for sink in sinks:
+            click.echo(f"sent {report.send(result, sink)}")
 
 
 def _show(console: Console, store: Store, result: StudyResult) -> None:

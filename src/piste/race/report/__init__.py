@@ -23,10 +23,12 @@ from markupsafe import Markup
 from piste.race.record import StudyResult, canonical_json
 
 from .exports import COLUMNS, derived_tables
+from .files import FORMATS, ExportError, export, pictures_of
 from .page import make_page
-from .palette import COLOURS
+from .palette import style
+from .sinks import SINKS, send
 
-__all__ = ["write"]
+__all__ = ["FORMATS", "SINKS", "ExportError", "export", "send", "write"]
 
 _HERE: Final = Path(__file__).parent
 
@@ -74,19 +76,17 @@ def render(result: StudyResult) -> str:
     content = make_page(result)
     plotly_script = plotly.offline.get_plotlyjs()
     script = _file("page.js")
-    plots = [plot for section in content.sections for plot in section.pictures]
-    plots += [content.across.profile] if content.across else []
     worked_out = {name: dataclasses.asdict(table) for name, table in derived_tables(result, content.analyses).items()}
     return (
         _environment()
         .get_template("template.html.jinja")
         .render(
             page=content,
-            figures=[plot.data() for plot in plots if not plot.empty],
+            figures=[plot.data() for plot in pictures_of(content)],
             columns=COLUMNS,
             tables=json.loads(canonical_json(worked_out)),
             study=json.loads(canonical_json(dataclasses.asdict(result))),
-            style=Markup(_style()),
+            style=Markup(style()),
             plotly=Markup(plotly_script),
             script=Markup(script),
             script_hashes=[_source_hash(plotly_script), _source_hash(script)],
@@ -116,12 +116,6 @@ def _capitalised(text: str) -> str:
 def _breakable(text: str) -> Markup:
     """``text`` with a place to break the line after each ``+``."""
     return Markup("<wbr>").join(re.split(r"(?<=\+)", text))
-
-
-def _style() -> str:
-    """The style sheet with the contenders' colours of both themes put in."""
-    light, dark = ("\n".join(f"  --c{slot}: {pair[theme]};" for slot, pair in enumerate(COLOURS)) for theme in (0, 1))
-    return _file("style.css").replace("@LIGHT@", light).replace("@DARK@", dark)
 
 
 def _source_hash(script: str) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Final
 
 from piste.race.record import StudyResult
 
+_STYLE: Final = Path(__file__).parent / "style.css"
 # Chosen to stay apart under protanopia, deuteranopia and tritanopia, and to keep a contrast of 3:1 and more against
 # the page (tests/test_report.py computes both). The first column is for the light page, the second for the dark one.
 COLOURS: Final = (
@@ -40,6 +44,19 @@ _STROKES: Final = {
     "longdash": "10 3",
     "longdashdot": "10 3 1.5 3",
 }
+
+
+def style() -> str:
+    """The style sheet with the contenders' colours of both themes put in."""
+    light, dark = ("\n".join(f"  --c{slot}: {pair[theme]};" for slot, pair in enumerate(COLOURS)) for theme in (0, 1))
+    return _STYLE.read_text(encoding="utf-8").replace("@LIGHT@", light).replace("@DARK@", dark)
+
+
+@cache
+def light_colours() -> dict[str, str]:
+    """The variables of the light page, for pictures that leave it."""
+    light = style().partition("@media")[0]
+    return dict(re.findall(r"(--[\w-]+): (#[0-9a-f]{6})", light))
 
 
 @dataclass(frozen=True)
