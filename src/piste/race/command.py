@@ -295,7 +295,7 @@ def _show_one(name: str) -> None:
     help="What to write into DIRECTORY; may be repeated.",
 )
 @click.option(
-    "--to", "sinks", multiple=True, metavar="SINK", help="Hand the runs on: tensorboard:DIR, mlflow:DIR, wandb:PROJECT."
+    "--to", "sinks", multiple=True, metavar="SINK", help="Hand the runs on: tensorboard:DIR, mlflow:URI, wandb:PROJECT."
 )
 @_debug
 def _report(directory: Path, kinds: tuple[str, ...], sinks: tuple[str, ...], debug: bool) -> None:

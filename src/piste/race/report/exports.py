@@ -45,10 +45,9 @@ COLUMNS: Final[dict[str, list[tuple[str, str]]]] = {
     ],
     "curves": [
         *_RUN,
-        *(
-            (name, f"curve.{name}")
-            for name in ("step", "train_seconds", "train_loss", "valid_loss", "valid_metric", "lr", "gradient_norm")
-        ),
+        *((name, f"curve.{name}") for name in ("step", "train_seconds", "train_loss", "valid_loss", "valid_metric")),
+        ("scheduled_lr", "curve.lr"),
+        ("gradient_norm", "curve.gradient_norm"),
     ],
 }
 

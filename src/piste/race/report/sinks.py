@@ -22,7 +22,7 @@ def send(result: StudyResult, address: str) -> str:
 
     Args:
         result: the study.
-        address: ``"tensorboard:FOLDER"``, ``"mlflow:FOLDER_OR_URI"`` or ``"wandb:PROJECT"``.
+        address: ``"tensorboard:FOLDER"``, ``"mlflow:URI"`` or ``"wandb:PROJECT"``.
 
     Returns:
         Where they went, in words.
@@ -54,7 +54,7 @@ def _tensorboard(result: StudyResult, place: str) -> None:
 
 def _mlflow(result: StudyResult, place: str) -> None:
     mlflow = importlib.import_module("mlflow")
-    mlflow.set_tracking_uri(place if "://" in place else Path(place).resolve().as_uri())
+    mlflow.set_tracking_uri(place)
     mlflow.set_experiment(single_line(result.title) or "piste race")
     for run in result.records:
         with mlflow.start_run(run_name=_label(run, " ")):
@@ -112,6 +112,6 @@ def _label(run: RunRecord, separator: str) -> str:
 
 SINKS: Final[dict[str, tuple[str, Callable[[StudyResult, str], None]]]] = {
     "tensorboard": ("FOLDER", _tensorboard),
-    "mlflow": ("FOLDER_OR_URI", _mlflow),
+    "mlflow": ("URI", _mlflow),
     "wandb": ("PROJECT", _wandb),
 }
