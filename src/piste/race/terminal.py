@@ -175,6 +175,8 @@ def show_result(console: Console, result: StudyResult, report: Path | None) -> N
         console.print()
         console.print(_standings(task, console))
         console.print(Text(task.verdict, style="bold"))
+        for caveat in task.caveats:
+            console.print(Text(caveat))
     console.print()
     for note in result.notes:
         console.print(f"note: {note}", style="dim", markup=False, highlight=False)

@@ -121,9 +121,11 @@ def _speed_words(speed: SpeedUp) -> str:
 
 def _speed_bounds(speed: SpeedUp) -> str:
     """The interval, turned over with the factor where the contender is the slower one."""
-    if not (speed.low > 0 and math.isfinite(speed.high) and 0 < speed.factor < math.inf):
+    if math.isnan(speed.low):
         return ""
-    low, high = (speed.low, speed.high) if speed.factor >= 1 else (1 / speed.high, 1 / speed.low)
+    low, high = speed.low, speed.high
+    if speed.factor < 1:
+        low, high = 1 / high, 1 / low if low else math.inf
     return f"[{words.number(low, 2)}, {words.number(high, 2)}]"
 
 

@@ -139,6 +139,7 @@
   // Paper is light and of another width than the screen.
   addEventListener("beforeprint", () => {
     document.documentElement.classList.add("paper");
+    document.querySelectorAll("details:not([open])").forEach((node) => { node.dataset.folded = "yes"; node.open = true; });
     drawAll();
     pictures.forEach((picture) => {
       const node = document.getElementById(picture.id);
@@ -147,6 +148,7 @@
   });
   addEventListener("afterprint", () => {
     document.documentElement.classList.remove("paper");
+    document.querySelectorAll("details[data-folded]").forEach((node) => { delete node.dataset.folded; node.open = false; });
     pictures.forEach((picture) => {
       const node = document.getElementById(picture.id);
       if (node) Plotly.relayout(node, { autosize: true, width: null });
