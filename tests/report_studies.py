@@ -168,7 +168,7 @@ def _task(
     )
     metric = "accuracy" if accuracy else "loss"
     caveat = "No difference found is not equality: these 5 seeds find a true difference of 0.05 in four races of five."
-    return TaskResult(name, metric, accuracy, standings, verdict, [caveat]), records
+    return TaskResult(name, metric, accuracy, standings, verdict, caveats=[caveat]), records
 
 
 def plain_study() -> StudyResult:
@@ -276,7 +276,9 @@ def troubled_study(name: str = HOSTILE) -> StudyResult:
             **nothing,
         ),
     ]
-    result = TaskResult("task " + name, f"loss {name}", False, standings, f"Take {good}. {name}", [f"caveat {name}"])
+    result = TaskResult(
+        "task " + name, f"loss {name}", False, standings, f"Take {good}. {name}", caveats=[f"caveat {name}"]
+    )
     bad = standing(
         "lone", [0.0], [0.0], Cost.unknown(), best_hyperparameters={}, scores=[], tied=False, seeds=0, **nothing
     )

@@ -60,7 +60,7 @@ def task_result(plan: Plan, card: TaskCard, records: Records) -> TaskResult:
     searches = {name: _searched(card, state, records) for name, state in tunings.items()}
     about = verdict(card.name, card.metric_name, card.higher_is_better, standings)
     remarks = caveats(standings, searches, card.higher_is_better)
-    return TaskResult(card.name, card.metric_name, card.higher_is_better, standings, about, remarks)
+    return TaskResult(card.name, card.metric_name, card.higher_is_better, standings, about, caveats=remarks)
 
 
 def _searched(card: TaskCard, state: Tuning, records: Records) -> list[float]:
