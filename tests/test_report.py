@@ -442,7 +442,7 @@ def test_a_contender_looks_the_same_everywhere() -> None:
                 look = expected[trace.name]
                 used = trace.marker.color or (trace.line.color if trace.type == "scatter" else None) or trace.fillcolor
                 assert used == look.colour
-                if trace.mode == "lines+markers":
+                if trace.type == "scatter" and trace.mode == "lines+markers":
                     assert (trace.line.dash, trace.marker.symbol) == (look.dash, look.marker)
 
 
