@@ -80,10 +80,12 @@ def test_too_many_misses_are_infinite() -> None:
 
 
 def test_targets_run_from_hardly_trained_to_the_best_seen() -> None:
+    """From a tenth of the way to all but a hundredth of it, in equal ratios of what is left, and then the end."""
     found = targets([made([8.0, 4.0, 2.0]), made([8.0, 3.0, 1.0])], higher_is_better=False, count=4)
-    assert found == pytest.approx([4.0, 2.0, 1.0])
+    assert found == pytest.approx([1 + 7 * 0.9, 1 + 7 * math.sqrt(0.9 * 0.01), 1 + 7 * 0.01, 1.0])
     assert found[-1] == 1.0
-    assert targets([made([0.1, 0.5]), made([0.1, 0.9])], higher_is_better=True, count=3) == pytest.approx([0.5, 0.9])
+    rising = targets([made([0.1, 0.5]), made([0.1, 0.9])], higher_is_better=True, count=3)
+    assert rising == pytest.approx([0.9 - 0.8 * 0.9, 0.9 - 0.8 * 0.01, 0.9])
 
 
 def test_without_progress_there_is_no_target() -> None:
