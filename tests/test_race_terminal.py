@@ -11,13 +11,13 @@ from report_studies import standing
 from rich.console import Console
 
 from piste.race.contenders import make_contenders
+from piste.race.costs import WARM_UP_STEPS, Stopwatch
 from piste.race.inspection import TaskCard
 from piste.race.progress import rows
 from piste.race.protocol import Plan, next_runs
 from piste.race.record import Cost, StudyResult, TaskResult
 from piste.race.study import State
 from piste.race.terminal import LiveView, PlainView, show_result, view_for
-from piste.race.training import _Timer
 from piste.race.worker import Run
 
 COST = Cost(0.0123, 0.001, 120_000, 10**6, 10, 5)
@@ -118,10 +118,10 @@ def test_columns_that_hold_nothing_are_left_out() -> None:
 
 def test_refreshes_are_shared_out_and_shown_apart() -> None:
     """Nine steps of 13 ms, 3 of them the optimizer's, and one whose optimizer takes 53: 18 ms a step."""
-    timer = _Timer()
+    timer = Stopwatch()
     for number in range(10):
         own = 0.053 if number == 4 else 0.003
-        timer.add(0.010 + own, own, refreshed=number == 4)
+        timer.add(WARM_UP_STEPS + 1 + number, 0.010 + own, own, refreshed=number == 4)
     cost = Cost(**timer.times(), state_bytes=8, peak_bytes=0, gradient_evaluations=10, parameters=2)
     assert cost.step_seconds == pytest.approx(0.013)
     assert cost.refresh_share == pytest.approx(0.1)

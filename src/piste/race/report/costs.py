@@ -153,8 +153,9 @@ def breakdown(task: TaskResult, looks: Mapping[str, Look], identifier: str) -> P
                 )
             )  # fmt: skip
         share = words.percent(standing.cost.mean_optimizer_seconds / standing.cost.mean_step_seconds)
+        taken = words.duration(standing.cost.mean_step_seconds)
         figure.add_annotation(
-            text=f"{words.label(standing.contender)} · {words.duration(standing.cost.mean_step_seconds)}, optimizer {share}",
+            text=f"{words.label(standing.contender)} · {taken}, optimizer {share}",
             xref="paper", x=0, xanchor="left", y=-row, yanchor="bottom", yshift=10, showarrow=False, font={"size": 12},
         )  # fmt: skip
     figure.update_layout(
