@@ -62,7 +62,7 @@ def test_float32(subject: Subject) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("subject", SOME, ids=named)
+@pytest.mark.parametrize("subject", [s for s in SOME if s.id in ("AdamW", "Adafactor", "Ranger21")], ids=named)
 @pytest.mark.parametrize(
     "promise",
     [values.parity, tensors.channels_last, tensors.non_contiguous, tensors.empty, tensors.zero_dimensional],

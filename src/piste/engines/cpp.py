@@ -24,8 +24,9 @@ import torch
 from piste.bucket import Bucket
 from piste.codecs import Codec
 from piste.engines import cpp_build
-from piste.engines.cpp_source import TYPES, all_columns, hyper_names, write
-from piste.engines.kernel import passes
+from piste.engines.cpp_loop import TYPES
+from piste.engines.cpp_source import hyper_names, write
+from piste.engines.kernel import all_columns, passes
 from piste.engines.native import Kernels, Native, Step, native_passes, plain_homes
 from piste.engines.tables import Table, column
 from piste.plan import Plan

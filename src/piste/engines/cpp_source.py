@@ -1,7 +1,7 @@
 """Writes the passes of a plan as C++ for the cpp engine.
 
-Each pass becomes a loop body, one for every way in which the innermost axis of a weight can meet the axes that the pass
-tells apart, and an ``extern "C"`` function that leads all weights of a bucket through it. Its arguments are a table of
+Each pass becomes loop bodies (:mod:`piste.engines.cpp_loop`) and an ``extern "C"`` function that leads all weights of a
+bucket through them. Its arguments are a table of
 integers, one column after the other with an entry per weight: number of elements, parameter group, step number, the
 addresses in ``Pass.columns``, and where axes or sizes matter the shapes and strides; and the hyper-parameters of every
 group.
@@ -12,60 +12,24 @@ is decoded into a small buffer that stays in the cache, and what it wrote there 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from piste.codecs import Codec
 from piste.engines.cpp_codecs import code_offset, cpp_types, definitions, phase, rest_offset
-from piste.engines.kernel import Column, Pass, host_roots, is_small
+from piste.engines.cpp_loop import COMPARISONS, ELEMENT, FIXED_COLUMNS, JOIN, START, TYPES, Loops, literal
+from piste.engines.kernel import Pass, host_numbers, host_roots
 from piste.plan import Plan
-from piste.symbol import ALL, FULL, HOST, Sym, host_node, topological
+from piste.symbol import ALL, FULL, Sym, topological
 
-__all__ = ["FIXED_COLUMNS", "TYPES", "all_columns", "hyper_names", "write"]
-
-#: columns of the table before the addresses: elements, group, step number
-FIXED_COLUMNS = 3
-
-TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16", torch.float16: "f16"}
-
-_ELEMENT = {
-    "add": "({} + {})",
-    "sub": "({} - {})",
-    "mul": "({} * {})",
-    "div": "({} / {})",
-    "pow": "pow<R>({}, {})",
-    "neg": "(-{})",
-    "abs": "abs({})",
-    "sign": "sign<R>({})",
-    "square": "({0} * {0})",
-    "sqrt": "sqrt({})",
-    "rsqrt": "(1 / sqrt({}))",
-    "exp": "exp({})",
-    "log": "log({})",
-    "cbrt": "cbrt({})",
-    "softplus": "softplus({})",
-    "minimum": "minimum<R>({}, {})",
-    "maximum": "maximum<R>({}, {})",
-    "lt": "({} < {})",
-    "le": "({} <= {})",
-    "gt": "({} > {})",
-    "ge": "({} >= {})",
-    "eq": "({} == {})",
-    "ne": "({} != {})",
-    "where": "({} ? {} : {})",
-    "lerp": "lerp<R>({}, {}, {})",
-    "scratch": "{}",
-    "expand": "{0}",
-}
-_COMPARISONS = {"lt", "le", "gt", "ge", "eq", "ne"}
+__all__ = ["hyper_names", "write"]
 
 _HOST = {
-    **{op: text for op, text in _ELEMENT.items() if op in ("add", "sub", "mul", "div", "neg", "square", "where")},
-    **{op: f"double{_ELEMENT[op]}" for op in _COMPARISONS},
+    **{op: text for op, text in ELEMENT.items() if op in ("add", "sub", "mul", "div", "neg", "square", "where")},
+    **{op: f"double{ELEMENT[op]}" for op in COMPARISONS},
     "pow": "__builtin_pow({}, {})",
     "mod": "modulo({}, {})",
     "floordiv": "__builtin_floor({} / {})",
@@ -78,16 +42,6 @@ _HOST = {
     "maximum": "({1} > {0} ? {1} : {0})",
     "lerp": "({0} + {2} * ({1} - {0}))",
 }
-
-_START = {"sum": "0", "total": "0", "peak": "-__builtin_inf()"}
-_JOIN = {"sum": "Add()", "total": "Add()", "peak": "Peak()"}
-_CLAUSE = {"sum": "+", "total": "+", "peak": "peak"}
-#: how the innermost axis meets a choice of axes: not one of them, one of them, or with a stride known at run time
-_OUT, _IN, _ANY = 0, 1, 2
-#: functions of so many dependent operations that a loop with one of them is cut in front of it
-_LONG = {"exp", "log", "cbrt", "softplus"}
-#: stretches of memory that a processor is good at following at the same time
-_STREAMS = 8
 
 
 @cache
@@ -117,8 +71,7 @@ def write(
         homes: how the numbers in each home are stored.
         codecs: by home, where they are stored as codes.
     """
-    inverses = _inverses(passes.values())
-    numbers = [*host_roots(plan), *inverses.values()]
+    numbers, inverses = host_numbers(plan, passes.values())
     types = {home: TYPES[dtype] for home, dtype in homes.items()} | dict.fromkeys(codecs, "float")
     return "\n".join(
         [
@@ -140,21 +93,6 @@ def write(
     )
 
 
-def _inverses(passes: Iterable[Pass]) -> dict[Sym, Sym]:
-    """One over each host number that something is divided by: a division costs as much as ten products."""
-    found = {sym.args[1]: None for one in passes for sym in one.compute if _by_number(sym)}
-    return {divisor: host_node("div", 1.0, divisor) for divisor in found}
-
-
-def _by_number(sym: Sym) -> bool:
-    return sym.op == "div" and sym.args[1].kind == HOST
-
-
-def _literal(value: float) -> str:
-    text = repr(float(value))
-    return {"inf": "__builtin_inf()", "-inf": "-__builtin_inf()", "nan": '__builtin_nan("")'}.get(text, text)
-
-
 def _host_function(roots: Sequence[Sym], hyper: Sequence[str]) -> list[str]:
     """Host numbers of one weight, in double as Python would work them out."""
     names: dict[Sym, str] = {}
@@ -168,7 +106,7 @@ def _host_function(roots: Sequence[Sym], hyper: Sequence[str]) -> list[str]:
 
 def _host_text(sym: Sym, names: Mapping[Sym, str], hyper: Sequence[str]) -> str:
     if sym.op == "const":
-        return _literal(sym.attr)
+        return literal(sym.attr)
     if sym.op == "hp":
         return f"hp[{hyper.index(sym.attr)}]"
     if sym.op == "t":
@@ -180,63 +118,8 @@ def _host_text(sym: Sym, names: Mapping[Sym, str], hyper: Sequence[str]) -> str:
     return _HOST[sym.op].format(*(names[a] for a in sym.args))
 
 
-def coded(one: Pass, codecs: Mapping[str, Codec]) -> dict[str, Codec]:
-    """The homes of a pass that are stored as codes, in the order of its columns."""
-    return {str(c.key): codecs[str(c.key)] for c in one.columns if c.source == "home" and c.key in codecs}
-
-
-def all_columns(one: Pass, codecs: Mapping[str, Codec]) -> list[Column]:
-    """The arguments of a pass; over codes, second tensors too, and last the length of rows and where the thresholds of
-    rounding begin."""
-    codes = coded(one, codecs)
-    second = [Column("rest", home) for home, codec in codes.items() if codec.rest is not None]
-    return [*one.columns, *second, *([Column("row", ""), Column("phase", "")] if codes else [])]
-
-
-def _place(symbols: Sequence[Sym], sought: Sym) -> int:
-    """Symbols compare by identity only: ``==`` makes a symbol."""
-    return next(i for i, sym in enumerate(symbols) if sym is sought)
-
-
-class _Line(NamedTuple):
-    """A statement of a loop.
-
-    Attributes:
-        text: in C++.
-        sym: what it works out, loads or stores.
-        stores: whether it stores.
-    """
-
-    text: str
-    sym: Sym
-    stores: bool = False
-
-
-class _Writer:
-    """One pass."""
-
-    def __init__(
-        self,
-        name: str,
-        one: Pass,
-        numbers: Sequence[Sym],
-        inverses: Mapping[Sym, Sym],
-        types: Mapping[str, str],
-        codecs: Mapping[str, Codec],
-        *,
-        by_shape: bool,
-    ) -> None:
-        self.name, self.one, self.types, self.by_shape = name, one, types, by_shape
-        self.coded = coded(one, codecs)
-        self.numbers = {sym: i for i, sym in enumerate(numbers)}
-        self.inverses = inverses
-        self.axes = one.axes
-        self.columns = all_columns(one, codecs)
-        self.widest = FIXED_COLUMNS + len(self.columns)
-        self.single = [r for r in one.partials if is_small(r.kind) and r.kind != one.space]
-        self.spread = [r for r in one.partials if r.kind.keep and r.kind != one.space]
-        full = sum(c.source == "home" and self.example(str(c.key)).kind == one.space for c in self.columns)
-        self.rows = max(2, _STREAMS // max(1, full))
+class _Writer(Loops):
+    """One pass: its loops, and the function that leads all weights through them."""
 
     def lines(self) -> list[str]:
         patterns = self.patterns()
@@ -244,251 +127,6 @@ class _Writer:
         bodies += [line for pattern in self.together(patterns) for line in self.body(pattern, self.rows)]
         return [*bodies, *self.visitor(patterns), *self.entry()]
 
-    def patterns(self) -> list[tuple[int, ...]]:
-        """How the innermost axis can meet the choices of axes, the general way last."""
-        if not self.axes:
-            return [()]
-        every = sorted({a for keep in self.axes for a in keep})
-        found = [tuple(_IN if a in keep else _OUT for keep in self.axes) for a in (*every, -1)]
-        return [*dict.fromkeys(found), (_ANY,) * len(self.axes)]
-
-    def together(self, patterns: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-        """Patterns in which rows that lie side by side meet the same elements of something smaller than the weight."""
-        return [] if self.coded else [p for p in patterns if _IN in p and _ANY not in p]
-
-    # the loop --------------------------------------------------------------------------------------------------------
-    def body(self, pattern: tuple[int, ...], rows: int = 1) -> list[str]:
-        """The function for one row of memory, or for some at once: what they share is read and written once for all."""
-        self.before: list[str] = []
-        self.inside: list[_Line] = []
-        self.accumulators: dict[str, str] = {}
-        self.pattern = pattern
-        after: list[str] = []
-        for r in range(rows):
-            self.row = f"_{r}" if r else ""
-            self.names: dict[Sym, str] = {}
-            if r:
-                after_k = ", ".join(f"k[{j}] + {r} * next[{j}]" for j in range(len(self.axes)))
-                self.before.append(f"const int64_t at_{r} = at + {r} * across, k_{r}[] = {{{after_k}}};")
-            for i, column in enumerate(self.one.columns):
-                self.pointer(i, column)
-            for sym, home in self.one.loads.items():
-                self.load(sym, home)
-            for sym in self.one.compute:
-                self.compute(sym)
-            after += self.results()
-        loop = (rows == 1 and self.in_two()) or self.in_one()
-        more = ", int64_t across, const int64_t* next" if rows > 1 else ""
-        return [
-            f"static ONCE void {self.body_name(pattern, rows)}(",
-            "    const int64_t* T, int64_t n, int64_t w, int64_t at, int64_t length, const R* __restrict h,",
-            f"    const int64_t* k, const int64_t* s, double* part, double** share, R** rows{self.tiles}{more}) {{",
-            *(f"  {line}" for line in self.before),
-            *loop,
-            *(f"  {line}" for line in after),
-            "}",
-        ]
-
-    def in_one(self) -> list[str]:
-        """The loop, as vector code where that can be.
-
-        Sums grow in the precision of the numbers for a few of them, then in double.
-        """
-        loop = ["  for (int64_t i = 0; i < length; ++i) {", *(f"    {line.text}" for line in self.inside), "  }"]
-        if _ANY in self.pattern:
-            return loop
-        sums = [number for number, op in self.accumulators.items() if op != "peak"]
-        pragma = f"  #pragma omp simd{self.clauses()}"
-        if not sums:
-            return [pragma, *loop]
-        return [
-            "  for (int64_t low = 0; low < length; low += RUN) {",
-            "    const int64_t high = low + RUN < length ? low + RUN : length;",
-            *(f"    R f{i} = 0;" for i in sums),
-            f"  {pragma}",
-            "    for (int64_t i = low; i < high; ++i) {",
-            *(f"  {line}" for line in loop[1:]),
-            *(f"    a{i} += f{i};" for i in sums),
-            "  }",
-        ]
-
-    def in_two(self) -> list[str]:
-        """Two loops, with a long function at the head of the second; none where there is no such function.
-
-        A processor works on as many elements at once as it can hold instructions that wait. Of a long formula it holds
-        few elements; of each half, twice as many, and each takes half as long. What the second half needs of the first
-        waits in the cache.
-        """
-        cut = next((s for s in self.one.compute if s.op in _LONG and not is_small(s.kind)), None)
-        if cut is None or _ANY in self.pattern or self.one.partials:
-            return []
-        late = {cut}
-        for sym in self.one.compute:
-            if any(a in late for a in sym.args):
-                late.add(sym)
-        stored = [line.sym for line in self.inside if line.stores]
-        early = self.below([*cut.args, *(sym for sym in stored if sym not in late)])
-        # what the first loop has written cannot be read again
-        written = {home for home, sym in self.one.writes.items() if sym in early}
-        again = {sym for sym, home in self.one.loads.items() if home not in written}
-        needed = self.below([sym for sym in stored if sym in late], early - again)
-        inner = [line for line in self.inside if not line.stores]
-        waiting = [line.sym for line in inner if line.sym in early and line.sym in needed and line.sym not in again]
-        first = [line for line in self.inside if line.sym in early]
-        second = [line for line in self.inside if line.sym in needed - set(waiting)]
-        types = {sym: "bool" if sym.op in _COMPARISONS else "R" for sym in waiting}
-        return [
-            "  for (int64_t low = 0; low < length; low += HALVED) {",
-            "    const int64_t high = low + HALVED < length ? low + HALVED : length;",
-            *(f"    {types[sym]} w{i}[HALVED];" for i, sym in enumerate(waiting)),
-            "    #pragma omp simd",
-            "    for (int64_t i = low; i < high; ++i) {",
-            *(f"      {line.text}" for line in first),
-            *(f"      w{i}[i - low] = {self.names[sym]};" for i, sym in enumerate(waiting)),
-            "    }",
-            "    #pragma omp simd",
-            "    for (int64_t i = low; i < high; ++i) {",
-            *(f"      const {types[sym]} {self.names[sym]} = w{i}[i - low];" for i, sym in enumerate(waiting)),
-            *(f"      {line.text}" for line in second),
-            "    }",
-            "  }",
-        ]
-
-    def below(self, results: Sequence[Sym], known: Iterable[Sym] = ()) -> set[Sym]:
-        """What these results are worked out from, themselves included, down to loads and what is known."""
-        ends, found, stack = {*known, *self.one.loads}, set[Sym](), list(results)
-        while stack:
-            sym = stack.pop()
-            if sym not in found:
-                found.add(sym)
-                stack += () if sym in ends else sym.args
-        return found
-
-    def body_name(self, pattern: tuple[int, ...], rows: int = 1) -> str:
-        return "_".join([f"{self.name}_body", *map(str, pattern), *([f"rows{rows}"] if rows > 1 else [])])
-
-    def clauses(self) -> str:
-        return "".join(
-            f" reduction({_CLAUSE[op]} : {'a' if op == 'peak' else 'f'}{number})"
-            for number, op in self.accumulators.items()
-        )
-
-    def meets(self, sym: Sym) -> int:
-        return self.pattern[self.axes.index(sym.kind.keep)]
-
-    def pointer(self, i: int, column: Column) -> None:
-        key = column.key
-        sym = key if isinstance(key, Sym) else self.example(key)
-        kind = sym.kind
-        stored = self.types[key] if isinstance(key, str) else "R"
-        if column.source == "partial" and kind != self.one.space:
-            return
-        if key in self.coded:
-            self.before.append(
-                f"float* __restrict c{i}{self.row} = tile[{list(self.coded).index(str(key))}] + (at - base);"
-            )
-            return
-        at = f"k{self.row}[{self.axes.index(kind.keep)}]" if kind.keep and kind != self.one.space else ""
-        offset = f" + at{self.row}" if kind == self.one.space else f" + {at}" if at else ""
-        self.before.append(f"{stored}* __restrict c{i}{self.row} = ({stored}*)T[{FIXED_COLUMNS + i} * n + w]{offset};")
-
-    def example(self, home: str) -> Sym:
-        """A symbol that is read from or written to this home."""
-        written = self.one.writes.get(home)
-        return written if written is not None else next(s for s, h in self.one.loads.items() if h == home)
-
-    def load(self, sym: Sym, home: str) -> None:
-        name = self.names[sym] = f"x{len(self.names)}{self.row}"
-        source = next(
-            i
-            for i, c in enumerate(self.columns)
-            if (c.key == home if home != "value" and isinstance(c.key, str) else c.key is sym and c.source == "value")
-        )
-        index, hoisted = self.index(sym)
-        self.add(f"const R {name} = get<R>(c{source}{self.row}, {index});", sym, hoisted=hoisted)
-
-    def add(self, text: str, sym: Sym, *, hoisted: bool) -> None:
-        """A statement before the loop or in it."""
-        if hoisted:
-            self.before.append(text)
-        else:
-            self.inside.append(_Line(text, sym))
-
-    def index(self, sym: Sym) -> tuple[str, bool]:
-        """Where a value lies in the loop, and whether it is the same in all of it."""
-        if sym.kind == self.one.space and not is_small(sym.kind):
-            return "i", False
-        if is_small(sym.kind) or self.meets(sym) == _OUT:
-            return "0", True
-        return ("i" if self.meets(sym) == _IN else f"i * s[{self.axes.index(sym.kind.keep)}]"), False
-
-    def compute(self, sym: Sym) -> None:
-        op, args = ("mul", (sym.args[0], self.inverses[sym.args[1]])) if _by_number(sym) else (sym.op, sym.args)
-        text = _ELEMENT[op].format(*map(self.argument, args))
-        name = self.names[sym] = f"x{len(self.names)}{self.row}"
-        kind = "bool" if sym.op in _COMPARISONS else "R"
-        self.add(f"const {kind} {name} = {text};", sym, hoisted=self.index(sym)[1])
-
-    def argument(self, sym: Sym) -> str:
-        if sym.kind != HOST:
-            return self.names[sym]
-        return f"R({_literal(sym.attr)})" if sym.op == "const" else f"h[{self.numbers[sym]}]"
-
-    def results(self) -> list[str]:
-        """Stores come after all loads of an element; returns what follows the loop."""
-        after: list[str] = []
-        for i, column in enumerate(self.columns):
-            if column.source == "home" and column.key in self.one.writes:
-                sym = self.one.writes[str(column.key)]
-                self.inside.append(_Line(f"put(c{i}{self.row}, i, R({self.names[sym]}));", sym, stores=True))
-            elif column.source == "kept" and isinstance(column.key, Sym):
-                self.inside.append(_Line(f"c{i}{self.row}[i] = R({self.names[column.key]});", column.key, stores=True))
-            elif column.source == "partial" and isinstance(column.key, Sym):
-                after += self.gather(i, column.key)
-        return after
-
-    def gather(self, i: int, reduction: Sym) -> list[str]:
-        value = self.names[reduction.args[0]]
-        shared = self.is_single(reduction) or (reduction.kind != self.one.space and self.meets(reduction) == _IN)
-        number = f"{_place(self.one.partials, reduction)}{'' if shared else self.row}"
-        peak = reduction.op == "peak"
-        wide = "R" if peak else "double"  # a sum grows beyond its terms, a peak is one of them
-        general = _ANY in self.pattern
-        if reduction.kind == self.one.space:
-            self.inside.append(_Line(f"c{i}{self.row}[i] = R({value});", reduction, stores=True))
-            return []
-        before: list[str] = []
-        if self.is_single(reduction):
-            at = f"part[{_place(self.single, reduction)}]"
-        else:
-            place = _place(self.spread, reduction)
-            axes = self.axes.index(reduction.kind.keep)
-            at = f"(({wide}*)share[{place}])[k{self.row}[{axes}]]"
-            if self.meets(reduction) != _OUT:
-                step = "i" if self.meets(reduction) == _IN else f"i * s[{axes}]"
-                if peak or general:
-                    before = [f"{wide}* __restrict b{number} = ({wide}*)share[{place}] + k[{axes}];"]
-                else:
-                    before = [f"R* __restrict b{number} = rows[{place}];"]
-                self.before += [] if self.row else before
-                self.grow(f"b{number}[{step}]", value, reduction)
-                return []
-        self.grow(f"{'a' if peak or general else 'f'}{number}", value, reduction)
-        if number in self.accumulators:
-            return []
-        self.accumulators[number] = reduction.op
-        self.before.append(f"{wide} a{number} = {_START[reduction.op]};")
-        return [f"{at} = {_JOIN[reduction.op]}({at}, {'double' if self.is_single(reduction) else wide}(a{number}));"]
-
-    def grow(self, old: str, value: str, reduction: Sym) -> None:
-        """One more term of a reduction."""
-        text = f"maximum({old}, {value})" if reduction.op == "peak" else f"{old} + {value}"
-        self.inside.append(_Line(f"{old} = {text};", reduction, stores=True))
-
-    def is_single(self, reduction: Sym) -> bool:
-        return any(reduction is r for r in self.single)
-
-    # the walk --------------------------------------------------------------------------------------------------------
     @property
     def grid(self) -> str:
         """A grid for weight w."""
@@ -533,10 +171,6 @@ class _Writer:
         return [*lines, "  }", "};"]
 
     # codes -----------------------------------------------------------------------------------------------------------
-    @property
-    def tiles(self) -> str:
-        return ", float (*tile)[TILE], int64_t base" if self.coded else ""
-
     @property
     def tile(self) -> str:
         return ", tile, base" if self.coded else ""
@@ -643,7 +277,7 @@ class _Writer:
         parts, shares = "nullptr", "nullptr"
         if single:
             parts = "parts"
-            starts = ", ".join(_START[r.op] for r in single)
+            starts = ", ".join(START[r.op] for r in single)
             lines += [
                 f"  const double start[] = {{{starts}}};",
                 f"  double* parts = (double*)malloc((tasks.count + 1) * {len(single)} * sizeof(double));",
@@ -652,7 +286,7 @@ class _Writer:
         if spread:
             shares = "&shares"
             axes = ", ".join(str(self.axes.index(r.kind.keep)) for r in spread)
-            starts = ", ".join(_START[r.op] for r in spread)
+            starts = ", ".join(START[r.op] for r in spread)
             peaks = ", ".join("true" if r.op == "peak" else "false" for r in spread)
             lines += [
                 f"  const int axes_of[] = {{{axes}}};",
@@ -670,8 +304,8 @@ class _Writer:
         lines: list[str] = []
         for place, reduction in enumerate(self.single):
             out = f"T[{self.place(reduction)} * n{'' if reduction.kind == ALL else ' + w'}]"
-            join = f"value = {_JOIN[reduction.op]}(value, parts[task * {len(self.single)} + {place}]);"
-            start = f"double value = {_START[reduction.op]};"
+            join = f"value = {JOIN[reduction.op]}(value, parts[task * {len(self.single)} + {place}]);"
+            start = f"double value = {START[reduction.op]};"
             if reduction.kind == ALL:
                 lines += [
                     f"  {{ {start}",
@@ -693,7 +327,7 @@ class _Writer:
             for place, reduction in enumerate(self.spread):
                 axes = self.axes.index(reduction.kind.keep)
                 out = f"(R*)T[{self.place(reduction)} * n + w]"
-                lines.append(f"    shares.finish(grid, w, {place}, {axes}, {out}, {_JOIN[reduction.op]});")
+                lines.append(f"    shares.finish(grid, w, {place}, {axes}, {out}, {JOIN[reduction.op]});")
             lines.append("  }")
         return lines
 

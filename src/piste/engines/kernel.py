@@ -8,15 +8,29 @@ passes come before the others, and torch works them out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NamedTuple
 
+from piste.codecs import Codec
 from piste.plan import Plan, Stage
 from piste.symbol import ALL, FULL, HOST, MATRIX, TENSOR, Kind, Sym, host_node
 
-__all__ = ["Column", "Pass", "host_numbers", "host_roots", "is_divided", "is_native", "is_small", "passes"]
+__all__ = [
+    "Column",
+    "Pass",
+    "all_columns",
+    "coded",
+    "host_numbers",
+    "host_roots",
+    "is_divided",
+    "is_native",
+    "is_small",
+    "passes",
+    "single",
+    "spread",
+]
 
 Source = Literal["home", "value", "kept", "partial", "rest", "row", "phase"]
 
@@ -140,3 +154,26 @@ def is_native(one: Pass) -> bool:
 def is_small(kind: Kind) -> bool:
     """Has a value of this kind one number per weight, or fewer?"""
     return kind in (ALL, TENSOR)
+
+
+def single(one: Pass) -> list[Sym]:
+    """The reductions of a pass to one number for each weight, or for all of them."""
+    return [r for r in one.partials if r.kind != one.space and is_small(r.kind)]
+
+
+def spread(one: Pass) -> list[Sym]:
+    """The reductions of a pass that keep axes."""
+    return [r for r in one.partials if r.kind != one.space and not is_small(r.kind)]
+
+
+def coded(one: Pass, codecs: Mapping[str, Codec]) -> dict[str, Codec]:
+    """The homes of a pass that are stored as codes, in the order of its columns."""
+    return {str(c.key): codecs[str(c.key)] for c in one.columns if c.source == "home" and c.key in codecs}
+
+
+def all_columns(one: Pass, codecs: Mapping[str, Codec]) -> list[Column]:
+    """The arguments of a pass; over codes, second tensors too, and last the length of rows and where the thresholds of
+    rounding begin."""
+    codes = coded(one, codecs)
+    second = [Column("rest", home) for home, codec in codes.items() if codec.rest is not None]
+    return [*one.columns, *second, *([Column("row", ""), Column("phase", "")] if codes else [])]

@@ -25,11 +25,11 @@ from torch import Tensor
 
 from piste.bucket import Bucket
 from piste.codecs import GOLDEN, Codec
-from piste.engines.kernel import Pass, host_numbers, is_small, passes
+from piste.engines.kernel import Pass, all_columns, host_numbers, is_small, passes, single, spread
 from piste.engines.native import Kernels, Native, Step, native_passes, plain_homes
 from piste.engines.tables import Stacked, Table, column
 from piste.engines.triton_codecs import unit
-from piste.engines.triton_source import RESULTS, TILE, TYPES, arguments, single, spread, write
+from piste.engines.triton_source import RESULTS, TILE, TYPES, write
 from piste.plan import Plan
 from piste.symbol import ALL, FULL, Kind, Sym, compile_host
 
@@ -117,7 +117,10 @@ class Triton(Native):
             return _Kernel(space[name] if has_main else None, reductions)
 
         stages = [
-            [Step(one, kernel(f"stage{i}_pass{j}", one), arguments(one, codecs)) for j, one in enumerate(passes(stage))]
+            [
+                Step(one, kernel(f"stage{i}_pass{j}", one), all_columns(one, codecs))
+                for j, one in enumerate(passes(stage))
+            ]
             for i, stage in enumerate(plan.stages)
         ]
         return Kernels(

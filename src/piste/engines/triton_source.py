@@ -17,12 +17,12 @@ from math import inf, isinf, isnan
 import torch
 
 from piste.codecs import Codec
-from piste.engines.kernel import Column, Pass, host_numbers, is_divided, is_small
+from piste.engines.kernel import Column, Pass, all_columns, coded, host_numbers, is_divided, is_small, single, spread
 from piste.engines.triton_codecs import decoded, encoded, places, triton_types, whole_places
 from piste.plan import Plan
 from piste.symbol import HOST, Sym
 
-__all__ = ["ALONG", "FIXED_COLUMNS", "RESULTS", "TILE", "TYPES", "arguments", "single", "spread", "write"]
+__all__ = ["ALONG", "FIXED_COLUMNS", "RESULTS", "TILE", "TYPES", "write"]
 
 #: columns of the table before the addresses: elements, row of host numbers
 FIXED_COLUMNS = 2
@@ -74,27 +74,6 @@ _HEAD = "@triton.jit(do_not_specialize=['n', 'axes', 'tiles'])"
 _ARGUMENTS = "table, n, axes, host, map, tiles, parts, ALIGNED: tl.constexpr"
 
 
-def single(one: Pass) -> list[Sym]:
-    """The reductions of a pass to one number for each weight, or for all of them."""
-    return [r for r in one.partials if r.kind != one.space and is_small(r.kind)]
-
-
-def spread(one: Pass) -> list[Sym]:
-    """The reductions of a pass that keep axes."""
-    return [r for r in one.partials if r.kind != one.space and not is_small(r.kind)]
-
-
-def arguments(one: Pass, codecs: Mapping[str, Codec]) -> list[Column]:
-    """The columns of a pass after the fixed ones, without axes."""
-    second = [
-        Column("rest", str(c.key))
-        for c in one.columns
-        if c.source == "home" and c.key in codecs and codecs[str(c.key)].rest is not None
-    ]
-    coded = any(c.source == "home" and c.key in codecs for c in one.columns)
-    return [*one.columns, *second, *([Column("row", ""), Column("phase", "")] if coded else [])]
-
-
 def write(
     plan: Plan,
     passes: Mapping[str, Pass],
@@ -135,8 +114,8 @@ class _Writer:
         self.one, self.real, self.homes, self.inverses = one, real, homes, inverses
         self.number_of = {sym: i for i, sym in enumerate(numbers)}
         self.count = len(numbers)
-        self.columns = arguments(one, codecs)
-        self.codecs = {str(c.key): codecs[str(c.key)] for c in one.columns if c.source == "home" and c.key in codecs}
+        self.columns = all_columns(one, codecs)
+        self.codecs = coded(one, codecs)
         self.begin()
 
     def begin(self) -> None:
