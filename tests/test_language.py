@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import piste
-from piste import execution, ops
+from piste import execution, opaques, ops
 from piste.parts.prepare import clip_norm
 from piste.parts.standard import standard
 from piste.slots import Pipeline, after, direction, prepare, scale, update
@@ -359,7 +359,7 @@ def test_large_weights_go_to_opaque_functions_in_runs(monkeypatch: pytest.Monkey
     def rule(g: Any) -> Any:
         return ops.opaque(noted, g)
 
-    monkeypatch.setattr(execution, "_MOST_STACKED", 12)
+    monkeypatch.setattr(opaques, "_MOST_STACKED_ON_CPU", 12)
     params = weights([(2, 3)] * 5 + [(4, 4)] * 2)
     before = [p.detach().clone() for p in params]
     ((*given,),) = run(optimizer_of(Pipeline(direction=rule))(params, engine="reference"), params, 1)

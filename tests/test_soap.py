@@ -74,7 +74,8 @@ def test_the_first_step_moves_nothing() -> None:
     p.grad = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
     optimizer.step()
     assert torch.equal(p, torch.ones(3, 3))
-    assert set(optimizer.state[p]) == {"step", "factors", "bases"}
+    assert set(optimizer.state[p]) == {"step", "factors", "bases", "m", "v"}
+    assert not optimizer.state[p]["m"].any()
 
 
 # --- bases ------------------------------------------------------------------------------------------------------------
