@@ -312,3 +312,10 @@ def test_the_plan_survives_its_file() -> None:
     plan = plan_for()
     assert Plan.from_json(plan.to_json()) == plan
     assert isinstance(Plan.from_json(plan.to_json()).contenders[0], Contender)
+
+
+def test_too_few_seeds_tell_nothing_and_say_so() -> None:
+    """Two seeds would find differences many times those seen, of a size that no score here could have."""
+    plan = plan_for("adamw,ranger", seeds=2)
+    result = result_of(plan, raced(plan, lambda key: 1.0 + 0.01 * ((key.seed + (key.optimizer == "ranger")) % 3)))
+    assert "with 2 seeds not even the largest difference" in result.results[0].caveats[0]

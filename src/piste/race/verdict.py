@@ -110,6 +110,13 @@ def _unseen(standings: Sequence[Standing]) -> str:
     least = max(detectable(np.subtract(standing.scores, leader.scores), pairs) for standing in tied)
     if not least:
         return ""
+    means = [standing.mean for standing in standings if standing.scores]
+    span = max(means) - min(means)
+    if least > span:
+        return (
+            f"No difference found is not equality: with {len(leader.scores)} seeds not even the largest difference "
+            f"seen here, {number(span, 2)}, can be told from chance."
+        )
     return (
         f"No difference found is not equality: these {len(leader.scores)} seeds find a true difference of "
         f"{number(least, 2)} in four races of five, and may miss a smaller one."
