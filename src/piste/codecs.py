@@ -29,7 +29,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["GOLDEN", "STRIDE", "Codec", "Lanes", "decode", "encode", "fresh", "row_length"]
+__all__ = ["GOLDEN", "STRIDE", "Codec", "Lanes", "decode", "encode", "fresh", "phase_at", "row_length"]
 
 #: an integer, float or truth per lane
 Lane: TypeAlias = Any
@@ -379,7 +379,7 @@ def encode(codec: Codec, x: Tensor, codes: Tensor, rest: Tensor | None, *, step:
     thresholds = torch.full((x.numel(),), 0x8000, dtype=torch.int32, device=x.device)
     if step is not None:
         torch.arange(x.numel(), out=thresholds)
-        thresholds = (thresholds * STRIDE + ((step * GOLDEN + phase) & 0xFFFF)) & 0xFFFF
+        thresholds = (thresholds * STRIDE + phase_at(step, phase)) & 0xFFFF
     rows = x.reshape(-1, length).to(torch.float32)
     for part in _parts(codec, length):
         numbers, words, along = part.numbers(rows), [], part.along(codec, table)
@@ -396,6 +396,11 @@ def encode(codec: Codec, x: Tensor, codes: Tensor, rest: Tensor | None, *, step:
         part.codes(table.codes).copy_(code)
         for place, value in zip(along, own, strict=False):
             place.copy_(value)
+
+
+def phase_at(step: int, phase: int) -> int:
+    """Where the thresholds of a weight begin in a step, 16 bits."""
+    return (step * GOLDEN + phase) & 0xFFFF
 
 
 class _Table(NamedTuple):

@@ -26,8 +26,8 @@ from piste.codecs import Codec
 from piste.engines import cpp_build
 from piste.engines.cpp_loop import TYPES
 from piste.engines.cpp_source import hyper_names, write
-from piste.engines.kernel import all_columns, passes
-from piste.engines.native import Kernels, Native, Step, native_passes, plain_homes
+from piste.engines.kernel import Pass
+from piste.engines.native import Built, Native, Step, native_passes, plain_homes
 from piste.engines.tables import Table, column
 from piste.plan import Plan
 
@@ -42,7 +42,7 @@ _PROCESS = os.getpid()
 Kernel = Callable[[int, int, int, int, bytes, bytes], None]
 
 
-def _kernel(library: ctypes.CDLL | None, name: str) -> Kernel:
+def _kernel(library: ctypes.CDLL, name: str) -> Kernel:
     function = getattr(library, name)
     function.argtypes = [*[ctypes.c_int64] * 4, ctypes.c_void_p, ctypes.c_void_p]
     function.restype = None
@@ -68,30 +68,24 @@ class Cpp(Native):
     def takes(self, bucket: Bucket, homes: Mapping[str, torch.dtype]) -> bool:
         return not self.broken and bucket.device.type == "cpu" and TYPES.keys() >= set(homes.values())
 
-    def lower(
-        self, plan: Plan, real: torch.dtype, homes: Mapping[str, torch.dtype], codecs: Mapping[str, Codec]
-    ) -> Kernels | None:
-        native = native_passes(plan)
+    def build(
+        self,
+        plan: Plan,
+        native: Mapping[str, Pass],
+        real: torch.dtype,
+        homes: Mapping[str, torch.dtype],
+        codecs: Mapping[str, Codec],
+    ) -> Built | None:
         text = write(plan, native, real, homes, codecs)
+        if not native:
+            return Built(text, {}, hyper_names(plan))
         try:
-            library = cpp_build.library(text, "an optimizer's step") if native else None
+            library = cpp_build.library(text, "an optimizer's step")
         except cpp_build.BuildError as error:
             self.broken = str(error)
             _LOG.warning("the foreach engine takes over from the cpp engine: %s", error)
             return None
-        stages = [
-            [
-                Step(
-                    one,
-                    _kernel(library, f"stage{i}_pass{j}") if f"stage{i}_pass{j}" in native else None,
-                    all_columns(one, codecs),
-                )
-                for j, one in enumerate(passes(stage))
-            ]
-            for i, stage in enumerate(plan.stages)
-        ]
-        by_axes = plan.graph.by_shape or any(one.axes for one in native.values())
-        return Kernels(text, stages, hyper_names(plan), by_axes, any(step.kernel is None for s in stages for step in s))
+        return Built(text, {name: _kernel(library, name) for name in native}, hyper_names(plan))
 
     def launch(self, bucket: Bucket, table: Table, inputs: Any, step: Step) -> None:
         columns = [*table.space(step.work.space, bucket.homes["p"]), *bucket.seats.groups, *bucket.steps]

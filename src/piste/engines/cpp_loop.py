@@ -6,16 +6,27 @@ lie side by side. A loop with a long function is cut in two, so that the process
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
 from piste.codecs import Codec
-from piste.engines.kernel import Column, Pass, all_columns, coded, is_divided, is_small, single, spread
+from piste.engines.kernel import (
+    COMPARISONS,
+    Column,
+    Pass,
+    all_columns,
+    coded,
+    is_divided,
+    is_small,
+    needed,
+    single,
+    spread,
+)
 from piste.symbol import HOST, Sym
 
-__all__ = ["COMPARISONS", "ELEMENT", "FIXED_COLUMNS", "JOIN", "START", "TYPES", "Loops", "literal", "place_of"]
+__all__ = ["ELEMENT", "FIXED_COLUMNS", "JOIN", "START", "TYPES", "Loops", "literal", "place_of"]
 
 #: columns of the table before the addresses: elements, group, step number
 FIXED_COLUMNS = 3
@@ -51,7 +62,6 @@ ELEMENT = {
     "scratch": "{}",
     "expand": "{0}",
 }
-COMPARISONS = {"lt", "le", "gt", "ge", "eq", "ne"}
 
 START = {"sum": "0", "total": "0", "peak": "-__builtin_inf()"}
 JOIN = {"sum": "Add()", "total": "Add()", "peak": "Peak()"}
@@ -197,15 +207,15 @@ class Loops:
             if any(a in late for a in sym.args):
                 late.add(sym)
         stored = [line.sym for line in self.inside if line.stores]
-        early = self.below([*cut.args, *(sym for sym in stored if sym not in late)])
+        early = needed([*cut.args, *(sym for sym in stored if sym not in late)], self.one.loads)
         # what the first loop has written cannot be read again
         written = {home for home, sym in self.one.writes.items() if sym in early}
         again = {sym for sym, home in self.one.loads.items() if home not in written}
-        needed = self.below([sym for sym in stored if sym in late], early - again)
+        later = needed([sym for sym in stored if sym in late], {*self.one.loads, *(early - again)})
         inner = [line for line in self.inside if not line.stores]
-        waiting = [line.sym for line in inner if line.sym in early and line.sym in needed and line.sym not in again]
+        waiting = [line.sym for line in inner if line.sym in early and line.sym in later and line.sym not in again]
         first = [line for line in self.inside if line.sym in early]
-        second = [line for line in self.inside if line.sym in needed - set(waiting)]
+        second = [line for line in self.inside if line.sym in later - set(waiting)]
         types = {sym: "bool" if sym.op in COMPARISONS else "R" for sym in waiting}
         return [
             "  for (int64_t low = 0; low < length; low += HALVED) {",
@@ -223,16 +233,6 @@ class Loops:
             "    }",
             "  }",
         ]
-
-    def below(self, results: Sequence[Sym], known: Iterable[Sym] = ()) -> set[Sym]:
-        """What these results are worked out from, themselves included, down to loads and what is known."""
-        ends, found, stack = {*known, *self.one.loads}, set[Sym](), list(results)
-        while stack:
-            sym = stack.pop()
-            if sym not in found:
-                found.add(sym)
-                stack += () if sym in ends else sym.args
-        return found
 
     @property
     def tiles(self) -> str:
@@ -273,11 +273,7 @@ class Loops:
 
     def load(self, sym: Sym, home: str) -> None:
         name = self.names[sym] = f"x{len(self.names)}{self.row}"
-        source = next(
-            i
-            for i, c in enumerate(self.columns)
-            if (c.key == home if home != "value" and isinstance(c.key, str) else c.key is sym and c.source == "value")
-        )
+        source = self.one.column_of(sym, home)
         index, hoisted = self.index(sym)
         self.add(f"const R {name} = get<R>(c{source}{self.row}, {index});", sym, hoisted=hoisted)
 

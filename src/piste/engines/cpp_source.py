@@ -20,8 +20,8 @@ import torch
 
 from piste.codecs import Codec
 from piste.engines.cpp_codecs import code_offset, cpp_types, definitions, phase, rest_offset
-from piste.engines.cpp_loop import COMPARISONS, ELEMENT, FIXED_COLUMNS, JOIN, START, TYPES, Loops, literal
-from piste.engines.kernel import Pass, host_numbers, host_roots
+from piste.engines.cpp_loop import ELEMENT, FIXED_COLUMNS, JOIN, START, TYPES, Loops, literal
+from piste.engines.kernel import COMPARISONS, Pass, host_numbers, host_roots
 from piste.plan import Plan
 from piste.symbol import ALL, FULL, Sym, topological
 

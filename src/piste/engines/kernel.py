@@ -18,6 +18,7 @@ from piste.plan import Plan, Stage
 from piste.symbol import ALL, FULL, HOST, MATRIX, TENSOR, Kind, Sym, host_node
 
 __all__ = [
+    "COMPARISONS",
     "Column",
     "Pass",
     "all_columns",
@@ -27,10 +28,14 @@ __all__ = [
     "is_divided",
     "is_native",
     "is_small",
+    "needed",
     "passes",
     "single",
     "spread",
 ]
+
+#: operations whose results are truths
+COMPARISONS = {"lt", "le", "gt", "ge", "eq", "ne"}
 
 Source = Literal["home", "value", "kept", "partial", "rest", "row", "phase"]
 
@@ -81,6 +86,14 @@ class Pass:
             *(Column("partial", sym) for sym in self.partials),
         ]
 
+    def column_of(self, sym: Sym, home: str) -> int:
+        """Which of the columns a value is loaded from. Symbols compare by identity only: ``==`` makes a symbol."""
+        return next(
+            i
+            for i, (source, key) in enumerate(self.columns)
+            if (source == "home" and key == home if home != "value" else source == "value" and key is sym)
+        )
+
 
 def passes(stage: Stage) -> list[Pass]:
     """The passes of a stage in the order in which they must run."""
@@ -98,22 +111,22 @@ def passes(stage: Stage) -> list[Pass]:
         at(reduction.args[0].kind).partials.append(reduction)
     for one in found.values():
         results = [*one.writes.values(), *one.kept, *(r.args[0] for r in one.partials)]
-        one.compute = _needed(stage, results)
+        below = needed(results, stage.loads)
+        one.compute = [sym for sym in stage.compute if sym in below]
         used = {*results, *(a for sym in one.compute for a in sym.args)}
         one.loads = {sym: home for sym, home in stage.loads.items() if sym in used}
     return sorted(found.values(), key=lambda one: _rank(one.space))
 
 
-def _needed(stage: Stage, results: list[Sym]) -> list[Sym]:
-    """What has to be computed for these results, in order; a loaded value has nothing below it."""
-    computed, wanted = set(stage.compute), set()
-    stack = list(results)
+def needed(results: Iterable[Sym], known: Iterable[Sym]) -> set[Sym]:
+    """What these results are worked out from, themselves included, down to what is known."""
+    ends, found, stack = {*known}, set[Sym](), list(results)
     while stack:
         sym = stack.pop()
-        if sym in computed and sym not in wanted:
-            wanted.add(sym)
-            stack.extend(sym.args)
-    return [sym for sym in stage.compute if sym in wanted]
+        if sym not in found:
+            found.add(sym)
+            stack += () if sym in ends else sym.args
+    return found
 
 
 def _rank(space: Kind) -> tuple[int, int]:

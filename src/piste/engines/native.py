@@ -16,11 +16,11 @@ from piste.bucket import Bucket
 from piste.codecs import Codec
 from piste.engines import reference
 from piste.engines.foreach import Foreach
-from piste.engines.kernel import Column, Pass, is_native, passes
+from piste.engines.kernel import Column, Pass, all_columns, is_native, passes
 from piste.engines.tables import Table, copy_back, kinds_of
 from piste.plan import Plan, Stage
 
-__all__ = ["Kernels", "Native", "Step", "native_passes", "plain_homes"]
+__all__ = ["Built", "Native", "Step", "native_passes", "plain_homes"]
 
 
 class Step(NamedTuple):
@@ -31,13 +31,27 @@ class Step(NamedTuple):
     columns: list[Column]
 
 
+class Built(NamedTuple):
+    """What an engine makes of the passes of a plan.
+
+    Attributes:
+        source: what was generated.
+        kernels: by the name of the pass.
+        inputs: what a launch needs besides tensors, as the engine has it.
+    """
+
+    source: str
+    kernels: Mapping[str, Any]
+    inputs: Any
+
+
 class Kernels(NamedTuple):
     """A plan as kernels, for one choice of number formats.
 
     Attributes:
         source: what was generated.
         stages: the passes of each stage, in order.
-        inputs: what a launch needs besides tensors, as the engine has it.
+        inputs: as they were built.
         by_axes: whether kernels ask for the sizes of axes.
         in_torch: whether some passes are torch's.
     """
@@ -54,10 +68,14 @@ class _Held(NamedTuple):
     table: Table
 
 
+def _named_passes(plan: Plan) -> list[dict[str, Pass]]:
+    """The passes of each stage in order, by the name that their kernel has."""
+    return [{f"stage{i}_pass{j}": one for j, one in enumerate(passes(stage))} for i, stage in enumerate(plan.stages)]
+
+
 def native_passes(plan: Plan) -> dict[str, Pass]:
     """The passes that are kernels, by the name of their function."""
-    named = {f"stage{i}_pass{j}": one for i, stage in enumerate(plan.stages) for j, one in enumerate(passes(stage))}
-    return {name: one for name, one in named.items() if is_native(one)}
+    return {name: one for stage in _named_passes(plan) for name, one in stage.items() if is_native(one)}
 
 
 def plain_homes(plan: Plan) -> dict[str, torch.dtype]:
@@ -80,10 +98,15 @@ class Native(ABC):
         """Are these tensors something for the kernels?"""
 
     @abstractmethod
-    def lower(
-        self, plan: Plan, real: torch.dtype, homes: Mapping[str, torch.dtype], codecs: Mapping[str, Codec]
-    ) -> Kernels | None:
-        """The kernels; None where they cannot be made."""
+    def build(
+        self,
+        plan: Plan,
+        native: Mapping[str, Pass],
+        real: torch.dtype,
+        homes: Mapping[str, torch.dtype],
+        codecs: Mapping[str, Codec],
+    ) -> Built | None:
+        """Kernels for these passes of a plan; None where they cannot be made."""
 
     @abstractmethod
     def launch(self, bucket: Bucket, table: Table, inputs: Any, step: Step) -> None:
@@ -116,10 +139,21 @@ class Native(ABC):
         coded = tuple(sorted((h, c.name) for h, c in codecs.items()))
         key = (self.name, bucket.dtype, tuple(sorted(homes.items())), coded)
         if key not in plan.lowered:
-            kernels = self.lower(plan, bucket.dtype, homes, codecs)
-            if kernels is None:
+            native = native_passes(plan)
+            built = self.build(plan, native, bucket.dtype, homes, codecs)
+            if built is None:
                 return None
-            plan.lowered[key] = kernels
+            stages = [
+                [Step(one, built.kernels.get(name), all_columns(one, codecs)) for name, one in stage.items()]
+                for stage in _named_passes(plan)
+            ]
+            plan.lowered[key] = Kernels(
+                source=built.source,
+                stages=stages,
+                inputs=built.inputs,
+                by_axes=plan.graph.by_shape or any(one.axes for one in native.values()),
+                in_torch=any(step.kernel is None for stage in stages for step in stage),
+            )
         found: Kernels = plan.lowered[key]
         return found
 

@@ -13,20 +13,20 @@ from __future__ import annotations
 import linecache
 import logging
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from itertools import accumulate
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from piste.bucket import Bucket
-from piste.codecs import GOLDEN, Codec
-from piste.engines.kernel import Pass, all_columns, host_numbers, is_small, passes, single, spread
-from piste.engines.native import Kernels, Native, Step, native_passes, plain_homes
+from piste.codecs import Codec, phase_at
+from piste.engines.kernel import Pass, host_numbers, is_small, single, spread
+from piste.engines.native import Built, Native, Step, native_passes, plain_homes
 from piste.engines.tables import Stacked, Table, column
 from piste.engines.triton_codecs import unit
 from piste.engines.triton_source import RESULTS, TILE, TYPES, write
@@ -69,11 +69,11 @@ def source(plan: Plan) -> str:
 
 def _loaded(text: str) -> dict[str, Any]:
     """The functions of a source. Triton reads the text of a function again, as Python tells it from the line cache."""
-    name = f"<piste kernels {hash(text):x}>"
-    linecache.cache[name] = len(text), None, text.splitlines(keepends=True), name
+    file = f"<piste kernels {hash(text):x}>"
+    linecache.cache[file] = len(text), None, text.splitlines(keepends=True), file
     space: dict[str, Any] = {name: getattr(_math(), name) for name in _math().__all__}
     space |= {"__name__": "piste_kernels", "triton": _math().triton, "tl": _math().tl}
-    exec(compile(text, name, "exec"), space)
+    exec(compile(text, file, "exec"), space)
     return space
 
 
@@ -82,6 +82,12 @@ class _Kernel(NamedTuple):
 
     main: Any
     reductions: list[tuple[Sym, Any]]
+
+
+def _kernel(space: Mapping[str, Any], name: str, one: Pass) -> _Kernel:
+    has_main = one.writes or one.kept or len(spread(one)) < len(one.partials)
+    reductions = [(reduction, space[f"{name}_{i}"]) for i, reduction in enumerate(spread(one))]
+    return _Kernel(space[name] if has_main else None, reductions)
 
 
 class _Inputs(NamedTuple):
@@ -101,35 +107,19 @@ class Triton(Native):
             _explain(bucket.device.type)
         return works_on(bucket.device) and TYPES.keys() >= set(homes.values())
 
-    def lower(
-        self, plan: Plan, real: torch.dtype, homes: Mapping[str, torch.dtype], codecs: Mapping[str, Codec]
-    ) -> Kernels | None:
-        native = native_passes(plan)
-        numbers, _ = host_numbers(plan, native.values())
+    def build(
+        self,
+        plan: Plan,
+        native: Mapping[str, Pass],
+        real: torch.dtype,
+        homes: Mapping[str, torch.dtype],
+        codecs: Mapping[str, Codec],
+    ) -> Built | None:
         text = write(plan, native, real, homes, codecs)
         space = _loaded(text)
-
-        def kernel(name: str, one: Pass) -> _Kernel | None:
-            if name not in native:
-                return None
-            has_main = one.writes or one.kept or len(spread(one)) < len(one.partials)
-            reductions = [(r, space[f"{name}_{i}"]) for i, r in enumerate(spread(one))]
-            return _Kernel(space[name] if has_main else None, reductions)
-
-        stages = [
-            [
-                Step(one, kernel(f"stage{i}_pass{j}", one), all_columns(one, codecs))
-                for j, one in enumerate(passes(stage))
-            ]
-            for i, stage in enumerate(plan.stages)
-        ]
-        return Kernels(
-            source=text,
-            stages=stages,
-            inputs=_Inputs(compile_host(numbers), unit(codecs) or TILE),
-            by_axes=any(one.axes or spread(one) for one in native.values()),
-            in_torch=any(step.kernel is None for steps in stages for step in steps),
-        )
+        kernels = {name: _kernel(space, name, one) for name, one in native.items()}
+        numbers, _ = host_numbers(plan, native.values())
+        return Built(text, kernels, _Inputs(compile_host(numbers), unit(codecs) or TILE))
 
     def begin(self, bucket: Bucket) -> None:
         super().begin(bucket)
@@ -147,22 +137,18 @@ class Triton(Native):
         others: list[int] = []
         for argument in step.columns:
             if argument.source == "phase":
-                others += [
-                    begin + step_ * GOLDEN & 0xFFFF
-                    for begin, step_ in zip(bucket.seats.phases, bucket.steps, strict=True)
-                ]
+                others += map(phase_at, bucket.steps, bucket.seats.phases)
             elif argument.source == "row":
                 others += table.rows
             else:
                 places += column(bucket, table, argument)
-        axes, geometry = _geometry(bucket, table, space)
+        axes = table.axes
+        geometry = _once(bucket, ("geometry", space), lambda: _geometry(bucket, table, space))
         given = _sent(bucket, (id(step.work), "table"), [*sizes, *bucket.row_of, *places, *others, *geometry])
         aligned = not any(at % 16 for at in places)
         numbers = bucket.seats.kept["triton.numbers"]
         for reduction, kernel in kernels.reductions:
-            results = [-(-n // RESULTS) for n in table.space(reduction.kind, bucket.homes["p"])]
-            results = [n if size else 0 for n, size in zip(results, sizes, strict=True)]
-            tiles = _tiles(bucket, ("results", reduction.kind), results)
+            tiles = _result_tiles(bucket, table, space, reduction.kind)
             if tiles.amount:
                 _run(kernel, tiles, given, len(bucket), axes, numbers, given, aligned)
         if kernels.main is not None:
@@ -185,24 +171,47 @@ def _run(
     kernel[(tiles.amount,)](given, n, axes, numbers, tiles.map, tiles.amount, parts, aligned, **own)
 
 
-def _main_tiles(bucket: Bucket, table: Table, step: Step, inputs: _Inputs) -> _Tiles:
-    sizes = table.space(step.work.space, bucket.homes["p"])
-    if not any(c.source == "row" for c in step.columns):
-        return _tiles(bucket, ("tiles", step.work.space), [-(-n // TILE) for n in sizes])
-    counts = [n // row * -(-row // inputs.unit) if n else 0 for n, row in zip(sizes, table.rows, strict=True)]
-    return _tiles(bucket, ("rows", step.work.space), [-(-n * inputs.unit // TILE) for n in counts])
+_Kept = TypeVar("_Kept")
 
 
-def _tiles(bucket: Bucket, key: Any, counts: Sequence[int]) -> _Tiles:
+def _once(bucket: Bucket, key: Any, make: Callable[[], _Kept]) -> _Kept:
+    """What stays from step to step, made in the first one."""
     kept = bucket.seats.kept
     if ("triton", key) not in kept:
-        each, device = torch.tensor(counts), bucket.device
-        first = torch.tensor([0, *accumulate(counts)])
-        weight = torch.repeat_interleave(torch.arange(len(counts)), each)
-        number = torch.arange(len(weight)) - first[weight]
-        kept["triton", key] = _Tiles(len(weight), torch.cat((weight, number)).to(device), first.to(device))
-    found: _Tiles = kept["triton", key]
+        kept["triton", key] = make()
+    found: _Kept = kept["triton", key]
     return found
+
+
+def _main_tiles(bucket: Bucket, table: Table, step: Step, inputs: _Inputs) -> _Tiles:
+    """The tiles of a pass; over codes, of rows cut into pieces."""
+    by_rows = any(c.source == "row" for c in step.columns)
+
+    def tiles() -> _Tiles:
+        sizes = table.space(step.work.space, bucket.homes["p"])
+        if by_rows:
+            pieces = [n // row * -(-row // inputs.unit) if n else 0 for n, row in zip(sizes, table.rows, strict=True)]
+            sizes = [n * inputs.unit for n in pieces]
+        return _tiles([-(-n // TILE) for n in sizes], bucket.device)
+
+    return _once(bucket, ("tiles", step.work.space, by_rows), tiles)
+
+
+def _result_tiles(bucket: Bucket, table: Table, space: Kind, kind: Kind) -> _Tiles:
+    """The results of this kind, some at a time; a weight without elements has none to be worked out."""
+
+    def tiles() -> _Tiles:
+        sizes, results = (table.space(one, bucket.homes["p"]) for one in (space, kind))
+        return _tiles([-(-n // RESULTS) if size else 0 for n, size in zip(results, sizes, strict=True)], bucket.device)
+
+    return _once(bucket, ("results", space, kind), tiles)
+
+
+def _tiles(counts: Sequence[int], device: torch.device) -> _Tiles:
+    first = torch.tensor([0, *accumulate(counts)])
+    weight = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    number = torch.arange(len(weight)) - first[weight]
+    return _Tiles(len(weight), torch.cat((weight, number)).to(device), first.to(device))
 
 
 def _main(bucket: Bucket, step: Step, tiles: _Tiles, axes: int, given: Tensor, numbers: Tensor, aligned: bool) -> None:
@@ -222,17 +231,17 @@ def _main(bucket: Bucket, step: Step, tiles: _Tiles, axes: int, given: Tensor, n
             results[0].copy_(out.sum())
 
 
-def _geometry(bucket: Bucket, table: Table, space: Kind) -> tuple[int, list[int]]:
-    """How many axes weights have, and the size and then the stride of each, in this space."""
+def _geometry(bucket: Bucket, table: Table, space: Kind) -> list[int]:
+    """The size of every axis of all weights, and then its stride, in this space."""
     axes = table.axes
     if not axes or is_small(space):
-        return axes, [1] * (2 * axes * len(bucket))
+        return [1] * (2 * axes * len(bucket))
     if space == FULL:
         shapes, strides = (table.geometry[k * axes * len(bucket) : (k + 1) * axes * len(bucket)] for k in (0, 1))
-        return axes, [*shapes, *(1 if size == 1 else step for size, step in zip(shapes, strides, strict=True))]
+        return [*shapes, *(1 if size == 1 else step for size, step in zip(shapes, strides, strict=True))]
     sizes = [[p.shape[a] if a in space.keep and a < p.ndim else 1 for a in range(axes)] for p in bucket.homes["p"]]
     steps = [[prod(shape[a + 1 :]) for a in range(axes)] for shape in sizes]
-    return axes, [number for rows in (sizes, steps) for a in zip(*rows, strict=True) for number in a]
+    return [number for rows in (sizes, steps) for a in zip(*rows, strict=True) for number in a]
 
 
 def _sent(bucket: Bucket, key: Any, numbers: Sequence[int]) -> Tensor:

@@ -56,7 +56,9 @@ def unit(codecs: Mapping[str, Codec]) -> int:
 
 
 def places(codecs: Mapping[str, Codec], tile: int) -> list[str]:
-    """The coordinates of a tile's lanes, rows being cut into pieces of :func:`unit`."""
+    """The coordinates of a tile's lanes; over codes, rows are cut into pieces of :func:`unit`."""
+    if not codecs:
+        return [f"at = number * {tile} + lane", "live = at < size"]
     piece = unit(codecs) or tile
     packed = {codec.block for codec in codecs.values() if codec.packed}
     lines = [

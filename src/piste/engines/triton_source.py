@@ -17,7 +17,19 @@ from math import inf, isinf, isnan
 import torch
 
 from piste.codecs import Codec
-from piste.engines.kernel import Column, Pass, all_columns, coded, host_numbers, is_divided, is_small, single, spread
+from piste.engines.kernel import (
+    COMPARISONS,
+    Column,
+    Pass,
+    all_columns,
+    coded,
+    host_numbers,
+    is_divided,
+    is_small,
+    needed,
+    single,
+    spread,
+)
 from piste.engines.triton_codecs import decoded, encoded, places, triton_types, whole_places
 from piste.plan import Plan
 from piste.symbol import HOST, Sym
@@ -67,7 +79,6 @@ _ELEMENT = {
     "scratch": "{}",
     "expand": "{0}",
 }
-_COMPARISONS = {"lt", "le", "gt", "ge", "eq", "ne"}
 
 #: sizes and counts are no part of what is compiled
 _HEAD = "@triton.jit(do_not_specialize=['n', 'axes', 'tiles'])"
@@ -128,7 +139,7 @@ class _Writer:
     def kernel(self, name: str) -> list[str]:
         """A tile in the middle of a weight has no end to look out for, and lies as one stretch of memory: there, loads
         and stores are as wide as the device has them."""
-        whole = "(number + 1) * TILE <= size".replace("TILE", str(TILE))
+        whole = f"(number + 1) * {TILE} <= size"
         if self.codecs:
             whole = f"({whole}) & ({self.entry('row')} == size)"
         given = "table, n, axes, host, w, number, size, program, parts"
@@ -151,17 +162,12 @@ class _Writer:
         self.begin()
         self.body.append(f"lane = tl.arange(0, {TILE})")
         if self.codecs:
-            self.body += [
-                f"row = {self.entry('row')}",
-                f"phase = {self.entry('phase')}.to(tl.int32)",
-            ]
+            self.body += [f"row = {self.entry('row')}", f"phase = {self.entry('phase')}.to(tl.int32)"]
         self.body += [
             "if WHOLE:",
             *_indented(whole_places(self.codecs, TILE)),
             "else:",
-            *_indented(
-                places(self.codecs, TILE) if self.codecs else [f"at = number * {TILE} + lane", "live = at < size"]
-            ),
+            *_indented(places(self.codecs, TILE)),
         ]
         self.values([*self.one.writes.values(), *self.one.kept, *(r.args[0] for r in self.stored())])
         self.store()
@@ -305,13 +311,7 @@ class _Writer:
     # values ----------------------------------------------------------------------------------------------------------
     def values(self, results: Sequence[Sym]) -> None:
         """Load and compute what these results need."""
-        wanted: set[Sym] = set()
-        stack = list(results)
-        while stack:
-            sym = stack.pop()
-            if sym not in wanted:
-                wanted.add(sym)
-                stack += sym.args if sym not in self.one.loads else ()
+        wanted = needed(results, self.one.loads)
         for sym, home in self.one.loads.items():
             if sym in wanted:
                 self.names[sym] = self.load(sym, home)
@@ -320,23 +320,18 @@ class _Writer:
                 self.compute(sym)
 
     def load(self, sym: Sym, home: str) -> str:
-        column = next(
-            c
-            for c in self.one.columns
-            if (c.key == home if home != "value" and isinstance(c.key, str) else c.key is sym and c.source == "value")
-        )
-        pointer = self.pointer(column)
-        name = f"x{len(self.body)}"
+        pointer = self.pointer(self.one.columns[self.one.column_of(sym, home)])
         if home in self.codecs:
             codec = self.codecs[home]
             rest = self.pointer(Column("rest", home)) if codec.rest is not None else ""
             return decoded(codec, pointer, rest, self.body)
         if is_small(sym.kind):
-            self.body.append(f"{name} = tl.load({pointer}).to({self.real})")
-            return name
-        place = "at" if sym.kind == self.one.space else self.offset(sym.kind.keep)
+            value = f"tl.load({pointer})"
+        else:
+            place = "at" if sym.kind == self.one.space else self.offset(sym.kind.keep)
+            value = f"tl.load({pointer} + {place}, mask=live, other=0)"
         name = f"x{len(self.body)}"
-        self.body.append(f"{name} = tl.load({pointer} + {place}, mask=live, other=0).to({self.real})")
+        self.body.append(f"{name} = {value}.to({self.real})")
         return name
 
     def pointer(self, column: Column) -> str:
@@ -372,7 +367,7 @@ class _Writer:
         if is_divided(sym):
             op, args = "mul", (sym.args[0], self.inverses[sym.args[1]])
         texts = [self.argument(a) for a in args]
-        if op == "where" and args[0].op not in _COMPARISONS:
+        if op == "where" and args[0].op not in COMPARISONS:
             texts[0] = f"({texts[0]} != 0)"
         text = _ELEMENT[op].format(*texts)
         name = self.names[sym] = f"x{len(self.body)}"
