@@ -6,7 +6,6 @@ import functools
 import http.server
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chromium import chromium
 
 import piste
 from piste.advise import RULES
@@ -136,12 +136,7 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
 
 def reads_well(address: str) -> None:
     """No complaint, no request to anybody else, no page that a phone has to push sideways; and the search finds."""
-    playwright, chromium = pytest.importorskip("playwright.sync_api"), shutil.which("chromium")
-    if chromium is None:
-        assert os.environ.get("CI") != "true", "CI must open the site in a browser"
-        pytest.skip("Chromium is missing: the site was not opened in a browser")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+    with chromium() as browser:
         page = browser.new_context(viewport=PHONE, color_scheme="dark").new_page()
         complaints: list[str] = []
         page.on("console", lambda message: complaints.append(message.text))
@@ -157,4 +152,3 @@ def reads_well(address: str) -> None:
         page.locator("input[name=query]").fill("AdaBelief")
         page.locator(".md-search-result__link").first.wait_for(timeout=30_000)
         assert complaints == []
-        browser.close()

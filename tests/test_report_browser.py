@@ -1,7 +1,4 @@
-"""The report in a real browser, opened from disk: drawn, silent, offline, usable, and safe.
-
-Needs Debian's ``chromium`` (or another Chromium on the path). Without one these tests are skipped, but never in CI.
-"""
+"""The report in a real browser, opened from disk: drawn, silent, offline, usable, and safe."""
 
 from __future__ import annotations
 
@@ -9,14 +6,13 @@ import csv
 import dataclasses
 import io
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
+from chromium import chromium
 from report_studies import HOSTILE, USUAL, empty_study, large_study, plain_study, troubled_study
 
 from piste.race.record import StudyResult, canonical_json
@@ -26,35 +22,12 @@ from piste.race.report.page import make_page
 pytestmark = pytest.mark.slow
 
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
-# Without these the browser itself, not the page, may call home.
-QUIET = [
-    "--no-sandbox",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
-
-
-def _missing(what: str) -> NoReturn:
-    if os.environ.get("CI") == "true":
-        pytest.fail(f"{what} is missing, and CI must open the report in a browser")
-    pytest.skip(f"{what} is missing: the report was not opened in a browser")
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if path is None:
-        _missing("Chromium (Debian: apt-get install chromium)")
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        _missing("playwright (pip install playwright)")
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=path, args=QUIET)
+    with chromium() as found:
         yield found
-        found.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """The triton engine, run by Triton's interpreter on the CPU; and its kernels, compiled for a GPU that nobody needs.
 
-What runs here is the text that a GPU gets. What it does there, in which time, `make test-gpu` and `make bench-gpu` say.
+What runs here is the text that a GPU gets. What it does there, and how fast, has still to be seen on one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conformance import formats, lifetime, plans, tensors, values
-from conformance.subjects import SMALL, Subject, assert_weights, set_gradients, subjects, trained, weights_of
+from conformance.subjects import SMALL, Subject, subjects
 
 import piste
 from piste.engines import triton as engine
@@ -41,24 +41,14 @@ QUICK = ("AdamW", "Lamb", "SM3")
     [pytest.param(s, id=s.id, marks=[] if s.id in QUICK else [pytest.mark.slow]) for s in SUBJECTS if not s.variant],
 )
 def test_parity_with_the_formulas(subject: Subject) -> None:
-    """Float64, as for every engine (tests/conformance/values.py)."""
-    params = weights_of(SMALL)
-    optimizer = subject.make(params, "triton")
-    run = subject.expect(SMALL.weights)
-    for gradients in SMALL.gradients:
-        set_gradients(params, gradients)
-        optimizer.step()
-        run.step(gradients)
-    assert_weights(params, run.weights, 1e-11, 1e-12)
+    """Float64, as for every engine."""
+    values.follow_formula(subject, "triton", SMALL)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("subject", SOME, ids=named)
 def test_float32(subject: Subject) -> None:
-    ours, _ = trained(subject, "triton", SMALL, torch.float32)
-    reference, _ = trained(subject, "reference", SMALL, torch.float32)
-    for a, b in zip(ours, reference, strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+    values.follow_reference(subject, "triton", SMALL)
 
 
 @pytest.mark.slow
@@ -127,12 +117,15 @@ def test_a_table_is_sent_when_it_differs() -> None:
 
     before = table()
     numbers = before.clone()
+    p.grad.mul_(2)
+    assert table() is before
     held = p.grad
     p.grad = torch.randn_like(p)
     assert not torch.equal(table(), numbers)
     p.grad = held
     again = table()
     assert again is not before
+    assert torch.equal(again, numbers)
 
 
 _COMPILE = """

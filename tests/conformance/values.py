@@ -32,7 +32,11 @@ from conformance.subjects import (
 @promise("parity with the formulas", compiled=True)
 def parity(subject: Subject, engine: str) -> None:
     """Float64, 14 steps, every rank, late and missing gradients."""
-    problem = SMALL if engine == "compile" else PROBLEM  # each shape compiles for seconds there
+    follow_formula(subject, engine, SMALL if engine == "compile" else PROBLEM)  # a shape compiles for seconds there
+
+
+def follow_formula(subject: Subject, engine: str, problem: Problem) -> None:
+    """The weights after every step are those of the formula."""
     params = weights_of(problem)
     optimizer = subject.make(params, engine)
     run = subject.expect(problem.weights)
@@ -48,7 +52,11 @@ def engines_agree(subject: Subject, engine: str) -> None:
     """Float32, against the reference. One float32 ulp is 1.2e-7; fourteen steps of a dozen operations stay within
     some tens of ulps of the largest number involved, and 2e-5 is the smallest bound that leaves room for division
     by small roots."""
-    problem = SMALL if engine == "compile" else PROBLEM
+    follow_reference(subject, engine, SMALL if engine == "compile" else PROBLEM)
+
+
+def follow_reference(subject: Subject, engine: str, problem: Problem) -> None:
+    """In float32, within the bounds above."""
     ours, _ = trained(subject, engine, problem, torch.float32)
     reference, _ = trained(subject, "reference", problem, torch.float32)
     for a, b in zip(ours, reference, strict=True):
