@@ -141,7 +141,11 @@ def make_contenders(
     ]
     for sweep in sweeps:
         if not any(dimension.name == sweep.name for contender in made for dimension in contender.space):
-            raise ContenderError(f"no contender has a number {sweep.name!r} to sweep")
+            known = {name for contender in made for name in numbers_of(preset_behind(contender.optimizer))}
+            raise ContenderError(
+                f"no contender has a number {sweep.name!r} to sweep{_near(sweep.name, sorted(known))}; "
+                f"there are {_list(sorted(known))}"
+            )
     return tuple(made)
 
 

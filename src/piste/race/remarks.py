@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from piste.race import script
 from piste.race.contenders import Contender
 from piste.race.inspection import TaskCard
-from piste.race.protocol import Plan, Records, best_trial, tuning
+from piste.race.protocol import Plan, Records, Tuning, best_trial, tuning
 from piste.race.record import TUNE, RunRecord
 from piste.race.space import Dimension
 from piste.race.words import listing, short
@@ -23,15 +23,16 @@ def remarks(plan: Plan, records: Records, used: Sequence[RunRecord]) -> list[str
     """
     found = list(plan.remarks)
     for card in plan.cards:
-        for contender in plan.contenders:
-            found += _swept(plan, card, contender, records)
-        found += _edges(plan, card, records)
+        searches = [(contender, tuning(plan, card, contender, records)) for contender in plan.contenders]
+        for contender, search in searches:
+            found += _swept(plan, card, contender, search, records)
+        found += _edges(card, searches)
     return found + script.notes(used)
 
 
-def _swept(plan: Plan, card: TaskCard, contender: Contender, records: Records) -> Iterator[str]:
+def _swept(plan: Plan, card: TaskCard, contender: Contender, search: Tuning, records: Records) -> Iterator[str]:
     """How each value of a sweep did, at its best learning rate."""
-    keys = [key for key in tuning(plan, card, contender, records).runs if key.phase == TUNE]
+    keys = [key for key in search.runs if key.phase == TUNE]
     trials = [records[key.id] for key in keys if key.id in records]
     for dimension in contender.space:
         if not dimension.values:
@@ -51,11 +52,11 @@ def _best_with(
     return f"{value:g}: " + ("all lost" if best is None else short(best.curve.valid_metric[-1], 4))
 
 
-def _edges(plan: Plan, card: TaskCard, records: Records) -> Iterator[str]:
+def _edges(card: TaskCard, searches: Sequence[tuple[Contender, Tuning]]) -> Iterator[str]:
     """Where the best of another dimension than the learning rate, which is reported on its own, is at an end."""
     ends: dict[tuple[str, str], list[str]] = {}
-    for contender in plan.contenders:
-        for name, edge in tuning(plan, card, contender, records).edges.items():
+    for contender, search in searches:
+        for name, edge in search.edges.items():
             if name != "lr":
                 ends.setdefault((name, edge), []).append(contender.name)
     for (name, edge), names in ends.items():

@@ -38,14 +38,21 @@ def points(contender: Contender, count: int) -> list[Point]:
     """
     cells = contender.cells
     needed = math.ceil(count / len(cells))
-    sequence = qmc.Halton(d=1 + len(contender.sampled), scramble=True, seed=_SEQUENCE_SEED)
     free: list[Point] = [{"lr": rounded(contender.lr_center)}]
-    for position in sequence.random(max(0, needed - 1)):
-        chosen = zip(contender.sampled, position[1:], strict=True)
-        others = {dimension.name: dimension.at(float(place)) for dimension, place in chosen}
-        free.append({"lr": contender.lr_at(float(position[0])), **others})
+    for first, *rest in _positions(1 + len(contender.sampled), max(0, needed - 1)):
+        chosen = zip(contender.sampled, rest, strict=True)
+        free.append(
+            {"lr": contender.lr_at(first), **{dimension.name: dimension.at(place) for dimension, place in chosen}}
+        )
     fixed = dict(contender.settings)
     return [{**fixed, **point, **cell} for point in free[:needed] for cell in cells][:count]
+
+
+@lru_cache(maxsize=64)
+def _positions(dimensions: int, count: int) -> tuple[tuple[float, ...], ...]:
+    """The first points of the sequence. They are asked for again after every run, and scrambling takes its time."""
+    sequence = qmc.Halton(d=dimensions, scramble=True, seed=_SEQUENCE_SEED)
+    return tuple(tuple(map(float, position)) for position in sequence.random(count))
 
 
 def adaptive_points(contender: Contender, count: int, loss: Callable[[Point], float | None]) -> tuple[list[Point], int]:

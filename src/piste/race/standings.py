@@ -21,8 +21,9 @@ def study_result(
     plan: Plan, records: Records, *, title: str, created: str, command: str, workers: int, machine: dict[str, str]
 ) -> StudyResult:
     """All that can be said from the records so far; a race cut short gives a result that says so."""
-    used = [records[key.id] for _, _, key in keys_so_far(plan, records) if key.id in records]
-    missing = sum(key.id not in records for _, _, key in keys_so_far(plan, records))
+    ids = [key.id for _, _, key in keys_so_far(plan, records)]
+    used = [records[id_] for id_ in ids if id_ in records]
+    missing = len(ids) - len(used)
     evidence = Evidence(plan, records, used, missing, workers)
     findings = audit(evidence)
     return StudyResult(
