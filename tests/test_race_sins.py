@@ -211,3 +211,15 @@ def test_the_result_of_a_study_carries_findings() -> None:
     plan = fair_plan()
     result = result_of(plan, raced(plan, fair(plan)))
     assert [finding.sin for finding in result.findings] == [sin for sin, _ in SINS]
+
+
+def test_scripts_that_report_after_some_steps_are_not_said_to_have_started_apart() -> None:
+    """Their first loss is one of trained weights, in which contenders have to differ."""
+
+    def trained(run: RunRecord) -> RunRecord:
+        apart = with_start(run) if run.key.optimizer == "adamw" else run
+        return replace(apart, curve=replace(apart.curve, step=[step + 4 for step in run.curve.step]))
+
+    assert lints.other_start(evidence_of(change=with_start)) == ""
+    assert lints.other_start(evidence_of(change=only("adamw", with_start))) != ""
+    assert lints.other_start(evidence_of(change=trained)) == ""

@@ -170,7 +170,8 @@ def other_start(evidence: Evidence) -> str:
     """Contenders that did not begin with the same weights on a seed."""
     starts: dict[tuple[str, int], list[float]] = defaultdict(list)
     for run in evidence.used:
-        if run.curve.valid_loss and math.isfinite(run.curve.valid_loss[0]):
+        untrained = run.curve.step[:1] == [0]  # a script's own reports begin after some steps
+        if untrained and math.isfinite(run.curve.valid_loss[0]):
             starts[run.key.task, run.key.seed].append(run.curve.valid_loss[0])
     wrong = sorted({task for (task, _), values in starts.items() if _spread(values) > _SAME_START})
     if not wrong:
