@@ -137,7 +137,8 @@ def _cost(member: Member, hp: Mapping[str, float]) -> float | None:
     graphs = [member.variants.graph(Row(hp, t), shape) for t in _PROBED]
     if not all(map(_can_be_shared, {first, *graphs})) or not any(map(_opaques, {first, *graphs})):
         return None
-    per_graph = {g: _graph_cost(g, Row(hp, t, shape)) for t, g in zip(_PROBED, graphs, strict=True)}
+    last = dict(zip(graphs, _PROBED, strict=True))
+    per_graph = {g: _graph_cost(g, Row(hp, t, shape)) for g, t in last.items()}
     return sum(per_graph[g] for g in graphs) / len(graphs)
 
 

@@ -17,7 +17,7 @@ from piste.bucket import Bucket
 from piste.costs import is_light
 from piste.exchange import Exchange
 from piste.sharding import gathered, part_of
-from piste.symbol import FULL, HOST, MATRIX, Sym, compile_host
+from piste.symbol import FULL, HOST, MATRIX, Sym
 
 __all__ = ["call_opaques"]
 
@@ -64,8 +64,7 @@ def _call(bucket: Bucket, sym: Sym, taken: Mapping[Sym, Sequence[Tensor]], membe
         members: the weights, by their place in the bucket.
     """
     function, batched = sym.attr
-    host = compile_host([a for a in sym.args if a.kind == HOST])
-    numbers = [host(row) for row in bucket.rows]
+    numbers = list(map(bucket.plan.numbers_of[sym], bucket.rows))
     columns = [taken[a] for a in sym.args if a.kind != HOST]
     alike: dict[Any, list[int]] = {}
     for i, member in enumerate(members):
@@ -148,8 +147,7 @@ def _is_everybodys(bucket: Bucket, sym: Sym) -> bool:
         return False
     if any(a in bucket.wholes and a not in bucket.values for a in sym.args):
         return False
-    numbers = compile_host([a for a in sym.args if a.kind == HOST])(bucket.rows[0])
-    return is_light(sym.attr[0], bucket.seats.shapes[0], numbers)
+    return is_light(sym.attr[0], bucket.seats.shapes[0], bucket.plan.numbers_of[sym](bucket.rows[0]))
 
 
 def _is_read(bucket: Bucket, sym: Sym) -> bool:

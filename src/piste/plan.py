@@ -86,6 +86,12 @@ class Plan:
         return {r.attr: (r, i) for i, s in enumerate(self.stages) for r in s.partials if r.op == "total"}
 
     @cached_property
+    def numbers_of(self) -> dict[Sym, HostFunction]:
+        """For every opaque function what gives the host numbers among its arguments, in order."""
+        opaques = [opaque for stage in self.stages for opaque in stage.opaques]
+        return {opaque: compile_host([a for a in opaque.args if a.kind == HOST]) for opaque in opaques}
+
+    @cached_property
     def renews(self) -> bool:
         """Does it work out anew what steps in between only use: inverse roots, eigenbases?"""
         return any(getattr(o.attr[0], "renews", False) for stage in self.stages for o in stage.opaques)
