@@ -103,7 +103,7 @@ class Driver:
         self.executor = executor
         self.stopped = stopped
         self.records: dict[str, RunRecord] = store.load()
-        self.clock = Clock(len(executor.lanes))
+        self.clock = Clock(executor.width)
         self.started = time.monotonic()
         self.since: dict[str, float] = {}
         self.step: dict[str, int] = {}

@@ -49,6 +49,7 @@ class _Lane:
     pipe: Connection[Job, Answer]
     job: Job | None = None
     started: bool = False
+    stopped: str = ""  # why it was asked to end
 
 
 class Executor:
@@ -81,6 +82,11 @@ class Executor:
             lane.pipe.close()
 
     @property
+    def width(self) -> int:
+        """Number of jobs side by side."""
+        return len(self.lanes)
+
+    @property
     def idle(self) -> int:
         """Number of workers without a job."""
         return sum(lane.job is None for lane in self.lanes)
@@ -105,6 +111,13 @@ class Executor:
                 return
         raise RuntimeError("no worker is idle")
 
+    def stop(self, job: Job, reason: str) -> None:
+        """End a job in whatever state it is; ``events`` reports it as dead, for this reason. Nothing if it is over."""
+        for lane in self.lanes:
+            if lane.job is job:
+                lane.stopped = reason
+                lane.process.kill()
+
     def events(self, timeout: float) -> Iterator[Event]:
         """What the workers have to say within ``timeout`` seconds; an answer that ends a job makes its worker idle.
 
@@ -125,20 +138,27 @@ class Executor:
             answer: Answer | Death = lane.pipe.recv()
         except (EOFError, OSError):
             lane.process.join(_STOP_SECONDS)
-            reason = _reason(lane.process.exitcode)
-            if not lane.started:
+            lane.process.kill()
+            reason = lane.stopped or _reason(lane.process.exitcode)
+            if not lane.started and not lane.stopped:
                 # Another one would fare no better.
                 raise ExecutorError(f"a worker process cannot start: {reason}; see {self._log(number)}") from None
             answer = Death(reason)
-            lane.pipe.close()
-            self.lanes[number] = self._start(number)
+            self._replace(number)
         if isinstance(answer, worker.Started):
             lane.started = True
             return None
         if not isinstance(answer, worker.Progress):
             lane.job = None
+            if lane.stopped and not isinstance(answer, Death):
+                self._replace(number)  # stopped too late: it had answered, and takes no other job
         # A worker without a job can die too; nobody waits for an answer then.
         return None if job is None else Event(job, answer)
+
+    def _replace(self, number: int) -> None:
+        self.lanes[number].process.join()
+        self.lanes[number].pipe.close()
+        self.lanes[number] = self._start(number)
 
     def _log(self, number: int) -> Path:
         return self.logs / f"worker-{number}.log"
