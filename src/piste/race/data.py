@@ -112,6 +112,11 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch
 
 
+def is_on(split: Split, device: torch.device) -> bool:
+    """Whether batches are tuples of tensors on this device as they are read."""
+    return not isinstance(split, Dataset) and all(tensor.device == device for tensor in split)
+
+
 def training_batches(split: Split, batch_size: int, seed: int) -> Iterator[Any]:
     """Batches without end: every epoch a new order, decided by ``seed`` alone; a last short batch is left out."""
     order = torch.Generator().manual_seed(seed)

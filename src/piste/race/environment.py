@@ -17,7 +17,7 @@ import piste
 from piste.race.record import fingerprint
 
 # How a run is driven and reported does not change how it goes; these do.
-_DECISIVE = ("race/data.py", "race/training.py")
+_DECISIVE = ("race/attempt.py", "race/data.py", "race/packed.py", "race/seeds.py", "race/training.py")
 
 
 def versions() -> dict[str, str]:

@@ -53,6 +53,7 @@ class RunKey:
         device: ``"cpu"``, ``"cuda:0"``, …
         versions: of python, torch and piste.
         machine: fingerprint of the machine, of timing passes alone: elsewhere they are other runs.
+        packed: trained together with other trials (``piste.race.packed``): equal to rounding, and without times.
     """
 
     task: str
@@ -67,13 +68,15 @@ class RunKey:
     device: str
     versions: dict[str, str]
     machine: str = ""
+    packed: bool = False
 
     @property
     def id(self) -> str:
         """The content address of the run: 20 hex digits."""
         content = dataclasses.asdict(self)
-        if not self.machine:
-            del content["machine"]  # as in schema 1, whose ids stay what they are
+        for added in ("machine", "packed"):
+            if not content[added]:
+                del content[added]  # so that ids from before there were these stay what they are
         return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:20]
 
     @property
