@@ -29,7 +29,6 @@ EVALUATIONS = 8
 # A mean training loss of ten times that of the untrained model, over a whole stretch between two evaluations, is
 # taken for divergence. Nothing else is stopped early: ranks flip while learning rates still fall.
 DIVERGED_FACTOR = 10.0
-TIMED_EVERY = 7  # steps of long runs; what is renewed every so many steps falls on timed ones as often as on others
 CUDA_CHECK_EVERY = 10  # steps between waits for the device, which would slow it if made at every step
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import piste
 from piste.race import record
 from piste.race.attempt import (
+    CUDA_CHECK_EVERY,
     EVALUATIONS,
-    TIMED_EVERY,
     Attempt,
     Times,
     evaluation_steps,
@@ -193,6 +193,7 @@ class Loop:
         # A timing pass evaluates nothing: it would only make room in the caches.
         self.stops = set() if self.key.phase == record.TIME else evaluation_steps(self.key.steps)
         self.seeds = StepSeeds(self.key.seed, self.key.steps, self.stops, self.device, sparing)
+        self.on_cpu = self.device.type == "cpu"
         self.moves = not is_on(splits.train, self.device)
         self.passes = 2 if any(isinstance(run.optimizer, piste.SAM) for run in runs) else 1
 
@@ -228,7 +229,7 @@ class Loop:
 
     def _step(self, number: int, batches: Iterator[Any]) -> None:
         going = self.going
-        timed = not self.stops or number <= WARM_UP_STEPS or number % TIMED_EVERY == 0
+        timed = self.on_cpu or number <= WARM_UP_STEPS or number % CUDA_CHECK_EVERY == 0
         start = self._clock() if timed else 0.0
         for run in going:
             run.optimizer.zero_grad()

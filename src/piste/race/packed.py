@@ -1,0 +1,238 @@
+"""Trials of one contender trained together: their weights stacked, forward and backward one call for all of them.
+
+Every trial keeps a model, an optimizer and a schedule of its own, whose weights are slices of the stack; so whatever an
+optimizer does (norms over the whole model, a second pass, matrices) it does within one trial. What is shared is what a
+small model spends its time on: calls. The trials of a pack have one seed, hence the same batches, and what a step draws
+(dropout) is drawn once for all, as each would have drawn it alone.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from piste.race.attempt import Attempt, Times, one_line
+from piste.race.contenders import Contender
+from piste.race.data import Split, Splits, evaluation_batches, to_device, training_batches
+from piste.race.record import RunKey, RunRecord
+from piste.race.seeds import derived_seed, seed_everything
+from piste.race.task import Task
+from piste.race.training import EVALUATION_BATCH, Loop, Progress, fresh_model, mean_scores, prepare, run
+
+_TRIED_MODELS, _TRIED_BATCHES = 3, 2
+_TOLERANCE = 1e-4  # of the largest number: sums are taken in another order, and nothing else may differ
+
+Function = Callable[[nn.Module, Any], Tensor | float]
+
+
+def run_pack(
+    task: Task, splits: Splits, contender: Contender, keys: Sequence[RunKey], progress: Progress
+) -> list[RunRecord]:
+    """Make the runs of these keys together; one by one where that fails, for whatever reason.
+
+    Args:
+        task: the problem; :func:`why_not` has nothing against it.
+        splits: its data.
+        contender: who runs.
+        keys: alike in everything but the hyperparameters, and not timing passes.
+        progress: called with the number of steps made, after each.
+    """
+    times = Times()
+    attempts = [Attempt(task, contender, key, times) for key in keys]
+    try:
+        for attempt in attempts:
+            prepare(attempt)
+        Loop(attempts, Packed(attempts), splits, times, sparing=False).train(progress)
+    except (Exception, SystemExit) as error:  # of all at once: alone, each comes to an end of its own
+        traceback.print_exception(error, file=sys.stderr)
+        return [run(task, splits, contender, key, progress) for key in keys]
+    return [attempt.recorded() for attempt in attempts]
+
+
+def why_not(task: Task, splits: Splits, device: torch.device) -> str:
+    """What keeps trials of a task from being trained together, in a few words; nothing if they can be.
+
+    Losses, gradients, buffers and scores of a few models are worked out alone and together, and compared.
+    """
+    alone, stacked = ([fresh_model(task, seed, device) for seed in range(_TRIED_MODELS)] for _ in range(2))
+    batches = training_batches(splits.train, task.batch_size, derived_seed(0, "batches"))
+    evaluated, _ = next(evaluation_batches(splits.valid, EVALUATION_BATCH))
+    try:
+        stack = Stack(task, stacked)
+        for number in range(_TRIED_BATCHES):
+            batch = to_device(next(batches), device)
+            found, expected = _gradients(stack, batch, number), [_plain(task, m, batch, number) for m in alone]
+            if not _alike(found, expected):
+                return "its losses or gradients come out differently together"
+        scores = torch.tensor(stack.scores(to_device(evaluated, device)))
+        if not _alike(scores, torch.tensor([_plain_scores(task, m, to_device(evaluated, device)) for m in alone])):
+            return "its scores come out differently together"
+    except Exception as error:
+        return one_line(error)
+    return ""
+
+
+class Packed:
+    """Gradients and scores of many models by one call each; see :class:`piste.race.training.Together`.
+
+    Args:
+        runs: prepared; their models' weights and buffers become slices of a stack.
+    """
+
+    def __init__(self, runs: Sequence[Attempt]) -> None:
+        self.task = runs[0].task
+        self._pack(runs)
+
+    def gradients(self, runs: Sequence[Attempt], batch: Any) -> Sequence[Tensor]:
+        """All that are stacked are worked through; gradients are left in the weights of ``runs``."""
+        if len(runs) <= len(self.runs) // 2 or not self._holds(runs):
+            self._pack(runs)
+        losses, gradients = self.stack.gradients(batch)
+        found = []
+        for run in runs:
+            place = self.places[run]
+            run.gradient_evaluations += 1
+            for weight, slices in zip(self.stack.trained[place], gradients, strict=True):
+                weight.grad = None if slices is None else slices[place]
+            found.append(losses[place])
+        return found
+
+    def scores(self, runs: Sequence[Attempt], split: Split) -> Sequence[tuple[float, float]]:
+        """Each as alone, to rounding."""
+        if not self._holds(runs):
+            self._pack(runs)
+        self.stack.check()
+
+        def score(batch: Any) -> list[float]:
+            return [number for pair in self.stack.scores(batch) for number in pair]
+
+        flat = mean_scores(split, self.runs[0].device, score)
+        return [(flat[2 * self.places[run]], flat[2 * self.places[run] + 1]) for run in runs]
+
+    def _holds(self, runs: Sequence[Attempt]) -> bool:
+        return all(run in self.places for run in runs)
+
+    def _pack(self, runs: Sequence[Attempt]) -> None:
+        self.runs = list(runs)
+        self.places = {run: place for place, run in enumerate(runs)}
+        self.stack = Stack(self.task, [run.model for run in runs])
+
+
+class Stack:
+    """Models of one shape whose weights and buffers lie one above the other, as slices of common tensors.
+
+    Args:
+        task: whose models they are.
+        models: they stay as they are, but for where their numbers lie.
+    """
+
+    def __init__(self, task: Task, models: Sequence[nn.Module]) -> None:
+        self.task = task
+        self.shell = models[0]  # what is called, with all models' numbers in the place of its own
+        weights = [dict(model.named_parameters()) for model in models]
+        self.weights = {name: _stacked([each[name] for each in weights]) for name in weights[0]}
+        buffers = [dict(model.named_buffers()) for model in models]
+        self.buffers = {name: _stacked([each[name] for each in buffers]) for name in buffers[0]}
+        self.leaves = [tensor for tensor in self.weights.values() if tensor.requires_grad]
+        self.trained = [[weight for weight in each.values() if weight.requires_grad] for each in weights]
+        self.addresses = self._addresses()
+
+    def gradients(self, batch: Any) -> tuple[Sequence[Tensor], list[Sequence[Tensor] | None]]:
+        """The losses of all models, and for each trained weight the gradients of all, None where it has none."""
+        losses = self._all(self.task.loss, batch)
+        gradients = torch.autograd.grad(losses.sum(), self.leaves, allow_unused=True)
+        slices = [None if gradient is None else gradient.contiguous().unbind() for gradient in gradients]
+        return losses.detach().unbind(), slices
+
+    @torch.no_grad()
+    def scores(self, batch: Any) -> list[tuple[float, float]]:
+        """Loss and metric of all models on a batch, in evaluation mode."""
+        was_training = self.shell.training
+        self.shell.eval()
+        losses = self._all(self.task.loss, batch)
+        metrics = losses if self.task.metric is None else self._all(self.task.metric, batch)
+        self.shell.train(was_training)
+        return list(zip(losses.tolist(), metrics.tolist(), strict=True))
+
+    def check(self) -> None:
+        """See that weights still lie in the stack.
+
+        Raises:
+            RuntimeError: an optimizer has put one elsewhere.
+        """
+        if self._addresses() != self.addresses:
+            raise RuntimeError("an optimizer moved weights: they are no longer slices of the stack")
+
+    def _all(self, function: Function, batch: Any) -> Tensor:
+        """A function of model and batch, of all models: one number each."""
+        called = _Called(self.shell, function)
+
+        def of_one(weights: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+            numbers = {f"model.{name}": tensor for name, tensor in {**weights, **buffers}.items()}
+            value: Tensor = functional_call(called, numbers, (batch,))
+            return value.reshape(())
+
+        results: Tensor = vmap(of_one, randomness="same")(self.weights, self.buffers)
+        return results
+
+    def _addresses(self) -> list[int]:
+        return [weight.data_ptr() for weights in self.trained for weight in weights]
+
+
+class _Called(nn.Module):
+    """A function of a model as the forward pass of a module, which is what ``functional_call`` calls."""
+
+    def __init__(self, model: nn.Module, function: Function) -> None:
+        super().__init__()
+        self.model = model
+        self.function = function
+
+    def forward(self, batch: Any) -> Tensor | float:
+        return self.function(self.model, batch)
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """One tensor of all, in which they have their places from now on."""
+    whole = torch.stack([tensor.detach() for tensor in tensors])
+    for tensor, place in zip(tensors, whole.unbind(), strict=True):
+        tensor.data = place
+    return whole.requires_grad_(tensors[0].requires_grad)
+
+
+def _gradients(stack: Stack, batch: Any, number: int) -> Tensor:
+    """One row a model: its loss, its gradients, its buffers."""
+    seed_everything(number)
+    losses, gradients = stack.gradients(batch)
+    columns = [torch.stack(list(losses))]
+    columns += [torch.stack(list(slices)) for slices in gradients if slices is not None]
+    columns += stack.buffers.values()
+    return torch.cat([column.reshape(len(losses), -1).double() for column in columns], dim=1)
+
+
+def _plain(task: Task, model: nn.Module, batch: Any, number: int) -> Tensor:
+    """The same row by the way that anybody would take."""
+    seed_everything(number)
+    model.zero_grad()
+    loss = task.loss(model, batch)
+    loss.backward()  # type: ignore[no-untyped-call]
+    gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    numbers = [loss.detach(), *gradients, *model.buffers()]
+    return torch.cat([tensor.flatten().double() for tensor in numbers])
+
+
+@torch.no_grad()
+def _plain_scores(task: Task, model: nn.Module, batch: Any) -> tuple[float, float]:
+    model.eval()
+    loss = float(task.loss(model, batch))
+    return loss, loss if task.metric is None else float(task.metric(model, batch))
+
+
+def _alike(found: Tensor, expected: Sequence[Tensor] | Tensor) -> bool:
+    wanted = expected if isinstance(expected, Tensor) else torch.stack(list(expected))
+    return found.shape == wanted.shape and torch.allclose(found, wanted, rtol=_TOLERANCE, atol=_TOLERANCE * float(wanted.abs().max()))
