@@ -112,6 +112,7 @@ def _debug(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--sampler", type=click.Choice(SAMPLERS), default=SAMPLERS[0], show_default=True, help="Of trials.")
 @click.option("--screens", type=click.IntRange(0, 4), default=0, show_default=True, help="Halvings on short schedules.")
 @click.option("--timing", type=click.IntRange(min=0), default=3, show_default=True, help="Rounds of timing passes.")
+@click.option("--pack", is_flag=True, help="Train trials of small models together: faster, equal to rounding.")
 @click.option("--target", type=float, help="Score to be timed. [default: what tuned baselines reach]")
 @click.option("--agnostic", is_flag=True, help="No settings by field: the same for every task.")
 @click.option("--budget", callback=_budget, metavar="TIME", help="Plan the race to fit, such as 10m or 1h30m.")

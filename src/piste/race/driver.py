@@ -20,6 +20,7 @@ from piste.race import progress, record
 from piste.race.budget import Pace
 from piste.race.executor import Death, Executor
 from piste.race.inspection import TaskCard
+from piste.race.packing import jobs, runs_of
 from piste.race.progress import Clock, Row, part_of
 from piste.race.protocol import TUNE_SEED, Plan, next_runs
 from piste.race.record import RunRecord
@@ -27,7 +28,7 @@ from piste.race.script import Script
 from piste.race.store import Store
 from piste.race.task import TaskError
 from piste.race.training import new_record
-from piste.race.worker import Inspect, Progress, Refusal, Run
+from piste.race.worker import Inspect, Pack, Packed, Progress, Refusal, Run
 
 _POLL_SECONDS = 0.1
 _PROBE_STEPS = 12  # of which the first five are warm-up
@@ -107,6 +108,7 @@ class Driver:
         self.started = time.monotonic()
         self.since: dict[str, float] = {}
         self.step: dict[str, int] = {}
+        self.alone: set[str] = set()  # of packs that died
         self._look()
 
     def run(self) -> None:
@@ -114,7 +116,7 @@ class Driver:
         try:
             while self._submit():
                 for event in self.executor.events(_POLL_SECONDS):
-                    assert isinstance(event.job, Run)
+                    assert isinstance(event.job, (Run, Pack))
                     self._handle(event.job, event.answer)
                 self.view.tick(self._state())
                 if self.stopped():
@@ -124,35 +126,45 @@ class Driver:
 
     def _submit(self) -> bool:
         """Give idle workers what is missing; whether anything is being worked on."""
-        busy = {job.key.id for job in self.executor.jobs if isinstance(job, Run)}
-        for run in self.missing:
+        busy = {run.key.id for job in self.executor.jobs for run in runs_of(job)}
+        for job in jobs(self.missing, busy, self.alone, self.executor.width):
+            runs = runs_of(job)
             if not self.executor.idle:
                 break
-            if busy and run.key.phase == record.TIME:
+            if busy and runs[0].key.phase == record.TIME:
                 break  # a timing pass is alone
-            if run.key.id not in busy:
-                self.executor.submit(run)
+            self.executor.submit(job)
+            for run in runs:
                 self.since[run.key.id] = time.monotonic()
                 self.step[run.key.id] = 0
                 busy.add(run.key.id)
         return bool(busy)
 
-    def _handle(self, job: Run, answer: object) -> None:
-        key = job.key
+    def _handle(self, job: Run | Pack, answer: object) -> None:
+        runs = runs_of(job)
         if isinstance(answer, Progress):
-            self.step[key.id] = answer.step
-            return
-        if isinstance(answer, Refusal):
+            self.step.update((run.key.id, answer.step) for run in runs)
+        elif isinstance(answer, Refusal):
             raise TaskError(answer.message)
-        if isinstance(answer, Death):
-            answer = new_record(key, record.FAILED, answer.reason)
-        assert isinstance(answer, RunRecord)
-        self.store.add(answer)
-        self.records[key.id] = answer
+        elif isinstance(answer, Packed):
+            for made in answer.records:
+                self._keep(made, share=len(runs))
+        elif isinstance(answer, Death) and isinstance(job, Pack):
+            self.alone.update(run.key.id for run in runs)  # made one by one, it shows which of them it was
+        else:
+            (run,) = runs
+            made = new_record(run.key, record.FAILED, answer.reason) if isinstance(answer, Death) else answer
+            assert isinstance(made, RunRecord)
+            self._keep(made)
+
+    def _keep(self, made: RunRecord, share: int = 1) -> None:
+        key = made.key
+        self.store.add(made)
+        self.records[key.id] = made
         if key.phase in (record.TUNE, record.CONFIRM):
-            self.clock.add(key.task, key.contender, time.monotonic() - self.since[key.id])
+            self.clock.add(key.task, key.contender, (time.monotonic() - self.since[key.id]) / share)
         self._look()
-        self.view.finished(self._state(), answer)
+        self.view.finished(self._state(), made)
 
     def _look(self) -> None:
         """Derive from the records what is there and what is missing; only a new record changes either."""
@@ -161,16 +173,16 @@ class Driver:
         self.missing = [Run(card.reference, who, key, self.script) for card, who, key in missing]
 
     def _state(self) -> State:
-        running = [(job, self.step[job.key.id]) for job in self.executor.jobs if isinstance(job, Run)]
+        running = [(run, self.step[run.key.id]) for job in self.executor.jobs for run in runs_of(job)]
         done = {(job.key.task, job.key.contender): part_of(step, job.key.steps) for job, step in running}
         return State(self.plan, self.rows, running, self.started, self.clock.left(self.plan, self.rows, done))
 
 
 def inspect_tasks(
-    references: Sequence[str], device: str, executor: Executor, stopped: Callable[[], bool]
+    references: Sequence[str], device: str, executor: Executor, stopped: Callable[[], bool], *, pack: bool = False
 ) -> tuple[TaskCard, ...]:
-    """Have the workers load and try every task."""
-    waiting = [Inspect(reference, device) for reference in references]
+    """Have the workers load and try every task, and where ``pack`` says so, whether its trials can be packed."""
+    waiting = [Inspect(reference, device, pack) for reference in references]
     cards: dict[str, TaskCard] = {}
     while len(cards) < len(references):
         while waiting and executor.idle:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from piste.race.data import Splits, fingerprint, length, to_device, training_batches
+from piste.race.packed import why_not
 from piste.race.record import canonical_json
 from piste.race.task import LoadedTask, Task, TaskError
 from piste.race.training import EVALUATIONS, evaluate, fresh_model, one_line, seed_everything
@@ -39,6 +40,8 @@ class TaskCard:
         examples: number of training, validation and report examples.
         step_seconds: wall time of one training step here, for the estimate of the race's duration.
         evaluation_seconds: wall time of one look at the validation split.
+        packs: whether its trials are trained together.
+        not_packed: why not, where that was asked for.
     """
 
     reference: str
@@ -52,6 +55,8 @@ class TaskCard:
     examples: tuple[int, int, int]
     step_seconds: float
     evaluation_seconds: float
+    packs: bool = False
+    not_packed: str = ""
 
     def run_seconds(self, steps: int) -> float:
         """A guess of how long a run takes."""
@@ -88,8 +93,10 @@ def task_hash(loaded: LoadedTask, splits: Splits) -> str:
     return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:20]
 
 
-def inspect_task(reference: str, task: Task, task_hash: str, splits: Splits, device: torch.device) -> TaskCard:
-    """Run every part of a task once and time it.
+def inspect_task(
+    reference: str, task: Task, task_hash: str, splits: Splits, device: torch.device, *, pack: bool = False
+) -> TaskCard:
+    """Run every part of a task once and time it; where ``pack`` asks for it, see whether its trials can be packed.
 
     Raises:
         TaskError: a part raises or gives something it should not; the message says which.
@@ -97,6 +104,7 @@ def inspect_task(reference: str, task: Task, task_hash: str, splits: Splits, dev
     model = _checked_model(task, device)
     step_seconds = _check_loss(task, model, splits, device)
     evaluation_seconds = _check_evaluation(task, model, splits, device)
+    not_packed = why_not(task, splits, device) if pack else ""
     return TaskCard(
         reference=reference,
         name=task.name,
@@ -109,6 +117,8 @@ def inspect_task(reference: str, task: Task, task_hash: str, splits: Splits, dev
         examples=(length(splits.train), length(splits.valid), length(splits.report)),
         step_seconds=step_seconds,
         evaluation_seconds=evaluation_seconds,
+        packs=pack and not not_packed,
+        not_packed=not_packed,
     )
 
 

@@ -25,6 +25,7 @@ from piste.race.seeds import derived_seed, seed_everything
 from piste.race.task import Task
 from piste.race.training import EVALUATION_BATCH, Loop, Progress, fresh_model, mean_scores, prepare, run
 
+MOST_PARAMETERS = 1_000_000  # a step of larger models is spent on arithmetic and memory, which packs only crowd
 _TRIED_MODELS, _TRIED_BATCHES = 3, 2
 _TOLERANCE = 1e-4  # of the largest number: sums are taken in another order, and nothing else may differ
 
@@ -60,6 +61,9 @@ def why_not(task: Task, splits: Splits, device: torch.device) -> str:
 
     Losses, gradients, buffers and scores of a few models are worked out alone and together, and compared.
     """
+    parameters = sum(weight.numel() for weight in fresh_model(task, 0, device).parameters())
+    if parameters > MOST_PARAMETERS:
+        return f"its model has {parameters:,} parameters, and beyond {MOST_PARAMETERS:,} nothing is gained"
     alone, stacked = ([fresh_model(task, seed, device) for seed in range(_TRIED_MODELS)] for _ in range(2))
     batches = training_batches(splits.train, task.batch_size, derived_seed(0, "batches"))
     evaluated, _ = next(evaluation_batches(splits.valid, EVALUATION_BATCH))
@@ -89,9 +93,9 @@ class Packed:
         self.task = runs[0].task
         self._pack(runs)
 
-    def gradients(self, runs: Sequence[Attempt], batch: Any) -> Sequence[Tensor]:
+    def gradients(self, runs: Sequence[Attempt], batch: Any, *, again: bool) -> Sequence[Tensor]:
         """All that are stacked are worked through; gradients are left in the weights of ``runs``."""
-        if len(runs) <= len(self.runs) // 2 or not self._holds(runs):
+        if not again and len(runs) <= len(self.runs) // 2:
             self._pack(runs)
         losses, gradients = self.stack.gradients(batch)
         found = []
@@ -105,8 +109,6 @@ class Packed:
 
     def scores(self, runs: Sequence[Attempt], split: Split) -> Sequence[tuple[float, float]]:
         """Each as alone, to rounding."""
-        if not self._holds(runs):
-            self._pack(runs)
         self.stack.check()
 
         def score(batch: Any) -> list[float]:
@@ -114,9 +116,6 @@ class Packed:
 
         flat = mean_scores(split, self.runs[0].device, score)
         return [(flat[2 * self.places[run]], flat[2 * self.places[run] + 1]) for run in runs]
-
-    def _holds(self, runs: Sequence[Attempt]) -> bool:
-        return all(run in self.places for run in runs)
 
     def _pack(self, runs: Sequence[Attempt]) -> None:
         self.runs = list(runs)

@@ -106,6 +106,8 @@ class Plan:
             versions=self.versions,
             # A timing pass of another machine is another run: wall times are never compared across machines.
             machine=self.machine if phase == TIME else "",
+            # What is confirmed and timed is trained alone.
+            packed=card.packs and phase in (SCREEN, TUNE),
         )
 
     def to_json(self) -> dict[str, Any]:

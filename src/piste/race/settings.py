@@ -33,6 +33,7 @@ class Settings:
         arguments: of the script.
         metric: what its reports call the score.
         higher_is_better: direction of that.
+        pack: trials of a contender are trained together where the task allows it.
     """
 
     tasks: tuple[str, ...]
@@ -53,6 +54,7 @@ class Settings:
     arguments: tuple[str, ...] = ()
     metric: str = "loss"
     higher_is_better: bool = False
+    pack: bool = False
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Settings:

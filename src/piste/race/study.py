@@ -78,7 +78,7 @@ def race(settings: Settings, store: Store, view: View, command: str, workers: in
     workers = workers or _default_workers(device)
     with stop_signals() as stopped, store.writing(), Executor(workers, store.logs) as executor:
         view.looking(settings.tasks)
-        cards = described or inspect_tasks(references, device, executor, stopped)
+        cards = described or inspect_tasks(references, device, executor, stopped, pack=settings.pack)
         plan = _plan(settings, cards, contenders, device)
         if settings.budget is not None:
             plan = _planned_before(settings, plan, store) or _fitted(
@@ -124,12 +124,15 @@ def _refuse_contradictions(settings: Settings) -> None:
         sampling.optuna_or_refusal()
         if settings.screens:
             raise SettingsError("--screens and --sampler tpe exclude each other: TPE needs each result before the next")
+        if settings.pack:
+            raise SettingsError("--pack and --sampler tpe exclude each other: TPE needs each result before the next")
     if settings.script:
         for name, given in (
             ("--steps", settings.steps is not None),
             ("--schedules", bool(settings.schedules)),
             ("--screens", settings.screens > 0),
             ("--budget", settings.budget is not None),
+            ("--pack", settings.pack),
         ):
             if given:
                 raise SettingsError(f"{name} and --script exclude each other: how a run goes is up to the script")
@@ -148,6 +151,14 @@ def _plan(settings: Settings, cards: tuple[TaskCard, ...], contenders: tuple[Con
             "The script's own schedule was used for all contenders. Where its reports hold no test_ numbers, scores "
             "are those of the split that chose the settings, on fresh seeds."
         )
+    for card in cards:
+        if card.packs:
+            remarks.append(
+                f"Trials on {card.name} were trained together (--pack). They are equal to trials trained alone but for "
+                "rounding; what was confirmed and timed was trained alone."
+            )
+        elif card.not_packed:
+            remarks.append(f"Trials on {card.name} were trained one by one in spite of --pack: {card.not_packed}.")
     return Plan(
         *(cards, contenders, settings.steps, settings.trials, settings.seeds, device, environment.versions()),
         sampler=settings.sampler,

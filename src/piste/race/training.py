@@ -146,8 +146,14 @@ def mean_scores(split: Split, device: torch.device, score: Callable[[Any], list[
 class Together(Protocol):
     """How runs side by side come by their gradients and scores."""
 
-    def gradients(self, runs: Sequence[Attempt], batch: Any) -> Sequence[Tensor]:
-        """Leave the gradients of a batch in the weights of these runs; returns the losses."""
+    def gradients(self, runs: Sequence[Attempt], batch: Any, *, again: bool) -> Sequence[Tensor]:
+        """Leave the gradients of a batch in the weights of these runs, and no others; returns the losses.
+
+        Args:
+            runs: all that go on; for a second pass those that asked for it.
+            batch: for all of them.
+            again: whether it is a second pass.
+        """
 
     def scores(self, runs: Sequence[Attempt], split: Split) -> Sequence[tuple[float, float]]:
         """Loss and metric of these runs on a whole split."""
@@ -156,11 +162,13 @@ class Together(Protocol):
 class Alone:
     """One after the other, as anybody would."""
 
-    def gradients(self, runs: Sequence[Attempt], batch: Any) -> Sequence[Tensor]:
+    def gradients(self, runs: Sequence[Attempt], batch: Any, *, again: bool) -> Sequence[Tensor]:
         """See :class:`Together`."""
         losses = []
         for run in runs:
             run.gradient_evaluations += 1
+            if not again:
+                run.optimizer.zero_grad()
             loss = run.task.loss(run.model, batch)
             loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
@@ -231,19 +239,17 @@ class Loop:
         going = self.going
         timed = self.on_cpu or number <= WARM_UP_STEPS or number % CUDA_CHECK_EVERY == 0
         start = self._clock() if timed else 0.0
-        for run in going:
-            run.optimizer.zero_grad()
         batch = next(batches)
         if self.moves:
             batch = to_device(batch, self.device)
-        losses = self.together.gradients(going, batch)
+        losses = self.together.gradients(going, batch, again=False)
         if number == 1 or number in self.stops:
             start += self._trace(number, losses)
         before = self._clock() if timed else 0.0
         if self.passes > 1:
             again = [run for run in going if run.asks_again()]
             if again:
-                self.together.gradients(again, batch)
+                self.together.gradients(again, batch, again=True)
         for run in going:
             run.optimizer.step()
         after = self._clock() if timed else 0.0

@@ -21,6 +21,7 @@ from piste.race import script
 from piste.race.contenders import Contender
 from piste.race.data import Splits
 from piste.race.inspection import TaskCard, inspect_task, load_data, task_hash
+from piste.race.packed import run_pack
 from piste.race.record import RunKey, RunRecord
 from piste.race.script import Script
 from piste.race.task import Task, TaskError, load_task
@@ -35,6 +36,7 @@ class Inspect:
 
     reference: str
     device: str
+    pack: bool = False  # find out, too, whether its trials can be trained together
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,25 @@ class Run:
     contender: Contender
     key: RunKey
     script: Script | None = None
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Make runs of one contender on one task together, answer with ``Packed``."""
+
+    runs: tuple[Run, ...]
+
+    @property
+    def reference(self) -> str:
+        """How the task is found."""
+        return self.runs[0].reference
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The records of the runs of a ``Pack``, in their order."""
+
+    records: tuple[RunRecord, ...]
 
 
 @dataclass(frozen=True)
@@ -67,8 +88,8 @@ class Refusal:
     traceback: str
 
 
-Job = Inspect | Run
-Answer = Started | TaskCard | RunRecord | Progress | Refusal
+Job = Inspect | Run | Pack
+Answer = Started | TaskCard | RunRecord | Packed | Progress | Refusal
 
 
 def main(pipe: Connection[Answer, Job], log: Path) -> None:
@@ -103,7 +124,7 @@ class _Worker:
 
     def serve(self, job: Job) -> None:
         try:
-            answer = self._inspect(job) if isinstance(job, Inspect) else self._run(job)
+            answer = self._answer(job)
         except TaskError as error:
             self._send(Refusal(str(error), "".join(traceback.format_exception(error))))
         else:
@@ -111,23 +132,40 @@ class _Worker:
         sys.stdout.flush()
         sys.stderr.flush()
 
+    def _answer(self, job: Job) -> Answer:
+        if isinstance(job, Inspect):
+            return self._inspect(job)
+        return self._pack(job) if isinstance(job, Pack) else self._run(job)
+
     def _inspect(self, job: Inspect) -> TaskCard:
         ready = self._ready(job.reference)
-        return inspect_task(job.reference, ready.task, ready.task_hash, ready.splits, torch.device(job.device))
+        device = torch.device(job.device)
+        return inspect_task(job.reference, ready.task, ready.task_hash, ready.splits, device, pack=job.pack)
 
     def _run(self, job: Run) -> RunRecord:
         if job.script is not None:
             return script.run(job.script, job.contender, job.key, self._progress())
+        ready = self._unchanged(job)
+        made = run(ready.task, ready.splits, job.contender, job.key, self._progress())
+        _release()
+        return made
+
+    def _pack(self, job: Pack) -> Packed:
+        ready = self._unchanged(job.runs[0])
+        keys = [run.key for run in job.runs]
+        made = run_pack(ready.task, ready.splits, job.runs[0].contender, keys, self._progress())
+        _release()
+        return Packed(tuple(made))
+
+    def _unchanged(self, job: Run) -> _Ready:
+        """The task of a run, as it was when the race was planned."""
         ready = self._ready(job.reference)
         if ready.task_hash != job.key.task_hash:
             raise TaskError(
                 f"task {job.key.task} changed while it was raced (or gives other data each time it is loaded); "
                 "start the race again"
             )
-        made = run(ready.task, ready.splits, job.contender, job.key, self._progress())
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return made
+        return ready
 
     def _progress(self) -> Callable[[int], None]:
         """Sends the number of steps on, now and then."""
@@ -156,6 +194,12 @@ class _Worker:
         except OSError:
             # The driver is gone. Nobody waits for the result, and an exit that waits for anything could hang.
             os._exit(1)
+
+
+def _release() -> None:
+    """What torch keeps of a device's memory is for the other processes."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _write_output_to(log: Path) -> None:

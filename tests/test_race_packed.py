@@ -1,0 +1,275 @@
+"""Trials trained together: equal to trials trained alone, whatever trains them, and refused where they would not be."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from piste.race import Splits, Task, packed
+from piste.race.contenders import make_contenders
+from piste.race.packed import run_pack, why_not
+from piste.race.packing import MOST, jobs, runs_of
+from piste.race.record import CONFIRM, DIVERGED, FINISHED, TUNE, RunKey, RunRecord
+from piste.race.task import load_task
+from piste.race.training import run
+from piste.race.worker import Pack, Run
+
+CPU = torch.device("cpu")
+# A curve, against that of the run alone: sums in another order differ by some 1e-7, and 60 steps let that grow.
+TOLERANCE = 2e-3
+
+
+def net(*inside: nn.Module) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(nn.Linear(4, 16), *inside, nn.Tanh(), nn.Linear(16, 1))
+
+
+def splits() -> Splits:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(90, 4, generator=draw)
+    y = x.sum(1, keepdim=True).sin()
+    return Splits(train=(x[:50], y[:50]), valid=(x[50:70], y[50:70]), report=(x[70:], y[70:]))
+
+
+def loss_of(model: nn.Module, batch: Any) -> Tensor:
+    x, y = batch
+    return (model(x) - y).square().mean()
+
+
+TASK = Task(name="net", model=net(), data=splits, loss=loss_of, steps=24, batch_size=10)
+
+
+def both(
+    task: Task, name: str, lrs: Sequence[float], schedule: str = "constant"
+) -> list[tuple[RunRecord, RunRecord]]:
+    """Records of the same runs, together and alone."""
+    (contender,) = make_contenders([name], [schedule])
+    about = (task.name, "f00d", contender.name, contender.optimizer, contender.schedule)
+    keys = [RunKey(*about, {"lr": lr}, task.steps, 3, TUNE, "cpu", {}, packed=True) for lr in lrs]
+    data = task.data()
+    together = run_pack(task, data, contender, keys, lambda step: None)
+    alone = [run(task, data, contender, replace(key, packed=False), lambda step: None) for key in keys]
+    return list(zip(together, alone, strict=True))
+
+
+def assert_alike(one: RunRecord, other: RunRecord, tolerance: float = TOLERANCE) -> None:
+    assert (one.status, one.message) == (other.status, other.message)
+    for name in ("step", "lr", "train_loss", "valid_loss", "valid_metric", "gradient_norm"):
+        numbers, wanted = getattr(one.curve, name), getattr(other.curve, name)
+        assert numbers == pytest.approx(wanted, rel=tolerance, abs=1e-5, nan_ok=True), name
+    assert one.cost.gradient_evaluations == other.cost.gradient_evaluations
+    assert one.cost.state_bytes == other.cost.state_bytes
+
+
+@pytest.fixture
+def never_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails together would be made again alone, and prove nothing."""
+
+    def fail(*arguments: Any) -> RunRecord:
+        raise AssertionError("the pack fell apart")
+
+    monkeypatch.setattr(packed, "run", fail)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd_momentum", "ranger", "adan"])
+@pytest.mark.usefixtures("never_alone")
+def test_trials_on_digits_are_those_of_runs_alone(name: str) -> None:
+    task = replace(load_task("digits_mlp").task, steps=60)
+    (contender,) = make_contenders([name], [])
+    lrs = [contender.lr_center * 10 ** (-place / 5) for place in range(8)]
+    for one, other in both(task, name, lrs, contender.schedule):
+        # An image whose two likeliest digits are a tie of 1e-6 may go either way.
+        assert one.curve.valid_metric == pytest.approx(other.curve.valid_metric, abs=1.001 / 360)
+        one.curve.valid_metric = other.curve.valid_metric
+        assert_alike(one, other)
+        assert one.finished
+
+
+@pytest.mark.parametrize(
+    "name", ["sam+adamw", "lookahead+sgd", "ranger21", "schedule_free_adamw", "soap", "muon", "prodigy", "torch.AdamW"]
+)
+@pytest.mark.usefixtures("never_alone")
+def test_whatever_trains_stays_within_its_own_trial(name: str) -> None:
+    """Two passes, averages of weights, norms over the whole model, matrices, numbers that a group carries."""
+    for one, other in both(TASK, name, [3e-4, 1e-3]):
+        assert_alike(one, other)
+        assert one.finished
+
+
+@pytest.mark.usefixtures("never_alone")
+def test_one_that_diverges_hurts_no_other() -> None:
+    """Most of the pack breaks, at steps of its own, and the rest moves to a smaller stack."""
+    found = both(TASK, "sgd", [1e-2, 1e30, 3e-2, 1e6, 1e30, 1e12])
+    assert [one.status for one, _ in found] == [FINISHED, DIVERGED, FINISHED, *3 * [DIVERGED]]
+    assert len({one.cost.steps for one, _ in found}) > 1
+    for one, other in found:
+        assert (one.status, one.message) == (other.status, other.message)
+    for one, other in (found[0], found[2]):
+        assert_alike(one, other)
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [(nn.Dropout(0.5),), (nn.BatchNorm1d(16),), (nn.BatchNorm1d(16), nn.Dropout(0.2))],
+    ids=["dropout", "batch norm", "both"],
+)
+@pytest.mark.parametrize("name", ["adamw", "sam+adamw"])
+@pytest.mark.usefixtures("never_alone")
+def test_masks_and_running_statistics_are_those_of_runs_alone(name: str, inside: tuple[nn.Module, ...]) -> None:
+    def model() -> nn.Module:
+        fresh = [type(layer)(layer.p if isinstance(layer, nn.Dropout) else 16) for layer in inside]  # type: ignore[call-arg]
+        return net(*fresh)()
+
+    task = replace(TASK, model=model)
+    assert not why_not(task, splits(), CPU)
+    for one, other in both(task, name, [1e-3, 1e-2]):
+        assert_alike(one, other)
+
+
+def test_records_of_packs_have_no_times_and_ids_of_their_own() -> None:
+    ((one, other),) = both(TASK, "adamw", [1e-3])
+    assert one.id != other.id
+    assert RunRecord.from_json(one.to_json()).key.packed
+    times = ("step_seconds", "optimizer_seconds", "train_seconds", "evaluation_seconds", "compile_seconds")
+    assert all(math.isnan(getattr(one.cost, name)) for name in times)
+    assert all(map(math.isnan, one.curve.train_seconds))
+    assert one.cost.peak_bytes == 0
+    assert (one.cost.steps, one.cost.examples) == (24, 240)
+
+
+class Counting(nn.Module):
+    """Each call is another than the one before, by a number that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.calls = net()(), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        out: Tensor = self.inner(x) * (1 + 0.1 * self.calls)
+        return out
+
+
+class Branching(nn.Module):
+    """Looks at numbers to decide what to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = net()()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(x)
+        return out if out.mean() > 0 else -out
+
+
+def seeded_noise(model: nn.Module, batch: Any) -> Tensor:
+    """Noise that depends on the weights' own seed: nothing a pack could draw once for all."""
+    weight = next(model.parameters())
+    return loss_of(model, batch) + weight.sum() * float(weight.detach()[0, 0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"model": Branching}, "data-dependent"),
+        ({"loss": seeded_noise}, "item"),
+        ({"metric": lambda model, batch: float(loss_of(model, batch)), "metric_name": "m"}, "item"),
+        ({"model": lambda: nn.Sequential(nn.Linear(4, 1200), nn.Linear(1200, 1200), nn.Linear(1200, 1))}, "parameters"),
+    ],
+    ids=["branch", "number", "metric", "size"],
+)
+def test_what_cannot_be_packed_is_said(changes: dict[str, Any], why: str) -> None:
+    assert not why_not(TASK, splits(), CPU)
+    assert why in why_not(replace(TASK, **changes), splits(), CPU)
+
+
+def test_other_gradients_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = packed._plain
+    monkeypatch.setattr(packed, "_plain", lambda *arguments: 1.001 * plain(*arguments))
+    assert "differently" in why_not(TASK, splits(), CPU)
+    monkeypatch.setattr(packed, "_plain", plain)
+    monkeypatch.setattr(packed, "_plain_scores", lambda *arguments: (0.0, 0.0))
+    assert "scores" in why_not(TASK, splits(), CPU)
+
+
+def test_a_pack_that_fails_is_made_one_by_one() -> None:
+    for one, other in both(replace(TASK, model=Branching), "adamw", [1e-3, 1e-2]):
+        assert one.key.packed
+        assert one.finished
+        assert one.curve.valid_loss == other.curve.valid_loss  # bit by bit: they were alone
+
+
+# What a step draws
+
+
+def drawing(draws: Callable[[int], Any], seen: list[Any], every: int) -> Task:
+    """A task that draws in its loss, in each ``every``-th call, and notes what."""
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        if model.training:
+            calls.append(0)
+            if not len(calls) % every:
+                seen.append((len(calls), draws(0)))
+        return loss_of(model, batch)
+
+    calls: list[int] = []
+    return replace(TASK, loss=loss)
+
+
+@pytest.mark.parametrize("every", [1, 7])
+@pytest.mark.parametrize(
+    "draw", [lambda _: random.random(), lambda _: np.random.rand(), lambda _: float(torch.rand(()))], ids=str
+)
+def test_steps_are_seeded_wherever_they_draw(draw: Callable[[int], Any], every: int) -> None:
+    """Also where the first draw comes late, after steps that seemed to need no seeds."""
+    seen: dict[str, list[Any]] = {}
+    for name in ("adamw", "sgd", "sam+adamw"):
+        task = drawing(draw, seen.setdefault(name, []), every if "sam" not in name else 1)
+        (contender,) = make_contenders([name], ["constant"])
+        key = RunKey("net", "", contender.name, contender.optimizer, "constant", {"lr": 1e-3}, 24, 3, CONFIRM, "cpu", {})
+        assert run(task, splits(), contender, key, lambda step: None).status == FINISHED
+    first, second, twice = (found[-24 // every :] for found in (seen["adamw"], seen["sgd"], seen["sam+adamw"]))
+    values = [value for _, value in first]
+    assert values == [value for _, value in second]
+    assert len(set(values)) == len(values)
+    if every == 1:
+        assert values == [value for _, value in seen["sam+adamw"][-48::2]]
+    assert twice
+
+
+# Which runs a worker is given together
+
+
+def missing(contender: str, count: int, phase: str = TUNE, is_packed: bool = True) -> list[Run]:
+    (who,) = make_contenders([contender], ["constant"])
+    keys = [
+        RunKey("net", "", who.name, who.optimizer, "constant", {"lr": lr + 1.0}, 10, 0, phase, "cpu", {}, packed=is_packed)
+        for lr in range(count)
+    ]
+    return [Run("net", who, key) for key in keys]
+
+
+def test_packs_are_of_one_contender_and_leave_no_worker_without() -> None:
+    wanted = [*missing("adamw", 5), *missing("sgd", 5)]
+    assert [len(runs_of(job)) for job in jobs(wanted, [], [], 2)] == [5, 5]
+    assert [len(runs_of(job)) for job in jobs(missing("adamw", 5), [], [], 2)] == [3, 2]
+    assert [len(runs_of(job)) for job in jobs(missing("adamw", 80), [], [], 1)] == [MOST, MOST, 80 - 2 * MOST]
+    first, *_ = jobs(missing("adamw", 5), [], [], 2)
+    busy = [each.key.id for each in runs_of(first)]
+    (rest,) = jobs(missing("adamw", 5), busy, [], 2)  # no smaller for being the last
+    assert len(runs_of(rest)) == 2
+
+
+def test_what_is_no_trial_is_made_alone() -> None:
+    confirmed = missing("adamw", 3, CONFIRM, is_packed=False)
+    assert jobs(confirmed, [], [], 1) == confirmed
+    died = missing("adamw", 3)
+    assert jobs(died, [], [each.key.id for each in died], 1) == died
+    assert isinstance(jobs(died, [], [died[0].key.id], 1)[1], Pack)
