@@ -28,7 +28,9 @@ TOLERANCE = 2e-3
 
 
 def net(*inside: nn.Module) -> Callable[[], nn.Module]:
-    return lambda: nn.Sequential(nn.Linear(4, 16), *inside, nn.Tanh(), nn.Linear(16, 1))
+    # A bias that batch normalisation takes away again has no gradient but rounding, of which Adam makes whole steps.
+    bias = not any(isinstance(layer, nn.BatchNorm1d) for layer in inside)
+    return lambda: nn.Sequential(nn.Linear(4, 16, bias=bias), *inside, nn.Tanh(), nn.Linear(16, 1))
 
 
 def splits() -> Splits:
@@ -46,9 +48,7 @@ def loss_of(model: nn.Module, batch: Any) -> Tensor:
 TASK = Task(name="net", model=net(), data=splits, loss=loss_of, steps=24, batch_size=10)
 
 
-def both(
-    task: Task, name: str, lrs: Sequence[float], schedule: str = "constant"
-) -> list[tuple[RunRecord, RunRecord]]:
+def both(task: Task, name: str, lrs: Sequence[float], schedule: str = "constant") -> list[tuple[RunRecord, RunRecord]]:
     """Records of the same runs, together and alone."""
     (contender,) = make_contenders([name], [schedule])
     about = (task.name, "f00d", contender.name, contender.optimizer, contender.schedule)
@@ -93,7 +93,7 @@ def test_trials_on_digits_are_those_of_runs_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["sam+adamw", "lookahead+sgd", "ranger21", "schedule_free_adamw", "soap", "muon", "prodigy", "torch.AdamW"]
+    "name", ["sam+adamw", "lookahead+sgd", "ranger21", "schedule_free_adamw", "muon", "prodigy", "torch.AdamW"]
 )
 @pytest.mark.usefixtures("never_alone")
 def test_whatever_trains_stays_within_its_own_trial(name: str) -> None:
@@ -233,7 +233,9 @@ def test_steps_are_seeded_wherever_they_draw(draw: Callable[[int], Any], every: 
     for name in ("adamw", "sgd", "sam+adamw"):
         task = drawing(draw, seen.setdefault(name, []), every if "sam" not in name else 1)
         (contender,) = make_contenders([name], ["constant"])
-        key = RunKey("net", "", contender.name, contender.optimizer, "constant", {"lr": 1e-3}, 24, 3, CONFIRM, "cpu", {})
+        key = RunKey(
+            "net", "", contender.name, contender.optimizer, "constant", {"lr": 1e-3}, 24, 3, CONFIRM, "cpu", {}
+        )
         assert run(task, splits(), contender, key, lambda step: None).status == FINISHED
     first, second, twice = (found[-24 // every :] for found in (seen["adamw"], seen["sgd"], seen["sam+adamw"]))
     values = [value for _, value in first]
@@ -250,7 +252,9 @@ def test_steps_are_seeded_wherever_they_draw(draw: Callable[[int], Any], every: 
 def missing(contender: str, count: int, phase: str = TUNE, is_packed: bool = True) -> list[Run]:
     (who,) = make_contenders([contender], ["constant"])
     keys = [
-        RunKey("net", "", who.name, who.optimizer, "constant", {"lr": lr + 1.0}, 10, 0, phase, "cpu", {}, packed=is_packed)
+        RunKey(
+            "net", "", who.name, who.optimizer, "constant", {"lr": lr + 1.0}, 10, 0, phase, "cpu", {}, packed=is_packed
+        )
         for lr in range(count)
     ]
     return [Run("net", who, key) for key in keys]

@@ -99,9 +99,9 @@ class Packed:
             self._pack(runs)
         losses, gradients = self.stack.gradients(batch)
         found = []
-        for run in runs:
-            place = self.places[run]
-            run.gradient_evaluations += 1
+        for each in runs:
+            place = self.places[each]
+            each.gradient_evaluations += 1
             for weight, slices in zip(self.stack.trained[place], gradients, strict=True):
                 weight.grad = None if slices is None else slices[place]
             found.append(losses[place])
@@ -234,4 +234,6 @@ def _plain_scores(task: Task, model: nn.Module, batch: Any) -> tuple[float, floa
 
 def _alike(found: Tensor, expected: Sequence[Tensor] | Tensor) -> bool:
     wanted = expected if isinstance(expected, Tensor) else torch.stack(list(expected))
-    return found.shape == wanted.shape and torch.allclose(found, wanted, rtol=_TOLERANCE, atol=_TOLERANCE * float(wanted.abs().max()))
+    return found.shape == wanted.shape and torch.allclose(
+        found, wanted, rtol=_TOLERANCE, atol=_TOLERANCE * float(wanted.abs().max())
+    )

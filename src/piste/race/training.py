@@ -94,9 +94,7 @@ def prepare(attempt: Attempt) -> None:
     task, key = attempt.task, attempt.key
     model = fresh_model(task, key.seed, attempt.device)
     others = {name: value for name, value in key.hyperparameters.items() if name != "lr"}
-    made = make_optimizer(
-        attempt.contender, model, key.lr, key.steps, task.domain, others=others, fixed=task.settings
-    )
+    made = make_optimizer(attempt.contender, model, key.lr, key.steps, task.domain, others=others, fixed=task.settings)
     attempt.equip(model, *made)
 
 

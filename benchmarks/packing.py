@@ -1,0 +1,92 @@
+"""``python -m benchmarks.packing``: trials trained together (``piste race --pack``) against trials trained alone.
+
+Both ways make the same trials, in turn, on one thread. Printed are runs a second and their ratio, and what arithmetic
+alone leaves to gain: the time that the matrix products of a step take at the speed that they reach here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+
+import torch
+from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.measure import Ratio, ratio
+from piste.race import record
+from piste.race.contenders import make_contenders
+from piste.race.data import training_batches
+from piste.race.packed import run_pack, why_not
+from piste.race.record import RunKey
+from piste.race.task import Task, load_task
+from piste.race.training import fresh_model, run
+
+TASKS = ("digits_mlp", "digits", "digits_vae", "mnist1d_mlp", "quadratic_axis")
+_SIZE, _PRODUCTS = 256, 50
+
+
+def product_seconds(task: Task) -> float:
+    """Seconds that a step's matrix products take, at the rate of products of 32 x 256 x 256 on this thread."""
+    model = fresh_model(task, 0, torch.device("cpu"))
+    batch = next(training_batches(task.data().train, task.batch_size, 0))
+    with FlopCounterMode(display=False) as counted:
+        task.loss(model, batch).backward()  # type: ignore[no-untyped-call]
+    a, b = torch.randn(32, _SIZE), torch.randn(_SIZE, _SIZE)
+    taken = []
+    for _ in range(_PRODUCTS):
+        begun = time.perf_counter()
+        a @ b
+        taken.append(time.perf_counter() - begun)
+    return counted.get_total_flops() * min(taken) / (2 * 32 * _SIZE * _SIZE)
+
+
+def compare(name: str, optimizer: str, trials: int, steps: int, rounds: int) -> tuple[Ratio, float, float]:
+    """How many times the runs a second, the seconds of a trial alone, and the least that products leave of them."""
+    task = load_task(name).task
+    data = task.data()
+    refused = why_not(task, data, torch.device("cpu"))
+    if refused:
+        raise ValueError(f"trials on {name} cannot be packed: {refused}")
+    (contender,) = make_contenders([optimizer], [])
+    about = (task.name, "", contender.name, contender.optimizer, contender.schedule)
+    lrs = [contender.lr_center * 10 ** (-place / trials) for place in range(trials)]
+    keys = [RunKey(*about, {"lr": lr}, steps, 0, record.TUNE, "cpu", {}, packed=True) for lr in lrs]
+    seconds: dict[str, list[float]] = {"together": [], "alone": []}
+    for turn in range(-1, rounds):
+        begun = time.perf_counter()
+        run_pack(task, data, contender, keys, lambda step: None)
+        between = time.perf_counter()
+        for key in keys:
+            run(task, data, contender, key, lambda step: None)
+        if turn >= 0:  # the first round compiles and fills the caches
+            seconds["together"].append(between - begun)
+            seconds["alone"].append(time.perf_counter() - between)
+    alone = min(seconds["alone"]) / trials
+    return ratio(seconds["alone"], seconds["together"]), alone, steps * product_seconds(task) / alone
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print a line a task."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", action="append", help="a task; may be repeated")
+    parser.add_argument("--optimizer", default="adamw", help="who trains (default: adamw)")
+    parser.add_argument("--trials", type=int, default=16, help="of a pack (default: 16)")
+    parser.add_argument("--steps", type=int, default=60, help="of a run (default: 60)")
+    parser.add_argument("--rounds", type=int, default=5, help="packs, in turn with runs alone (default: 5)")
+    asked = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    console = Console(width=140)
+    for name in asked.task or TASKS:
+        found, alone, products = compare(name, asked.optimizer, asked.trials, asked.steps, asked.rounds)
+        console.print(
+            f"{name}, {asked.optimizer}, {asked.trials} trials: {found.median:.2f} times the runs a second (quartiles "
+            f"{found.low:.2f} to {found.high:.2f}); {1 / alone:.1f} a second alone, of which products alone need "
+            f"{products:.0%}",
+            highlight=False,
+        )
+
+
+if __name__ == "__main__":
+    main()
