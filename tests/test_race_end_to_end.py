@@ -218,3 +218,23 @@ def test_a_budget_is_measured_said_and_kept(tmp_path: Path) -> None:
     assert "measuring" not in again
     assert json.loads((tmp_path / "out" / "study.json").read_text())["plan"] == study["plan"]
     assert "too short" in race(tmp_path, str(tmp_path / "linear.py"), *SMALL, "--budget", "0.01s", status=2)
+
+
+DIES_IN_A_PACK = """
+    try:
+        float(next(model.parameters()).detach().flatten()[0])
+    except RuntimeError:  # these are the weights of several models
+        if calls > 20:
+            os._exit(3)
+"""
+
+
+@pytest.mark.parametrize("trouble", ["pass", DIES_IN_A_PACK.strip()], ids=["well", "dying"])
+def test_packed_trials_and_confirmations_alone(tmp_path: Path, trouble: str) -> None:
+    """Where a pack takes its worker with it, its trials are made one by one."""
+    output = race(tmp_path, str(write(tmp_path, trouble)), *SMALL, "--timing", "0", "--pack")
+    assert "trained together" in output
+    made = list(records(tmp_path).values())
+    assert {record["status"] for record in made} == {"finished"}
+    assert {record["key"]["phase"] for record in made if record["key"].get("packed")} == {"tune"}
+    assert {record["key"]["phase"] for record in made if not record["key"].get("packed")} == {"confirm"}

@@ -165,6 +165,15 @@ def test_a_field_gives_way_to_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_of("adabelief", replace(TASK, domain="nlp"), eps=1e-8).status == FINISHED
 
 
+def test_a_run_that_starts_at_infinity_takes_no_step() -> None:
+    def loss(net: nn.Module, batch: Any) -> Tensor:
+        return loss_of(net, batch) * (1 if net.training else math.inf)
+
+    made = run_of("adamw", replace(TASK, loss=loss))
+    assert (made.status, made.message) == ("diverged", f"the validation loss became inf at step 0 of {STEPS}")
+    assert (made.cost.steps, made.cost.gradient_evaluations) == (0, 0)
+
+
 # Records of older versions
 
 

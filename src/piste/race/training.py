@@ -215,6 +215,8 @@ class Loop:
             self._evaluate(0)
         stretch = self._clock()
         for number in range(1, key.steps + 1):
+            if not self.going:
+                return
             self.seeds.begin(number)
             self._step(number, batches)
             progress(number)
@@ -222,8 +224,6 @@ class Loop:
                 self.times.train += self._clock() - stretch
                 self._evaluate(number)
                 stretch = self._clock()
-            if not self.going:
-                return
         if not self.stops:
             self.times.train = self._clock() - stretch
         if key.phase == record.CONFIRM:
