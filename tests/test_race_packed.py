@@ -277,3 +277,27 @@ def test_what_is_no_trial_is_made_alone() -> None:
     died = missing("adamw", 3)
     assert jobs(died, [], [each.key.id for each in died], 1) == died
     assert isinstance(jobs(died, [], [died[0].key.id], 1)[1], Pack)
+
+
+def test_a_worker_answers_a_pack_with_a_record_a_run() -> None:
+    from piste.race import worker as worker_module
+
+    answers: list[Any] = []
+
+    class Pipe:
+        send = staticmethod(answers.append)
+
+    serving = worker_module._Worker(Pipe())  # type: ignore[arg-type]
+    serving.serve(worker_module.Inspect("quadratic_axis", "cpu", pack=True))
+    card = answers.pop()
+    assert (card.packs, card.not_packed) == (True, "")
+    runs = [
+        replace(each, reference="quadratic_axis", key=replace(each.key, task=card.name, task_hash=card.task_hash))
+        for each in missing("adamw", 3)
+    ]
+    serving.serve(Pack(tuple(runs)))
+    made = answers.pop()
+    assert [record.key for record in made.records] == [each.key for each in runs]
+    assert all(record.finished for record in made.records)
+    serving.serve(worker_module.Inspect("quadratic_axis", "cpu"))
+    assert not answers.pop().packs  # where nobody asked
