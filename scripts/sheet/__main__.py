@@ -1,4 +1,4 @@
-"""``python -m scripts.sheet race|keep FOLDER`` and ``python -m scripts.sheet page``: the three steps to docs/sheet.md."""
+"""The three steps to docs/sheet.md: ``python -m scripts.sheet race FOLDER``, ``keep FOLDER``, ``page``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from scripts.sheet.page import PAGE, page
-from scripts.sheet.races import RACES, kept, keep
+from scripts.sheet.races import RACES, keep, kept
 
 
 @click.group()

@@ -13,6 +13,7 @@ ACTING = ("cartpole",)
 
 BETTER = "better"
 ALIKE = "alike"
+KEEPS_UP = "keeps up"
 SOONER = "sooner"
 
 
@@ -32,7 +33,8 @@ class Duel:
     """Two contenders on some tasks.
 
     Args:
-        expected: ``"better"``, ``"alike"`` (no difference), or ``"sooner"`` (fewer steps to where the second ends).
+        expected: ``"better"``, ``"keeps up"`` (is not behind), ``"alike"`` (no difference), or ``"sooner"`` (fewer
+            steps to where the second ends).
     """
 
     first: Entry
@@ -102,7 +104,8 @@ CLAIMS = (
     Claim(
         "AdamW may still be competitive (beside optimizers with RAdam's warm-up)",
         tuple(
-            Duel(Entry("adamw"), Entry(other), TASKS) for other in ("ranger", "rangeradabelief", "ranger21", "adabelief")
+            Duel(Entry("adamw"), Entry(other), TASKS, KEEPS_UP)
+            for other in ("ranger", "rangeradabelief", "ranger21", "adabelief")
         ),
     ),
     Claim(
@@ -152,8 +155,15 @@ CLAIMS = (
         "SAM has no real benefit where every example is seen once",
         beside="Every task here shows its examples more than once.",
     ),
-    Claim("SAM should not be used with fp16", beside="No half-precision hardware took part; see [sharpness](sharpness.md)."),
-    Claim("GSAM is better than SAM", _duels("gsam+adamw", ("sam+adamw",)), "With GSAM's own rho and alpha left as they are."),
+    Claim(
+        "SAM should not be used with fp16",
+        beside="No fp16 hardware took part; see [sharpness](sharpness.md).",
+    ),
+    Claim(
+        "GSAM is better than SAM",
+        _duels("gsam+adamw", ("sam+adamw",)),
+        "Its own rho and alpha were not tuned.",
+    ),
     Claim(
         "ESAM is faster than (G)SAM, and competitive",
         beside="ESAM needs the loss of every example, which a task does not give; it is tested and not raced.",
@@ -196,7 +206,10 @@ CLAIMS = (
         '`betas_convention="paper"` says so.',
         measured="supported",
     ),
-    Claim("Adan against Lookahead, Ranger21, RangerAdaBelief: to be decided", _duels("adan", ("lookahead+adamw", "ranger21", "rangeradabelief"))),
+    Claim(
+        "Adan may be the best of all: to be compared with Lookahead, Ranger21, RangerAdaBelief",
+        _duels("adan", ("lookahead+adamw", "ranger21", "rangeradabelief")),
+    ),
     Claim("Amos is better than AdamW", _duels("amos", ("adamw",))),
     Claim("Amos converges faster than AdamW, by up to 70 % of the steps", _duels("amos", ("adamw",), expected=SOONER)),
     Claim(
@@ -211,12 +224,15 @@ CLAIMS = (
     ),
     Claim(
         "Adafactor, NovoGrad and SM3 for when memory is short",
-        beside="Bytes a weight in the table of [optimizers](choosing.md); NovoGrad keeps one buffer, the other two next "
-        "to nothing of a matrix.",
+        beside="Measured bytes a weight: `piste list`. NovoGrad keeps one buffer, the other two next to nothing of a "
+        "matrix.",
         measured="supported",
     ),
     Claim("LAMB for performance", _duels("lamb", ("adamw",)), "Made for batches a thousand times as large."),
-    Claim("AdamW without decay on biases and norms, for transformers", beside="A recipe for fine-tuning: nothing is fine-tuned here."),
+    Claim(
+        "AdamW: no decay on biases and norms of transformers",
+        beside="A recipe for fine-tuning: nothing is fine-tuned here.",
+    ),
     Claim(
         "foreach=True makes torch's optimizers faster",
         beside="AdamW's, on a CPU: on four of five sets of weights, not on ResNet-50's "

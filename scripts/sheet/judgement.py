@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,11 +12,11 @@ import numpy as np
 
 from piste.race.record import CONFIRM
 from piste.race.statistics import LEVEL, compare, holm, interval, paired_p_value
-from scripts.sheet.claims import ALIKE, CLAIMS, SOONER, Claim, Duel, Entry
+from scripts.sheet.claims import ALIKE, CLAIMS, KEEPS_UP, SOONER, Claim, Duel, Entry
 from scripts.sheet.races import MAIN, Made
 
 SUPPORTED, REFUTED, BEYOND = "supported", "refuted", "beyond these tasks"
-AHEAD, BEHIND, NEITHER = "ahead", "behind", "no difference found"
+AHEAD, BEHIND, NEITHER, EDGE = "ahead", "behind", "no difference found", "cut short"
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Outcome:
         difference: mean of (first minus second) over the seeds, in what is compared (the score, or steps).
         low, high: its paired bootstrap interval.
         p: of the paired t test, corrected by Holm's method over all comparisons of the page.
-        found: who is ahead, or that no difference was found.
+        found: whether the first is ahead or behind, or that no difference was found; or ``EDGE``: whoever is behind had
+            its best learning rate at the edge of what was tried, so that the search may have lost, not the optimizer.
     """
 
     duel: Duel
@@ -42,8 +43,16 @@ class Outcome:
 class Judgement:
     """Everything the page says, from the runs that were kept."""
 
-    def __init__(self, runs: Sequence[Made], higher_is_better: Mapping[str, bool]) -> None:
+    def __init__(
+        self,
+        runs: Sequence[Made],
+        higher_is_better: Mapping[str, bool],
+        edges: Collection[tuple[str, Entry]] = (),
+        claims: Sequence[Claim] = CLAIMS,
+    ) -> None:
         self.higher = dict(higher_is_better)
+        self.edges = edges
+        self.claims = claims
         self.confirmed: dict[tuple[str, Entry], dict[int, Made]] = {}
         for run in runs:
             if run.phase == CONFIRM:
@@ -66,7 +75,8 @@ class Judgement:
         if claim.measured or not claim.duels:
             return claim.measured or BEYOND
         counts = Counter(outcome.found for outcome in self.of(claim))
-        return verdict_of(counts, alike=all(duel.expected == ALIKE for duel in claim.duels))
+        (expected,) = {duel.expected for duel in claim.duels}
+        return verdict_of(counts, expected)
 
     def of(self, claim: Claim) -> list[Outcome]:
         """The outcomes that a claim rests on."""
@@ -85,7 +95,7 @@ class Judgement:
         return {name: (c.mean, c.tied) for name, c in compare(columns, self.higher[task]).items()}
 
     def _asked(self) -> Iterator[tuple[Duel, str]]:
-        for claim in CLAIMS:
+        for claim in self.claims:
             for duel in claim.duels:
                 for task in duel.tasks:
                     if {(task, duel.first), (task, duel.second)} <= set(self.confirmed):
@@ -125,22 +135,27 @@ class Judgement:
         if p < 1 - LEVEL and (low > 0 or high < 0):
             less_is_better = duel.expected == SOONER or not self.higher[task]
             found = AHEAD if (differences.mean() < 0) == less_is_better else BEHIND
+            if (task, duel.second if found == AHEAD else duel.first) in self.edges:
+                found = EDGE
         return Outcome(duel, task, float(differences.mean()), low, high, p, found)
 
 
-def verdict_of(counts: Mapping[str, int], alike: bool) -> str:
+def verdict_of(counts: Mapping[str, int], expected: str) -> str:
     """The mark of a claim from how its comparisons came out.
 
-    "Better" is supported where the first is ahead in at least half of them and more often than behind, refuted where it
-    is behind at least once and no less often than ahead. "Alike" is supported where no difference was found in at
-    least half, else refuted. What is neither these tasks cannot tell.
+    "Better" and "sooner" are supported where the first is ahead in at least half of them and more often than behind,
+    refuted where it is behind at least once and no less often than ahead. "Keeps up" is supported where it is behind in
+    less than half, "alike" where no difference was found in at least half; else they are refuted. What is neither these
+    tasks cannot tell, and comparisons that were cut short tell nothing.
     """
-    total = sum(counts.values())
     ahead, behind, neither = (counts.get(name, 0) for name in (AHEAD, BEHIND, NEITHER))
+    total = ahead + behind + neither
     if total == 0:
         return BEYOND
-    if alike:
+    if expected == ALIKE:
         return SUPPORTED if 2 * neither >= total else REFUTED
+    if expected == KEEPS_UP:
+        return SUPPORTED if 2 * behind < total else REFUTED
     if ahead > behind and 2 * ahead >= total:
         return SUPPORTED
     return REFUTED if behind and behind >= ahead else BEYOND

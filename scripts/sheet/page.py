@@ -9,8 +9,8 @@ from typing import Any
 
 import jinja2
 
-from scripts.sheet.claims import CLAIMS, SOONER, Claim
-from scripts.sheet.judgement import AHEAD, BEHIND, NEITHER, Judgement, Outcome
+from scripts.sheet.claims import CLAIMS, SOONER, Claim, Entry
+from scripts.sheet.judgement import AHEAD, BEHIND, EDGE, NEITHER, Judgement, Outcome
 from scripts.sheet.races import MAIN, RACES, TASKS, Made
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "sheet.md"
@@ -18,7 +18,8 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "sheet.md"
 
 def page(head: Mapping[str, Any], runs: Sequence[Made]) -> str:
     """The text of the page."""
-    judgement = Judgement(runs, head["higher_is_better"])
+    edges = {(race["task"], Entry(name, race["arm"])) for race in head["races"] for name in race["edges"]}
+    judgement = Judgement(runs, head["higher_is_better"], edges)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         trim_blocks=True,
@@ -67,7 +68,12 @@ def _score(found: tuple[float, bool] | None) -> str:
 
 
 def _claim(judgement: Judgement, claim: Claim) -> dict[str, Any]:
-    return {"words": claim.words, "mark": judgement.mark(claim), "found": _found(judgement.of(claim)), "beside": claim.beside}
+    return {
+        "words": claim.words,
+        "mark": judgement.mark(claim),
+        "found": _found(judgement.of(claim)),
+        "beside": claim.beside,
+    }
 
 
 def _found(outcomes: Sequence[Outcome]) -> list[str]:
@@ -87,12 +93,15 @@ def _sentence(first: str, second: str, outcomes: Sequence[Outcome]) -> str:
     ]
     if counts[NEITHER]:
         places.append(f"no difference found on {counts[NEITHER]} of {len(outcomes)}")
+    if counts[EDGE]:
+        places.append(f"cut short on {', '.join(o.task for o in outcomes if o.found == EDGE)}")
     return f"`{first}` against `{second}`: {'; '.join(places)}"
 
 
 def _place(outcome: Outcome) -> str:
-    unit = " steps" if outcome.duel.expected == SOONER else ""
-    return f"{outcome.task} ({outcome.difference:+.2g}{unit})" if not unit else f"{outcome.task} ({outcome.difference:+.0f}{unit})"
+    sooner = outcome.duel.expected == SOONER
+    size = f"{outcome.difference:+.0f} steps" if sooner else f"{outcome.difference:+.2g}"
+    return f"{outcome.task} ({size})"
 
 
 def _edges(head: Mapping[str, Any]) -> str:

@@ -119,7 +119,8 @@ def keep(results: Path) -> None:
         kept = [
             made
             for made in found.records
-            if made.key.phase == TUNE or (made.key.phase == CONFIRM and made.key.hyperparameters == best[made.key.contender])
+            if made.key.phase == TUNE
+            or (made.key.phase == CONFIRM and made.key.hyperparameters == best[made.key.contender])
         ]
         lines.setdefault(race.task, []).extend(json.dumps(_short(_made(race.arm, made))) for made in kept)
     (KEPT / _HEAD).write_text(json.dumps(head, indent=1) + "\n")

@@ -472,6 +472,15 @@ presets = Presets(
                 schedule="constant",
             ),
             _preset(
+                "ranger21_madgrad",
+                optimizers.Ranger21,
+                {"use_madgrad": True},
+                _NORMS_SPARED,
+                "Wright & Demeure 2021, arXiv 2106.13731; ranger21 0.1.0",
+                "Ranger21 on MADGRAD's dual averages in Adam's place, which the cheat-sheet suggests for transformers.",
+                schedule="constant",
+            ),
+            _preset(
                 "rangeradabelief",
                 optimizers.RangerAdaBelief,
                 {},
