@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from scripts.sheet.races import MAIN, TASKS
 
-VISION = ("digits", "digits_mixer", "digits_noise", "mnist1d")
+VISION = ("digits", "digits_mixer", "digits_noise")
 PATCHES = ("digits_vit", "digits_mixer")
 TEXT = ("char_transformer", "zipf_bigram")
 ACTING = ("cartpole",)
@@ -81,8 +81,8 @@ CLAIMS = (
     Claim(
         "For Adam's kind try eps = 1, 0.1, 0.01 (or 1e-4)",
         (
-            *_arms("adamw", _EPS, ("digits", "char_transformer", "zipf_bigram")),
-            *_arms("ranger", _EPS, ("digits", "char_transformer", "zipf_bigram")),
+            *_arms("adamw", _EPS, ("digits", "char_transformer")),
+            *_arms("ranger", _EPS, ("digits", "char_transformer")),
         ),
         "Each value had a search for the learning rate of its own, around the same prior.",
     ),
