@@ -21,7 +21,7 @@ from piste.race.advice import advise
 from piste.race.budget import BudgetError, parse_budget
 from piste.race.catalogue import find, show, show_list, show_tasks
 from piste.race.contenders import ContenderError, make_contenders
-from piste.race.executor import ExecutorError
+from piste.race.executors import ExecutorError
 from piste.race.record import StudyResult
 from piste.race.sampling import SAMPLERS, SamplerError
 from piste.race.settings import Settings

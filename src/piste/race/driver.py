@@ -18,7 +18,7 @@ from typing import Protocol
 
 from piste.race import progress, record
 from piste.race.budget import Pace
-from piste.race.executor import Death, Executor
+from piste.race.executors import Death, Executor
 from piste.race.inspection import TaskCard
 from piste.race.progress import Clock, Row, part_of
 from piste.race.protocol import TUNE_SEED, Plan, next_runs

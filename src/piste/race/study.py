@@ -14,7 +14,7 @@ from piste.race import environment, sampling
 from piste.race.budget import fitted
 from piste.race.contenders import Contender, ContenderError, make_contenders
 from piste.race.driver import Driver, InterruptedRaceError, State, View, inspect_tasks, measured_paces, stop_signals
-from piste.race.executor import Executor
+from piste.race.executors import Executor
 from piste.race.inspection import TaskCard
 from piste.race.protocol import Plan
 from piste.race.record import StudyResult, fingerprint
