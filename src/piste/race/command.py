@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from piste.race.advice import advise
 from piste.race.budget import BudgetError, parse_budget
 from piste.race.catalogue import find, show, show_list, show_tasks
 from piste.race.contenders import ContenderError, make_contenders
-from piste.race.executors import ExecutorError
+from piste.race.executors import LOCAL, PLACES, ExecutorError, is_place
 from piste.race.record import StudyResult
 from piste.race.sampling import SAMPLERS, SamplerError
 from piste.race.settings import Settings
@@ -90,6 +91,12 @@ def _budget(context: click.Context, parameter: click.Parameter, value: str | Non
         raise click.BadParameter(str(error)) from None
 
 
+def _place(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    if not is_place(value):
+        raise click.BadParameter(f"{value!r} is not legal; legal: {PLACES}")
+    return value
+
+
 def _debug(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--debug", is_flag=True, help="Show the traceback of an error.")(function)
 
@@ -118,6 +125,12 @@ def _debug(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--script", type=click.Path(), help="Race a script of yours; its arguments stand after --.")
 @click.option("--metric", default="loss", show_default=True, help="What of a script's reports is the score.")
 @click.option("--higher-is-better", is_flag=True, help="The direction of that.")
+@click.option(
+    "--on", default=LOCAL, show_default=True, callback=_place, metavar="PLACE", help=f"Where runs are made: {PLACES}."
+)
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="Runs side by side. [default: as many as there is room for]"
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, …")
 @click.option("--out", type=click.Path(path_type=Path), help="Directory of results. [default: piste-race/<tasks>]")
 @click.option("--resume", is_flag=True, help="Go on with the last race in --out, as it was asked for.")
@@ -177,9 +190,15 @@ def _is_given(context: click.Context, name: str) -> bool:
 
 
 def _stored(store: Store, asked: Settings, given: list[str]) -> tuple[Settings, str]:
-    """The last race in a directory and its command. Options may be repeated with ``--resume``, not changed."""
+    """The last race in a directory and its command. Options may be repeated with ``--resume``, not changed.
+
+    Where runs are made changes nothing of them.
+    """
     stored = stored_settings(store)
     for name in given:
+        if name in ("on", "workers"):
+            stored = replace(stored, **{name: getattr(asked, name)})
+            continue
         field = "tasks" if name == "task" else name
         before, now = getattr(stored, field), getattr(asked, field)
         if now != before:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Protocol
 
@@ -135,7 +135,7 @@ class Driver:
                 self.since[run.key.id] = time.monotonic()
                 self.step[run.key.id] = 0
                 busy.add(run.key.id)
-        return bool(busy)
+        return bool(busy or self.missing)  # without a worker for them, they wait for one
 
     def _handle(self, job: Run, answer: object) -> None:
         key = job.key
@@ -145,7 +145,7 @@ class Driver:
         if isinstance(answer, Refusal):
             raise TaskError(answer.message)
         if isinstance(answer, Death):
-            answer = new_record(key, record.FAILED, answer.reason)
+            answer = new_record(key, record.FAILED, answer.reason, machine=answer.machine)
         assert isinstance(answer, RunRecord)
         self.store.add(answer)
         self.records[key.id] = answer
@@ -201,7 +201,10 @@ def measured_paces(plan: Plan, executor: Executor, stopped: Callable[[], bool]) 
         Run(
             card.reference,
             contender,
-            plan.key(card, contender, {"lr": contender.lr_center}, TUNE_SEED, record.TIME, _PROBE_STEPS),
+            # Of no machine: unlike timing passes, these are made everywhere.
+            replace(
+                plan.key(card, contender, {"lr": contender.lr_center}, TUNE_SEED, record.TIME, _PROBE_STEPS), machine=""
+            ),
         )
         for card in plan.cards
         for contender in plan.contenders

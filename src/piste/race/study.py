@@ -14,7 +14,7 @@ from piste.race import environment, sampling
 from piste.race.budget import fitted
 from piste.race.contenders import Contender, ContenderError, make_contenders
 from piste.race.driver import Driver, InterruptedRaceError, State, View, inspect_tasks, measured_paces, stop_signals
-from piste.race.executors import Executor
+from piste.race.executors import LOCAL, Executor, make_executor, sizing
 from piste.race.inspection import TaskCard
 from piste.race.protocol import Plan
 from piste.race.record import StudyResult, fingerprint
@@ -39,9 +39,6 @@ __all__ = [
     "title",
 ]
 
-# Each worker process holds its own Python and torch, some 300 MB; more of them only when asked for.
-MOST_WORKERS = 16
-
 
 class DeviceError(ValueError):
     """The device does not exist here."""
@@ -51,7 +48,7 @@ class SettingsError(ValueError):
     """Two things that were asked for exclude each other."""
 
 
-def race(settings: Settings, store: Store, view: View, command: str, workers: int | None = None) -> StudyResult:
+def race(settings: Settings, store: Store, view: View, command: str) -> StudyResult:
     """Make all runs of a race that the store does not hold yet.
 
     Args:
@@ -59,39 +56,44 @@ def race(settings: Settings, store: Store, view: View, command: str, workers: in
         store: where runs are kept; held for the time of the race.
         view: shows the race.
         command: what repeats this race, for the report.
-        workers: processes side by side; None for one a core on the CPU, one on an accelerator.
 
     Raises:
         ContenderError, TaskError, DeviceError, SettingsError, SamplerError, BudgetError: a setting is wrong, or cannot
             be had here; nothing has been written.
         StoreError: the store cannot be used, or no longer; finished runs are kept.
-        ExecutorError: worker processes cannot be started here.
+        ExecutorError: workers cannot be started, or the cluster cannot be reached.
         InterruptedRaceError: Ctrl-C or a signal to end; finished runs are kept.
     """
     begun = time.monotonic()
     _refuse_contradictions(settings)
     contenders = contenders_for(settings, settings.trials)
-    device = resolve_device(settings.device)
+    asked = _device(settings)
     script = _script(settings)
     described = () if script is None else (script.card(),)
     references = [_absolute(task) for task in settings.tasks] if script is None else []
-    workers = workers or _default_workers(device)
-    with stop_signals() as stopped, store.writing(), Executor(workers, store.logs) as executor:
+    at_once = sum(len(who.cells) for who in contenders) * max(settings.trials, settings.seeds) * len(settings.tasks)
+    spread = settings.device in ("auto", "cuda")
+    with (
+        stop_signals() as stopped,
+        store.writing(),
+        make_executor(settings.on, settings.workers, store.logs, asked, spread, at_once) as executor,
+    ):
         view.looking(settings.tasks)
+        device = executor.device
         cards = described or inspect_tasks(references, device, executor, stopped)
-        plan = _plan(settings, cards, contenders, device)
+        if settings.workers is None and device == "cpu":
+            executor.fit(sizing.together([card.peak_bytes for card in cards]))
+        plan = _plan(settings, cards, contenders, device, executor.machine)
         if settings.budget is not None:
-            plan = _planned_before(settings, plan, store) or _fitted(
-                settings, plan, begun, workers, executor, stopped, view
-            )
+            plan = _planned_before(settings, plan, store) or _fitted(settings, plan, begun, executor, stopped, view)
         created = environment.now()
         kept = {"settings": asdict(settings), "plan": plan.to_json()}
         about = {
             "title": title(plan),
             "created": created,
             "command": command,
-            "workers": workers,
-            "machine": environment.machine(device),
+            "workers": executor.width,
+            "machine": executor.machine,
         }
         store.write_study({**kept, **about})
         driver = Driver(plan, store, view, executor, stopped, script)
@@ -135,7 +137,13 @@ def _refuse_contradictions(settings: Settings) -> None:
                 raise SettingsError(f"{name} and --script exclude each other: how a run goes is up to the script")
 
 
-def _plan(settings: Settings, cards: tuple[TaskCard, ...], contenders: tuple[Contender, ...], device: str) -> Plan:
+def _plan(
+    settings: Settings,
+    cards: tuple[TaskCard, ...],
+    contenders: tuple[Contender, ...],
+    device: str,
+    machine: dict[str, str],
+) -> Plan:
     """The race as it was asked for."""
     remarks = []
     if settings.sampler == sampling.TPE:
@@ -153,7 +161,7 @@ def _plan(settings: Settings, cards: tuple[TaskCard, ...], contenders: tuple[Con
         sampler=settings.sampler,
         screens=settings.screens,
         timing=0 if settings.script else settings.timing,
-        machine=fingerprint(environment.machine(device)),
+        machine=fingerprint(machine),
         target=settings.target,
         remarks=tuple(remarks),
     )
@@ -163,7 +171,6 @@ def _fitted(
     settings: Settings,
     plan: Plan,
     begun: float,
-    workers: int,
     executor: Executor,
     stopped: Callable[[], bool],
     view: View,
@@ -173,7 +180,7 @@ def _fitted(
     paces = measured_paces(plan, executor, stopped)
     assert settings.budget is not None
     left = settings.budget - (time.monotonic() - begun)
-    return fitted(plan, settings.budget, left, paces, workers, lambda trials: contenders_for(settings, trials))
+    return fitted(plan, settings.budget, left, paces, executor.width, lambda trials: contenders_for(settings, trials))
 
 
 def _planned_before(settings: Settings, plan: Plan, store: Store) -> Plan | None:
@@ -248,6 +255,20 @@ def resolve_device(name: str) -> str:
     return {"cuda": "cuda:0", "cpu:0": "cpu"}.get(str(device), str(device))
 
 
+def _device(settings: Settings) -> str:
+    """The device as the place takes it that runs are made in: only of this machine it can be said what it has.
+
+    Raises:
+        DeviceError: there is no such device here, or none of that name in a cluster.
+    """
+    if settings.on == LOCAL:
+        return resolve_device(settings.device)
+    legal = {"auto": "auto", "cpu": "cpu", "cuda": "cuda:0", "cuda:0": "cuda:0"}
+    if settings.device not in legal:
+        raise DeviceError(f"device {settings.device!r} is not legal with --on {settings.on}; legal: auto, cpu, cuda")
+    return legal[settings.device]
+
+
 def title(plan: Plan) -> str:
     """``4 contenders on char_transformer and digits``."""
     names = " and ".join(card.name for card in plan.cards)
@@ -261,7 +282,3 @@ def _absolute(task: str) -> str:
         return task
     path, name = split_reference(task)
     return f"{Path(path).resolve()}{':' + name if name else ''}"
-
-
-def _default_workers(device: str) -> int:
-    return min(environment.usable_cores(), MOST_WORKERS) if device == "cpu" else 1

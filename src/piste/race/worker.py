@@ -8,20 +8,22 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing import parent_process
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import torch
 
-from piste.race import script
+from piste.race import environment, script
 from piste.race.contenders import Contender
 from piste.race.data import Splits
 from piste.race.inspection import TaskCard, inspect_task, load_data, task_hash
-from piste.race.record import RunKey, RunRecord
+from piste.race.record import RunKey, RunRecord, fingerprint
 from piste.race.script import Script
 from piste.race.task import Task, TaskError, load_task
 from piste.race.training import run, seed_everything
@@ -49,7 +51,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Started:
-    """Sent once, when the process is ready for its first job."""
+    """Sent once, when the process is ready for its first job.
+
+    Args:
+        machine: where it runs, in words.
+        versions: of python, torch and piste there.
+    """
+
+    machine: dict[str, str]
+    versions: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -71,14 +81,24 @@ Job = Inspect | Run
 Answer = Started | TaskCard | RunRecord | Progress | Refusal
 
 
-def main(pipe: Connection[Answer, Job], log: Path) -> None:
-    """Serve jobs until the other end of the pipe is closed, as it is when the driver dies, however it dies."""
+def main(pipe: Connection[Answer, Job], log: Path, device: str, gpu: str | None) -> None:
+    """Serve jobs until the other end of the pipe is closed, as it is when the driver dies, however it dies.
+
+    Args:
+        pipe: to the driver.
+        log: file for all that is printed here.
+        device: that jobs will ask for.
+        gpu: the one that is to be seen here, as ``CUDA_VISIBLE_DEVICES`` names it; None for all.
+    """
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read when CUDA is first used, which is later
     # Ctrl-C goes to the whole process group; the driver decides what becomes of its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _write_output_to(log)
     torch.set_num_threads(1)
     worker = _Worker(pipe)
-    pipe.send(Started())
+    pipe.send(Started(environment.machine(device), environment.versions()))
     while True:
         try:
             job = pipe.recv()
@@ -118,6 +138,8 @@ class _Worker:
     def _run(self, job: Run) -> RunRecord:
         if job.script is not None:
             return script.run(job.script, job.contender, job.key, self._progress())
+        if job.key.machine not in ("", fingerprint(environment.machine(job.key.device))):
+            raise TaskError("a timing pass came to another machine than its own; start the race again")
         ready = self._ready(job.reference)
         if ready.task_hash != job.key.task_hash:
             raise TaskError(
@@ -156,6 +178,14 @@ class _Worker:
         except OSError:
             # The driver is gone. Nobody waits for the result, and an exit that waits for anything could hang.
             os._exit(1)
+
+
+def _end_with_parent() -> None:
+    """Whatever the task does meanwhile: nobody is there to stop it any more."""
+    parent = parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
 
 
 def _write_output_to(log: Path) -> None:

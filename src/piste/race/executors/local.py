@@ -9,36 +9,19 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
-from piste.race import worker
-from piste.race.worker import Answer, Job
+from piste.race import environment, worker
+from piste.race.executors import sizing
+from piste.race.executors.base import Death, Event, ExecutorError
+from piste.race.worker import Answer, Job, Started
 
 _STOP_SECONDS = 5.0
-
-
-class ExecutorError(RuntimeError):
-    """Worker processes cannot be started here."""
-
-
-@dataclass(frozen=True)
-class Death:
-    """The worker died at its job."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something a worker has to say about a job."""
-
-    job: Job
-    answer: Answer | Death
 
 
 @dataclass
@@ -48,38 +31,38 @@ class _Lane:
     process: SpawnProcess
     pipe: Connection[Job, Answer]
     job: Job | None = None
-    started: bool = False
+    started: Started | None = None
     stopped: str = ""  # why it was asked to end
 
 
-class Executor:
-    """A fixed number of worker processes.
+class Local:
+    """Worker processes of this machine; see ``base.Executor``.
 
     Args:
         workers: how many; each computes on one thread.
         logs: folder for what the workers print.
+        device: that jobs compute on.
+        gpus: as ``CUDA_VISIBLE_DEVICES`` names them: each worker sees one of them, in turn. Empty: all see all.
 
     Use as a context manager: leaving it ends the processes.
     """
 
-    def __init__(self, workers: int, logs: Path) -> None:
-        self.logs = logs
+    def __init__(self, workers: int, logs: Path, device: str = "cpu", gpus: Sequence[str] = ()) -> None:
+        self.logs, self.device, self.gpus = logs, device, gpus
         # "spawn": a forked process inherits torch's threads and locks in whatever state they are.
         self.context = multiprocessing.get_context("spawn")
         self.lanes = [self._start(number) for number in range(workers)]
 
-    def __enter__(self) -> Executor:
+    def __enter__(self) -> Local:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for lane in self.lanes:
-            lane.process.terminate()
-        for lane in self.lanes:
-            lane.process.join(_STOP_SECONDS)
-            if lane.process.is_alive():
-                lane.process.kill()
-                lane.process.join()
-            lane.pipe.close()
+        _end(self.lanes)
+
+    @property
+    def machine(self) -> dict[str, str]:
+        """This one. A timing pass is alone, so it is the first worker that makes it."""
+        return environment.machine(self.device)
 
     @property
     def width(self) -> int:
@@ -96,8 +79,19 @@ class Executor:
         """What is being worked on."""
         return [lane.job for lane in self.lanes if lane.job is not None]
 
+    @property
+    def started(self) -> Started | None:
+        """What the first worker said when it was ready."""
+        return self.lanes[0].started
+
+    def fit(self, job_bytes: int) -> None:
+        """Leave only as many workers as memory has room for."""
+        count = sizing.fitting(len(self.lanes), job_bytes, already=len(self.lanes))
+        _end(self.lanes[count:])
+        del self.lanes[count:]
+
     def submit(self, job: Job) -> None:
-        """Give a job to an idle worker.
+        """Give a job to the first idle worker.
 
         Raises:
             RuntimeError: none is idle.
@@ -140,13 +134,13 @@ class Executor:
             lane.process.join(_STOP_SECONDS)
             lane.process.kill()
             reason = lane.stopped or _reason(lane.process.exitcode)
-            if not lane.started and not lane.stopped:
+            if lane.started is None and not lane.stopped:
                 # Another one would fare no better.
                 raise ExecutorError(f"a worker process cannot start: {reason}; see {self._log(number)}") from None
             answer = Death(reason)
             self._replace(number)
-        if isinstance(answer, worker.Started):
-            lane.started = True
+        if isinstance(answer, Started):
+            lane.started = answer
             return None
         if not isinstance(answer, worker.Progress):
             lane.job = None
@@ -165,12 +159,24 @@ class Executor:
 
     def _start(self, number: int) -> _Lane:
         ours, theirs = self.context.Pipe()
-        arguments = (theirs, self._log(number))
+        gpu = self.gpus[number % len(self.gpus)] if self.gpus else None
+        arguments = (theirs, self._log(number), self.device, gpu)
         process = self.context.Process(target=worker.main, args=arguments, daemon=True, name=f"piste-{number}")
         with _interrupt_ignored():
             process.start()
         theirs.close()
         return _Lane(process, ours)
+
+
+def _end(lanes: Sequence[_Lane]) -> None:
+    for lane in lanes:
+        lane.process.terminate()
+    for lane in lanes:
+        lane.process.join(_STOP_SECONDS)
+        if lane.process.is_alive():
+            lane.process.kill()
+            lane.process.join()
+        lane.pipe.close()
 
 
 @contextmanager
