@@ -330,7 +330,7 @@ def test_a_machine_with_other_versions_is_refused(monkeypatch: pytest.MonkeyPatc
 
 
 RACE = (sys.executable, "-c", "from piste.cli import main; main()", "race")
-SMALL = ("--optimizers", "sgd,adamw", "--trials", "1", "--seeds", "1", "--timing", "1")
+SMALL = ("--optimizers", "lion,adamw", "--trials", "1", "--seeds", "1", "--timing", "1")
 WALL = ("seconds", "share", "bytes")  # of costs
 
 
@@ -424,10 +424,11 @@ def test_a_killed_ray_node_loses_and_repeats_nothing(tmp_path: Path, mark: dict[
     pytest.importorskip("ray")
     task = write(tmp_path, "time.sleep(0.01)")
     out, moments = tmp_path / "out", random.Random(os.getpid())
-    arguments = ("--optimizers", "sgd,adamw", "--trials", "3", "--seeds", "3", "--timing", "0")
+    arguments = ("--optimizers", "lion,adamw", "--trials", "3", "--seeds", "3", "--timing", "0")
     with running("add", "add", environment=mark) as cluster:
         process = subprocess.Popen(
-            [*RACE, str(task), *arguments, "--on", "ray", "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [*RACE, str(task), *arguments, "--on", "ray", "--out", str(out)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             env={**os.environ, **ENVIRONMENT, **mark, "RAY_ADDRESS": cluster.address},
         )  # fmt: skip
         while process.poll() is None and len(list(out.glob("runs/*.json"))) < 1:
@@ -463,7 +464,7 @@ def test_jobs_of_submitit_give_the_same_bits(
         monkeypatch.setenv(name, value)
     task, expected = reference
     monkeypatch.setattr(study, "make_executor", lambda on, workers, logs, *rest: Slurm(2, logs, "cpu", cluster="local"))
-    settings = Settings((str(task),), ("sgd", "adamw"), (), None, 1, 1, "cpu", timing=1, on="slurm")
+    settings = Settings((str(task),), ("lion", "adamw"), (), None, 1, 1, "cpu", timing=1, on="slurm")
     store = Store(tmp_path / "out")
     study.race(settings, store, PlainView(Console(file=io.StringIO())), "")
     assert qualities(store.load()) == expected

@@ -269,7 +269,7 @@ class Ray:
 
 
 def _connect(address: str) -> None:
-    where = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+    where = os.environ.get("RAY_ADDRESS", "") or _last_started() if address == "auto" else address
     host, _, port = where.removeprefix("ray://").rpartition(":")
     try:
         if host and port.isdigit():
@@ -283,6 +283,15 @@ def _connect(address: str) -> None:
             f"{what} ({single_line(str(error).strip())[:200]}); start one with ray start --head, or name one: "
             "--on ray://HOST:PORT, or RAY_ADDRESS=HOST:PORT with --on ray"
         ) from error
+
+
+def _last_started() -> str:
+    """The address of the cluster that was started here last, where Ray notes it; it may have ended since."""
+    note = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+    try:
+        return note.read_text().strip()
+    except OSError:
+        return ""
 
 
 @contextmanager
