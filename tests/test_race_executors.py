@@ -27,7 +27,7 @@ from piste.race.contenders import make_contenders
 from piste.race.executors import Death, ExecutorError, Local, files, host, is_place, make_executor, sizing
 from piste.race.executors.base import MOST_LOSSES, Losses
 from piste.race.inspection import TaskCard
-from piste.race.record import CONFIRM, TIME, RunKey, RunRecord
+from piste.race.record import CONFIRM, TIME, RunKey, RunRecord, fingerprint
 from piste.race.settings import Settings
 from piste.race.store import Store
 from piste.race.terminal import PlainView
@@ -270,6 +270,217 @@ def test_a_job_is_made_again_a_few_times() -> None:
     losses, job, other = Losses(), Inspect("a.py", "cpu"), Inspect("a.py", "cpu")
     assert [losses.again(job) for _ in range(MOST_LOSSES)] == [True] * (MOST_LOSSES - 1) + [False]
     assert losses.again(other)
+
+
+class Actor:
+    """What an actor is asked, and what it answers when the test says so."""
+
+    def __init__(self, wants: dict[str, Any]) -> None:
+        self.wants = wants
+        self.asked: list[tuple[str, tuple[Any, ...]]] = []
+        self.answers: list[Any] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def remote(*arguments: Any, **options: Any) -> tuple[int, int]:
+            self.asked.append((name, arguments))
+            return id(self), len(self.asked)
+
+        return type("Method", (), {"remote": staticmethod(remote)})
+
+
+class Cluster:
+    """In the place of the module ``ray``: actors that live in this process."""
+
+    def __init__(self, cpus: int) -> None:
+        self.cpus = cpus
+        self.actors: list[Actor] = []
+        self.said: dict[tuple[int, int], Any] = {}
+        self.killed: list[Actor] = []
+
+    def remote(self, kind: type) -> Any:
+        def options(**wants: Any) -> Any:
+            def make(*arguments: Any) -> Actor:
+                self.actors.append(Actor(wants))
+                return self.actors[-1]
+
+            return type("Made", (), {"remote": staticmethod(make)})
+
+        return type("Kind", (), {"options": staticmethod(options)})
+
+    def say(self, actor: Actor, answer: Any) -> None:
+        """What an actor answers to what it was asked last."""
+        self.said[id(actor), len(actor.asked)] = answer
+
+    def wait(self, calls: list[Any], num_returns: int = 1, timeout: float = 0) -> tuple[list[Any], list[Any]]:
+        return [call for call in calls if call in self.said], []
+
+    def get(self, call: Any) -> Any:
+        said = self.said.pop(call)
+        if isinstance(said, Exception):
+            raise said
+        return said
+
+    def put(self, content: Any) -> Any:
+        return content
+
+    def kill(self, actor: Actor) -> None:
+        self.killed.append(actor)
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": self.cpus}
+
+
+HERE, THERE = {"cores": "2"}, {"cores": "64"}
+
+
+def on_cluster(monkeypatch: pytest.MonkeyPatch, folder: Path, *machines: dict[str, str]) -> tuple[Any, Cluster]:
+    """An executor whose workers have started, one on each of these machines."""
+    pytest.importorskip("ray")
+    from piste.race.executors import ray as module
+
+    cluster = Cluster(len(machines))
+    monkeypatch.setattr(module, "ray", cluster)
+    executor = module.Ray("auto", None, folder, most=99)
+    for actor, machine in zip(cluster.actors, machines, strict=True):
+        cluster.say(actor, Started(machine, {}))
+    assert not list(executor.events(0))
+    assert executor.idle == executor.width == len(machines)
+    return executor, cluster
+
+
+def lost() -> Exception:
+    from ray.exceptions import ActorDiedError
+
+    return ActorDiedError()
+
+
+def test_a_lost_worker_is_replaced_and_its_job_given_to_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor, cluster = on_cluster(monkeypatch, tmp_path, HERE, HERE)
+    first, second = Inspect("linear_autoencoder", "cpu"), Inspect("cartpole", "cpu")
+    executor.submit(first)
+    executor.submit(second)
+    with pytest.raises(RuntimeError, match="no worker is idle"):
+        executor.submit(Inspect("digits", "cpu"))
+    victim, other = cluster.actors
+    cluster.say(victim, lost())
+    assert not list(executor.events(0))
+    assert cluster.killed == [victim]
+    assert executor.jobs == [second, first]
+    assert executor.idle == 0
+    cluster.say(other, host.Heard("card", b"words"))
+    assert [(event.job, event.answer) for event in executor.events(0)] == [(second, "card")]
+    assert other.asked[-1][1][1] is first  # the next that is free has it, not the one that has yet to start
+    assert (tmp_path / "worker-1.log").read_bytes() == b"words"
+    cluster.say(other, host.Heard(Progress(7), b""))
+    assert [event.answer for event in executor.events(0)] == [Progress(7)]
+    cluster.say(other, lost())
+    assert not list(executor.events(0))
+    cluster.say(cluster.actors[2], Started(HERE, {}))
+    assert not list(executor.events(0))
+    cluster.say(cluster.actors[2], lost())
+    (event,) = executor.events(0)
+    assert event.job is first
+    assert event.answer.machine == HERE
+    assert event.answer.reason.startswith("its worker was lost 3 times")
+    assert executor.jobs == []
+
+
+def test_a_stopped_job_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    executor, cluster = on_cluster(monkeypatch, tmp_path, HERE)
+    job = Inspect("digits", "cpu")
+    executor.submit(job)
+    executor.stop(job, "too long")
+    assert cluster.actors[0].asked[-1] == ("stop", (1, "too long"))
+    cluster.said[id(cluster.actors[0]), 2] = lost()  # before it could do so
+    assert [event.answer for event in executor.events(0)] == [Death("too long", HERE)]
+    cluster.say(cluster.actors[1], Started(HERE, {}))
+    assert not list(executor.events(0))
+    executor.submit(job)
+    cluster.say(cluster.actors[1], lost())
+    assert not list(executor.events(0))
+    executor.stop(job, "nobody has it")
+    assert [event.answer for event in executor.events(0)] == [Death("nobody has it")]
+
+
+def test_a_timing_pass_goes_to_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    executor, cluster = on_cluster(monkeypatch, tmp_path, HERE, THERE, THERE)
+    assert executor.machine == THERE  # as most are
+    for number in range(2):
+        job = run_of("digits", TIME, fingerprint(THERE))
+        executor.submit(job)
+        assert cluster.actors[1].asked[-1][1][:2] == (number + 1, job)
+        cluster.say(cluster.actors[1], host.Heard("record", b""))
+        assert [event.answer for event in executor.events(0)] == ["record"]
+    with pytest.raises(ExecutorError, match="the same command goes on, and times all of them on another"):
+        executor.submit(run_of("digits", TIME, "f00d"))
+
+
+def test_workers_that_are_always_lost_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    executor, cluster = on_cluster(monkeypatch, tmp_path, HERE)
+    executor.submit(Inspect("digits", "cpu"))
+    for _ in range(3):
+        cluster.say(cluster.actors[-1], lost())
+        assert not list(executor.events(0))
+    cluster.say(cluster.actors[-1], lost())
+    with pytest.raises(ExecutorError, match="workers are lost as soon as they start"):
+        list(executor.events(0))
+
+
+class Call:
+    """A job of Slurm that has ended."""
+
+    job_id = "7"
+
+    def __init__(self, result: Any) -> None:
+        self.cancelled, self.said = False, result
+
+    def done(self) -> bool:
+        return True
+
+    def cancel(self, check: bool) -> None:
+        self.cancelled = True
+
+    def result(self) -> Any:
+        if isinstance(self.said, Exception):
+            raise self.said
+        return self.said
+
+
+def test_a_lost_job_of_slurm_is_sent_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("submitit")
+    from submitit.core.utils import FailedJobError, UncompletedJobError
+
+    from piste.race.executors.slurm import Slurm
+
+    told = host.Told(Started(HERE, {}), "node7", host.Heard("card", b"words"))
+    gone = UncompletedJobError("the node failed")
+    results = [gone, told, gone, gone, gone, gone, FailedJobError("Traceback\nno module piste")]
+    monkeypatch.setattr(Slurm, "_call", lambda self, job: Call(results.pop(0)))
+    with Slurm(1, tmp_path, cluster="local") as executor:
+        job, other = Inspect("digits", "cpu"), Inspect("cartpole", "cpu")
+        executor.submit(job)
+        assert not list(executor.events(0))
+        assert [event.answer for event in executor.events(0)] == ["card"]
+        assert executor.machine == HERE
+        assert (tmp_path / "slurm-7.log").read_bytes() == b"words"
+        executor.submit(other)
+        events = [event for _ in range(MOST_LOSSES) for event in executor.events(0)]
+        assert [event.answer for event in events] == [Death("its worker was lost 3 times: the node failed", HERE)]
+        executor.submit(other)
+        executor.stop(other, "too long")
+        assert executor.sent[0].call.cancelled
+        assert [event.answer for event in executor.events(0)] == [Death("too long", HERE)]
+        executor.submit(other)
+        with pytest.raises(ExecutorError, match="a worker cannot start on a node: no module piste"):
+            list(executor.events(0))
 
 
 # Machines without the task's file

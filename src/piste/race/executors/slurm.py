@@ -136,10 +136,10 @@ class Slurm:
     def _heard(self, sent: _Sent) -> Event | None:
         try:
             told: Told = sent.call.result()
+        except FailedJobError as error:  # one of the other kind, to submitit
+            raise ExecutorError(f"a worker cannot start on a node: {_last_line(error)}") from error
         except UncompletedJobError as error:
             return self._lost(sent, error)
-        except FailedJobError as error:
-            raise ExecutorError(f"a worker cannot start on a node: {_last_line(error)}") from error
         self.home = self.home or told
         assert told.heard is not None
         if told.heard.printed:
