@@ -91,7 +91,9 @@ class Host:
             try:
                 list(self.local.events(_POLL_SECONDS))
             except ExecutorError as error:
-                raise ExecutorError(f"{error}:\n{self._printed().decode(errors='replace').strip()}") from error
+                printed = self._printed().decode(errors="replace").strip()
+                self.close()
+                raise ExecutorError(f"{error}:\n{printed}") from error
         here = self.local.started.versions
         if here != versions:
             other = [f"{name} {here[name]} and not {version}" for name, version in versions.items()]

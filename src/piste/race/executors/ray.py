@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,12 +91,7 @@ class Ray:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        lanes = getattr(self, "lanes", ())
-        closed = [lane.actor.close.remote() for lane in lanes if lane.machine]
-        if closed:
-            ray.wait(closed, num_returns=len(closed), timeout=_CLOSE_SECONDS)
-        for lane in lanes:
-            ray.kill(lane.actor)
+        _end(getattr(self, "lanes", ()))
         if self.own:
             ray.shutdown()
 
@@ -132,8 +127,7 @@ class Ray:
         self.job_bytes = max(WORKER_BYTES, int(job_bytes * MARGIN))
         # Ray counts what actors ask for, so asking anew is enough; most of the time the first guess was right.
         if self.job_bytes > 2 * WORKER_BYTES:
-            for lane in self.lanes:
-                ray.kill(lane.actor)
+            _end(self.lanes)
             self.lanes = [self._start(lane.number) for lane in self.lanes]
 
     def submit(self, job: Job) -> None:
@@ -266,6 +260,15 @@ class Ray:
         if printed:
             with (self.logs / f"worker-{lane.number}.log").open("ab") as file:
                 file.write(printed)
+
+
+def _end(lanes: Sequence[_Lane]) -> None:
+    """Let workers clear up, and end them in any case."""
+    closed = [lane.actor.close.remote() for lane in lanes if lane.machine]
+    if closed:
+        ray.wait(closed, num_returns=len(closed), timeout=_CLOSE_SECONDS)
+    for lane in lanes:
+        ray.kill(lane.actor)
 
 
 def _connect(address: str) -> None:
