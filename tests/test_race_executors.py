@@ -419,6 +419,9 @@ def test_a_timing_pass_goes_to_its_machine(tmp_path: Path, monkeypatch: pytest.M
         assert cluster.actors[1].asked[-1][1][:2] == (number + 1, job)
         cluster.say(cluster.actors[1], host.Heard("record", b""))
         assert [event.answer for event in executor.events(0)] == ["record"]
+    executor.lanes[2].machine = HERE  # others come and go
+    executor.lanes[0].machine = HERE
+    assert executor.machine == THERE
     with pytest.raises(ExecutorError, match="the same command goes on, and times all of them on another"):
         executor.submit(run_of("digits", TIME, "f00d"))
 

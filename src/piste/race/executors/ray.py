@@ -82,6 +82,7 @@ class Ray:
             self.bundles: dict[str, Any] = {}
             self.losses, self.false_starts, self.tickets = Losses(), 0, 0
             self.waiting_since = time.monotonic()
+            self.home: dict[str, str] | None = None
             self.lanes = [self._start(number) for number in range(workers or min(there, most))]
         except BaseException:
             self.__exit__()
@@ -97,15 +98,13 @@ class Ray:
 
     @property
     def machine(self) -> dict[str, str]:
-        """That of most workers; timing passes are made by the first worker on such a one."""
-        begun = None
-        while begun is None or (any(lane.machine is None for lane in self.lanes) and time.monotonic() < begun):
-            self.spoken += list(self.events(0.1))
-            if begun is None and any(lane.machine for lane in self.lanes):
-                begun = time.monotonic() + _SETTLE_SECONDS
-        machines = {fingerprint(lane.machine): lane.machine for lane in self.lanes if lane.machine}
-        counts = Counter(fingerprint(lane.machine) for lane in self.lanes if lane.machine)
-        return machines[max(sorted(counts), key=lambda name: counts[name])]
+        """That of most workers when first asked; timing passes are made by the first worker on such a one."""
+        if self.home is None:
+            self._settle()
+            machines = {fingerprint(lane.machine): lane.machine for lane in self.lanes if lane.machine}
+            counts = Counter(fingerprint(lane.machine) for lane in self.lanes if lane.machine)
+            self.home = machines[max(sorted(counts), key=lambda name: counts[name])]
+        return self.home
 
     @property
     def width(self) -> int:
@@ -170,6 +169,15 @@ class Ray:
             time.sleep(timeout)
         self._hand_out()
         self._lose_patience()
+
+    def _settle(self) -> None:
+        """Wait until the first worker is there, and a little for the others."""
+        deadline = None
+        while deadline is None or (any(lane.machine is None for lane in self.lanes) and time.monotonic() < deadline):
+            heard = list(self.events(0.1))
+            self.spoken = [*heard, *self.spoken]
+            if deadline is None and any(lane.machine for lane in self.lanes):
+                deadline = time.monotonic() + _SETTLE_SECONDS
 
     def _start(self, number: int) -> _Lane:
         wants: dict[str, Any] = {"num_cpus": 1, "num_gpus": int(self.device.startswith("cuda"))}
