@@ -81,9 +81,10 @@ class Store:
         """
         found = {}
         with self._explained("cannot be read"):
-            for path in sorted(self.runs.glob("*.json")):
+            for name in sorted(path.name for path in self.runs.glob("*.json")):
+                path = self.runs / name
                 try:
-                    record = RunRecord.from_json(path.read_text(encoding="utf-8"))
+                    record = RunRecord.from_json(path.read_bytes().decode())
                     if record.id != path.stem:
                         raise RecordError("its name is not its id")
                 except (RecordError, UnicodeDecodeError) as error:
@@ -165,8 +166,8 @@ def _write(path: Path, text: str) -> None:
     """Put a whole file in place at once and make sure of it. Only the holder of the lock writes here."""
     temporary = path.with_name(path.name + _TEMPORARY)
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
