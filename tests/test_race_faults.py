@@ -32,7 +32,7 @@ from piste.race.worker import Inspect, Progress, Run
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 SMALL = ("--optimizers", "sgd,adamw", "--trials", "2", "--seeds", "2", "--timing", "0")
-DEADLINE = 120.0  # seconds for what takes a few; nothing waits for it but a failing test
+DEADLINE = 300.0  # seconds for what takes a few; nothing waits for it but a failing test
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
