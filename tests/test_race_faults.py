@@ -21,7 +21,7 @@ from test_race_end_to_end import command, contents, race, records, write
 import piste.race
 from piste.race import environment
 from piste.race.contenders import make_contenders
-from piste.race.executors import Death, Executor
+from piste.race.executors import Death, Local
 from piste.race.executors import guard as guard_module
 from piste.race.executors.guard import KEPT_LOG, MOST_LOG, Guard, trim
 from piste.race.inspection import TaskCard
@@ -70,7 +70,7 @@ class Bench:
 
     def __init__(self, folder: Path, trouble: str, memory: int | None = None) -> None:
         self.task = write(folder, trouble)
-        self.executor = Executor(1, folder, memory)
+        self.executor = Local(1, folder, memory=memory)
         self.lane = self.executor.lanes[0]
 
     def inspect(self) -> TaskCard:
@@ -153,10 +153,10 @@ def test_what_a_task_starts_ends_with_its_worker(bench: Callable[..., Bench], tm
 DRIVER = """
 import sys
 from pathlib import Path
-from piste.race.executors import Executor
+from piste.race.executors import Local
 from piste.race.worker import Inspect
 if __name__ == "__main__":
-    with Executor(1, Path(".")) as executor:
+    with Local(1, Path(".")) as executor:
         executor.submit(Inspect(sys.argv[1], "cpu"))
         while True:
             list(executor.events(1.0))
