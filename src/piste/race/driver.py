@@ -300,10 +300,10 @@ class _Overdue:
         self.since: dict[int, float] = {}
 
     def note(self, event: Event) -> None:
-        if isinstance(event.answer, Progress) and not event.answer.step:
-            self.since[id(event.job)] = time.monotonic()
-        elif not isinstance(event.answer, Progress):
+        if not isinstance(event.answer, Progress):
             self.since.pop(id(event.job), None)
+        elif not event.answer.step or id(event.job) not in self.since:
+            self.since[id(event.job)] = time.monotonic()
 
     def end(self) -> None:
         for job in self.executor.jobs:
