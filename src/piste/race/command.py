@@ -23,6 +23,7 @@ from piste.race.budget import BudgetError, parse_budget
 from piste.race.catalogue import find, show, show_list, show_tasks
 from piste.race.contenders import ContenderError, make_contenders
 from piste.race.executors import LOCAL, PLACES, ExecutorError, is_place
+from piste.race.limits import Limits
 from piste.race.record import StudyResult
 from piste.race.sampling import SAMPLERS, SamplerError
 from piste.race.settings import Settings
@@ -84,7 +85,7 @@ def _sweeps(context: click.Context, parameter: click.Parameter, value: tuple[str
     return value
 
 
-def _budget(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+def _time(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
     try:
         return None if value is None else parse_budget(value)
     except ValueError as error:
@@ -95,6 +96,19 @@ def _place(context: click.Context, parameter: click.Parameter, value: str) -> st
     if not is_place(value):
         raise click.BadParameter(f"{value!r} is not legal; legal: {PLACES}")
     return value
+
+
+class _Size(click.ParamType[float]):
+    """A number of bytes with its unit; a ``/s`` behind it where a second belongs to it."""
+
+    def __init__(self, per_second: str = "") -> None:
+        self.per_second, self.name = per_second, "bytes per second" if per_second else "bytes"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> float:
+        try:
+            return footprint.bytes_of(str(value), self.per_second)
+        except ValueError as error:
+            self.fail(str(error), parameter, context)
 
 
 def _debug(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -121,7 +135,7 @@ def _debug(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--timing", type=click.IntRange(min=0), default=3, show_default=True, help="Rounds of timing passes.")
 @click.option("--target", type=float, help="Score to be timed. [default: what tuned baselines reach]")
 @click.option("--agnostic", is_flag=True, help="No settings by field: the same for every task.")
-@click.option("--budget", callback=_budget, metavar="TIME", help="Plan the race to fit, such as 10m or 1h30m.")
+@click.option("--budget", callback=_time, metavar="TIME", help="Plan the race to fit, such as 10m or 1h30m.")
 @click.option("--script", type=click.Path(), help="Race a script of yours; its arguments stand after --.")
 @click.option("--metric", default="loss", show_default=True, help="What of a script's reports is the score.")
 @click.option("--higher-is-better", is_flag=True, help="The direction of that.")
@@ -132,6 +146,12 @@ def _debug(function: Callable[..., Any]) -> Callable[..., Any]:
     "--workers", type=click.IntRange(min=1), help="Runs side by side. [default: as many as there is room for]"
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, …")
+@click.option(
+    "--timeout", callback=_time, metavar="TIME", help="Longest run. [default: 20 times the expected, at least 10m]"
+)
+@click.option(
+    "--memory", type=_Size(), metavar="GiB", help="Most memory of a run. [default: its share, if it is short]"
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Directory of results. [default: piste-race/<tasks>]")
 @click.option("--resume", is_flag=True, help="Go on with the last race in --out, as it was asked for.")
 @click.option("--new", type=click.Path(path_type=Path), metavar="FILE.py", help="Write a task to start from, and end.")
@@ -145,6 +165,8 @@ def _race(
     arguments: tuple[str, ...],
     script: str | None,
     out: Path | None,
+    timeout: float | None,
+    memory: float | None,
     resume: bool,
     new: Path | None,
     list_tasks: bool,
@@ -178,7 +200,13 @@ def _race(
         store = Store(out)
         settings, words = _stored(store, asked, given) if resume else (asked, shlex.join(["piste", *sys.argv[1:]]))
         console = Console()
-        result = race(settings, store, view_for(console), words)
+        limits = Limits(timeout, None if memory is None else int(memory))
+        try:
+            result = race(settings, store, view_for(console), words, limits=limits)
+        except InterruptedRaceError as stop:
+            if stop.result is not None:
+                _show(console, store, stop.result)
+            raise
         _show(console, store, result)
         if not any(recommended(each.standings) for each in result.results):
             click.echo("piste: no run of any contender finished; the report says why", err=True)
@@ -244,19 +272,6 @@ def _write_starter(path: Path) -> None:
     except OSError as error:
         raise click.UsageError(f"--new {path}: {error.strerror}") from None
     click.echo(f"wrote {path}; it runs as it is: piste race {shlex.quote(str(path))}")
-
-
-class _Size(click.ParamType[float]):
-    """A number of bytes with its unit; a ``/s`` behind it where a second belongs to it."""
-
-    def __init__(self, per_second: str = "") -> None:
-        self.per_second, self.name = per_second, "bytes per second" if per_second else "bytes"
-
-    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> float:
-        try:
-            return footprint.bytes_of(str(value), self.per_second)
-        except ValueError as error:
-            self.fail(str(error), parameter, context)
 
 
 def _formats(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:

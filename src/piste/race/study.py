@@ -16,6 +16,7 @@ from piste.race.contenders import Contender, ContenderError, make_contenders
 from piste.race.driver import Driver, InterruptedRaceError, State, View, inspect_tasks, measured_paces, stop_signals
 from piste.race.executors import LOCAL, Executor, make_executor, sizing
 from piste.race.inspection import TaskCard
+from piste.race.limits import Limits
 from piste.race.protocol import Plan
 from piste.race.record import StudyResult, fingerprint
 from piste.race.script import Script
@@ -48,7 +49,7 @@ class SettingsError(ValueError):
     """Two things that were asked for exclude each other."""
 
 
-def race(settings: Settings, store: Store, view: View, command: str) -> StudyResult:
+def race(settings: Settings, store: Store, view: View, command: str, limits: Limits | None = None) -> StudyResult:
     """Make all runs of a race that the store does not hold yet.
 
     Args:
@@ -56,14 +57,17 @@ def race(settings: Settings, store: Store, view: View, command: str) -> StudyRes
         store: where runs are kept; held for the time of the race.
         view: shows the race.
         command: what repeats this race, for the report.
+        limits: what a run may take.
 
     Raises:
         ContenderError, TaskError, DeviceError, SettingsError, SamplerError, BudgetError: a setting is wrong, or cannot
             be had here; nothing has been written.
         StoreError: the store cannot be used, or no longer; finished runs are kept.
         ExecutorError: workers cannot be started, or the cluster cannot be reached.
-        InterruptedRaceError: Ctrl-C or a signal to end; finished runs are kept.
+        InterruptedRaceError: Ctrl-C or a signal to end; finished runs are kept, and it brings their result.
+        KeyboardInterrupt: Ctrl-C a second time.
     """
+    limits = limits or Limits()
     begun = time.monotonic()
     _refuse_contradictions(settings)
     contenders = contenders_for(settings, settings.trials)
@@ -76,16 +80,18 @@ def race(settings: Settings, store: Store, view: View, command: str) -> StudyRes
     with (
         stop_signals() as stopped,
         store.writing(),
-        make_executor(settings.on, settings.workers, store.logs, asked, spread, at_once) as executor,
+        make_executor(settings.on, settings.workers, store.logs, asked, spread, at_once, limits.memory) as executor,
     ):
         view.looking(settings.tasks)
         device = executor.device
-        cards = described or inspect_tasks(references, device, executor, stopped)
+        cards = described or inspect_tasks(references, device, executor, stopped, limits)
         if settings.workers is None and device == "cpu":
             executor.fit(sizing.together([card.peak_bytes for card in cards]))
         plan = _plan(settings, cards, contenders, device, executor.machine)
         if settings.budget is not None:
-            plan = _planned_before(settings, plan, store) or _fitted(settings, plan, begun, executor, stopped, view)
+            plan = _planned_before(settings, plan, store) or _fitted(
+                settings, plan, begun, executor, stopped, view, limits
+            )
         created = environment.now()
         kept = {"settings": asdict(settings), "plan": plan.to_json()}
         about = {
@@ -96,9 +102,18 @@ def race(settings: Settings, store: Store, view: View, command: str) -> StudyRes
             "machine": executor.machine,
         }
         store.write_study({**kept, **about})
-        driver = Driver(plan, store, view, executor, stopped, script)
-        driver.run()
-    return study_result(plan, driver.records, **about)  # type: ignore[arg-type]
+        driver = Driver(plan, store, view, executor, stopped, script, limits)
+        interrupted = False
+        try:
+            driver.run()
+        except InterruptedRaceError:
+            interrupted = True
+    if interrupted and not driver.records:
+        raise InterruptedRaceError
+    result = study_result(plan, driver.records, **about)  # type: ignore[arg-type]
+    if interrupted:
+        raise InterruptedRaceError(result)
+    return result
 
 
 def contenders_for(settings: Settings, trials: int) -> tuple[Contender, ...]:
@@ -174,10 +189,11 @@ def _fitted(
     executor: Executor,
     stopped: Callable[[], bool],
     view: View,
+    limits: Limits,
 ) -> Plan:
     """The race that fits into the budget, by what a few steps of every contender take here."""
     view.measuring(len(plan.contenders))
-    paces = measured_paces(plan, executor, stopped)
+    paces = measured_paces(plan, executor, stopped, limits)
     assert settings.budget is not None
     left = settings.budget - (time.monotonic() - begun)
     return fitted(plan, settings.budget, left, paces, executor.width, lambda trials: contenders_for(settings, trials))

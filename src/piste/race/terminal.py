@@ -79,6 +79,10 @@ class PlainView:
     def tick(self, state: State) -> None:
         """Time has passed."""
 
+    def said(self, words: str) -> None:
+        """Something happens that was asked for."""
+        self._say(words)
+
     def end(self) -> None:
         """No more runs, for whatever reason."""
 
@@ -125,6 +129,10 @@ class LiveView:
         """Time has passed."""
         if self.live is not None:
             self.live.update(self._picture(state))
+
+    def said(self, words: str) -> None:
+        """Something happens that was asked for."""
+        self.console.print(words, markup=False, highlight=False)
 
     def end(self) -> None:
         """No more runs, for whatever reason."""

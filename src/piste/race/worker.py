@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -64,7 +65,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Progress:
-    """Sent now and then during a run."""
+    """Sent when a job begins, with no step made, and now and then during a run."""
 
     step: int
 
@@ -94,6 +95,8 @@ def main(pipe: Connection[Answer, Job], log: Path, device: str, gpu: str | None)
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read when CUDA is first used, which is later
     # Ctrl-C goes to the whole process group; the driver decides what becomes of its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setsid"):
+        os.setsid()  # so that whatever a task starts can be ended with its worker
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _write_output_to(log)
     torch.set_num_threads(1)
@@ -103,7 +106,7 @@ def main(pipe: Connection[Answer, Job], log: Path, device: str, gpu: str | None)
         try:
             job = pipe.recv()
         except EOFError:
-            return
+            _end()
         worker.serve(job)
 
 
@@ -122,6 +125,7 @@ class _Worker:
         self.tasks: dict[str, _Ready] = {}
 
     def serve(self, job: Job) -> None:
+        self._send(Progress(0))
         try:
             answer = self._inspect(job) if isinstance(job, Inspect) else self._run(job)
         except TaskError as error:
@@ -177,7 +181,7 @@ class _Worker:
             self.pipe.send(answer)
         except OSError:
             # The driver is gone. Nobody waits for the result, and an exit that waits for anything could hang.
-            os._exit(1)
+            _end()
 
 
 def _end_with_parent() -> None:
@@ -185,7 +189,14 @@ def _end_with_parent() -> None:
     parent = parent_process()
     if parent is not None:
         wait([parent.sentinel])
-        os._exit(1)
+        _end()
+
+
+def _end() -> NoReturn:
+    """At once, with all that the task has started."""
+    if hasattr(os, "killpg") and os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
 
 
 def _write_output_to(log: Path) -> None:

@@ -26,7 +26,9 @@ def is_place(on: str) -> bool:
     return on in (LOCAL, RAY, SLURM) or (on.startswith("ray://") and bool(host) and port.isdigit())
 
 
-def make_executor(on: str, workers: int | None, logs: Path, device: str, spread: bool, most: int) -> Executor:
+def make_executor(
+    on: str, workers: int | None, logs: Path, device: str, spread: bool, most: int, memory: int | None = None
+) -> Executor:
     """Workers in one of the places.
 
     Args:
@@ -36,6 +38,7 @@ def make_executor(on: str, workers: int | None, logs: Path, device: str, spread:
         device: as the place takes it; here one that exists.
         spread: over all GPUs of this machine, one worker each, where the device is one.
         most: jobs that there can be at the same time; more workers are started only when asked for.
+        memory: bytes that a worker of this machine may take; see ``Local``. Clusters have limits of their own.
 
     Raises:
         ExecutorError: what the place needs is not installed, or it cannot be reached.
@@ -54,7 +57,7 @@ def make_executor(on: str, workers: int | None, logs: Path, device: str, spread:
     if workers is None:
         cores = sizing.fitting(environment.usable_cores(), sizing.WORKER_BYTES)
         workers = min(most, cores if device == "cpu" else max(1, len(gpus)))
-    return Local(workers, logs, device, gpus)
+    return Local(workers, logs, device, gpus, memory)
 
 
 def _need(package: str, extra: str) -> None:

@@ -1,9 +1,9 @@
 """What the driver of a race knows of an executor: jobs go in, events come out, and workers may be lost on the way.
 
-Two things end a job early, and they are not the same. When the process that works on it dies (a crash in native code,
-no memory left), that is how the job went: the driver hears of a ``Death`` and writes down a failed run. When the worker
-itself is lost (its machine went down, the scheduler took it away), the job says nothing yet: the executor has it made
-again elsewhere, ``MOST_LOSSES`` times at most, and the driver hears nothing of it.
+Two things end a job early, and they are not the same. When the process that works on it dies of itself (a crash in
+native code), that is how the job went: the driver hears of a ``Death`` and writes down a failed run. When the worker is
+lost (it was killed from outside, its machine went down, the scheduler took it away), the job says nothing yet: the
+executor has it made again elsewhere, ``MOST_LOSSES`` times at most, and the driver hears nothing of it.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ class Death:
     Args:
         reason: in words.
         machine: where, as ``environment.machine`` describes it; None for this one.
+        out_of_memory: it, or what its task had started, took too much.
     """
 
     reason: str
     machine: dict[str, str] | None = None
+    out_of_memory: bool = False
 
 
 @dataclass(frozen=True)
