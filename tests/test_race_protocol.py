@@ -257,6 +257,8 @@ def test_times_are_medians_of_passes_and_never_of_two_machines() -> None:
 class Lanes:
     """Two workers that take jobs and never end them."""
 
+    width = 2
+
     def __init__(self) -> None:
         self.lanes = [None, None]
         self.jobs: list[Run] = []

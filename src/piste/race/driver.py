@@ -18,6 +18,7 @@ from typing import Protocol
 
 from piste.race import progress, record
 from piste.race.budget import Pace
+from piste.race.contenders import ContenderError
 from piste.race.executor import Death, Executor
 from piste.race.inspection import TaskCard
 from piste.race.progress import Clock, Row, part_of
@@ -27,6 +28,7 @@ from piste.race.script import Script
 from piste.race.store import Store
 from piste.race.task import TaskError
 from piste.race.training import new_record
+from piste.race.wishes import STOPPED, Add, Stop, Wish
 from piste.race.worker import Inspect, Progress, Refusal, Run
 
 _POLL_SECONDS = 0.1
@@ -80,12 +82,28 @@ class View(Protocol):
     def tick(self, state: State) -> None:
         """Time has passed."""
 
+    def wishes(self) -> Sequence[Wish]:
+        """What people have asked for since the last call."""
+
+    def said(self, words: str) -> None:
+        """What became of a wish."""
+
     def end(self) -> None:
         """No more runs, for whatever reason."""
 
 
 class Driver:
-    """Keeps the workers busy until no run is missing."""
+    """Keeps the workers busy until no run is missing.
+
+    Args:
+        plan: the race.
+        store: where its runs are kept.
+        view: shows it, and brings people's wishes.
+        executor: the workers.
+        stopped: whether it was asked to end.
+        script: what is raced in the place of tasks.
+        enlarged: the plan with one more optimizer, which is kept for ``--resume``; raises ``ContenderError``.
+    """
 
     def __init__(
         self,
@@ -95,8 +113,10 @@ class Driver:
         executor: Executor,
         stopped: Callable[[], bool],
         script: Script | None = None,
+        enlarged: Callable[[Plan, str], Plan] | None = None,
     ) -> None:
         self.plan = plan
+        self.enlarged = enlarged
         self.script = script
         self.store = store
         self.view = view
@@ -116,6 +136,8 @@ class Driver:
                 for event in self.executor.events(_POLL_SECONDS):
                     assert isinstance(event.job, Run)
                     self._handle(event.job, event.answer)
+                for wish in self.view.wishes():
+                    self.view.said(self._stop(wish) if isinstance(wish, Stop) else self._add(wish))
                 self.view.tick(self._state())
                 if self.stopped():
                     raise InterruptedRaceError
@@ -153,6 +175,25 @@ class Driver:
             self.clock.add(key.task, key.contender, time.monotonic() - self.since[key.id])
         self._look()
         self.view.finished(self._state(), answer)
+
+    def _stop(self, wish: Stop) -> str:
+        for job in self.executor.jobs:
+            if isinstance(job, Run) and job.key.id == wish.run:
+                self.executor.stop(job, STOPPED)
+                return f"stopped: {job.key.contender} on {job.key.task}, lr {job.key.lr:g}, seed {job.key.seed}"
+        return "nothing to stop: that run is over"
+
+    def _add(self, wish: Add) -> str:
+        if self.enlarged is None:
+            return "this race cannot grow"
+        before, known = self._state().total, len(self.plan.contenders)
+        try:
+            self.plan = self.enlarged(self.plan, wish.optimizer)
+        except ContenderError as error:
+            return f"not added: {error}"
+        self._look()
+        names = " and ".join(contender.name for contender in self.plan.contenders[known:])
+        return f"added: {names}; {self._state().total - before} more runs"
 
     def _look(self) -> None:
         """Derive from the records what is there and what is missing; only a new record changes either."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +24,8 @@ from piste.race.space import parse_sweep
 from piste.race.standings import study_result
 from piste.race.store import Store, StoreError
 from piste.race.task import BUILT_IN, split_reference
+from piste.race.wishes import with_optimizers
+from piste.race.words import listing
 
 __all__ = [
     "DeviceError",
@@ -37,6 +39,7 @@ __all__ = [
     "stored_result",
     "stored_settings",
     "title",
+    "with_optimizer",
 ]
 
 # Each worker process holds its own Python and torch, some 300 MB; more of them only when asked for.
@@ -94,9 +97,32 @@ def race(settings: Settings, store: Store, view: View, command: str, workers: in
             "machine": environment.machine(device),
         }
         store.write_study({**kept, **about})
-        driver = Driver(plan, store, view, executor, stopped, script)
+
+        def enlarged(plan: Plan, optimizer: str) -> Plan:
+            nonlocal settings
+            settings, plan = with_optimizer(settings, plan, optimizer)
+            about["title"] = title(plan)
+            about["command"] = with_optimizers(command, settings.optimizers)
+            store.write_study({"settings": asdict(settings), "plan": plan.to_json(), **about})
+            return plan
+
+        driver = Driver(plan, store, view, executor, stopped, script, enlarged)
         driver.run()
-    return study_result(plan, driver.records, **about)  # type: ignore[arg-type]
+    return study_result(driver.plan, driver.records, **about)  # type: ignore[arg-type]
+
+
+def with_optimizer(settings: Settings, plan: Plan, optimizer: str) -> tuple[Settings, Plan]:
+    """A race with one more optimizer, which gets the trials and seeds of all others.
+
+    Raises:
+        ContenderError: there is none of that name, or it races already.
+    """
+    settings = replace(settings, optimizers=(*settings.optimizers, optimizer))
+    racing = {contender.name for contender in plan.contenders}
+    new = tuple(each for each in contenders_for(settings, plan.trials) if each.name not in racing)
+    names = listing([contender.name for contender in new], 9)
+    remark = f"{names} joined while the race was going on, with the trials and seeds of all others."
+    return settings, replace(plan, contenders=plan.contenders + new, remarks=(*plan.remarks, remark))
 
 
 def contenders_for(settings: Settings, trials: int) -> tuple[Contender, ...]:

@@ -19,6 +19,7 @@ from piste.race.progress import Row, duration, part_of
 from piste.race.protocol import Plan
 from piste.race.record import TIME, Cost, RunRecord, Standing, StudyResult, TaskResult
 from piste.race.verdict import recommended
+from piste.race.wishes import Wish
 from piste.race.words import count, listing, single_line, size
 
 __all__ = ["LiveView", "PlainView", "show_result", "view_for"]
@@ -79,6 +80,14 @@ class PlainView:
     def tick(self, state: State) -> None:
         """Time has passed."""
 
+    def wishes(self) -> Sequence[Wish]:
+        """Nothing can be asked through a pipe."""
+        return ()
+
+    def said(self, words: str) -> None:
+        """What became of a wish that was made elsewhere."""
+        self._say(words)
+
     def end(self) -> None:
         """No more runs, for whatever reason."""
 
@@ -125,6 +134,13 @@ class LiveView:
         """Time has passed."""
         if self.live is not None:
             self.live.update(self._picture(state))
+
+    def wishes(self) -> Sequence[Wish]:
+        """What was asked for by key."""
+        return ()
+
+    def said(self, words: str) -> None:
+        """What became of a wish."""
 
     def end(self) -> None:
         """No more runs, for whatever reason."""
