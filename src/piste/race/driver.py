@@ -130,8 +130,8 @@ class Driver:
         self._look()
 
     def run(self) -> None:
-        self.view.begin(self._state(), self.store.damaged)
         try:
+            self.view.begin(self._state(), self.store.damaged)
             while self._submit():
                 for event in self.executor.events(_POLL_SECONDS):
                     assert isinstance(event.job, Run)
