@@ -105,7 +105,7 @@ def test_x_asks_before_it_stops_the_run_of_the_selected_contender() -> None:
     dashboard, state = Dashboard(), state_of()
     (job, _), *_ = state.running
     assert "select a contender first" in press(dashboard, state, "x")
-    assert "stop adamw+one_cycle, lr 0.002, seed 0 at 2%? It counts as lost" in press(dashboard, state, "j", "x")
+    assert "stop adamw+one_cycle on task 0, lr 0.002, seed 0, 2%? It counts" in press(dashboard, state, "j", "x")
     assert "the run goes on" in press(dashboard, state, "n")
     assert dashboard.wishes == []
     press(dashboard, state, "x", "y")

@@ -17,8 +17,9 @@ from piste.race.driver import State
 from piste.race.progress import Row, duration, part_of
 from piste.race.wishes import Add, Stop, Wish
 from piste.race.words import count, single_line
+from piste.race.worker import Run
 
-__all__ = ["Dashboard", "progress_words"]
+__all__ = ["Dashboard", "progress_words", "run_words"]
 
 _WIDE: Final = 100  # columns of a terminal that shows the learning rates of the runs that are going on
 _KEYS_LINE: Final = "s sort  ↑↓ select  h hide  x stop  a add  ? help  q end"
@@ -63,6 +64,12 @@ _COLUMNS: Final = ("trials", "best lr", "seeds", "score", "lost")
 def progress_words(state: State) -> str:
     """``12 of 40 runs, about 3:05 left``."""
     return f"{state.made} of {state.total} runs, about {duration(state.seconds_left)} left"
+
+
+def run_words(job: Run, step: int) -> str:
+    """``adamw+one_cycle on digits, lr 0.002, seed 0, 40%``."""
+    done = f", {part_of(step, job.key.steps):.0%}" if job.key.steps else ""
+    return f"{job.key.contender} on {job.key.task}, lr {job.key.lr:g}, seed {job.key.seed}{done}"
 
 
 def number(value: float) -> str:
@@ -163,9 +170,8 @@ class Dashboard:
             return
         for job, step in state.running:
             if (job.key.task, job.key.contender) == self._selected:
-                done = f" at {part_of(step, job.key.steps):.0%}" if job.key.steps else ""
-                run = f"{job.key.contender}, lr {job.key.lr:g}, seed {job.key.seed}{done}"
-                self._asked = f"stop {run}? It counts as lost and is not made again. y/n", Stop(job.key.id)
+                words = f"stop {run_words(job, step)}? It counts as lost and is not made again. y/n"
+                self._asked = words, Stop(job.key.id)
                 return
         self.message = f"{self._selected[1]} makes no run at the moment"
 
