@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -244,7 +245,8 @@ class Race:
         self.go = folder / "go"
         trouble = WAITING.format(runs=str(folder / "out" / "runs"), go=str(self.go))
         task = write(folder, trouble, steps=12)
-        task.write_text(task.read_text().replace('name="linear"', f"name={HOSTILE!r}"))
+        hostile = f'name="linear", metric=loss, metric_name={HOSTILE!r}'
+        task.write_text(task.read_text().replace('name="linear"', hostile))
         small = ("--optimizers", "sgd,adamw", "--trials", "2", "--seeds", "2", "--timing", "1", "--serve")
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
@@ -272,7 +274,7 @@ def racing(folder: Path, *arguments: str) -> Iterator[Race]:
         yield race
     finally:
         race.process.kill()
-        race.process.wait()
+        race.process.communicate()
 
 
 @pytest.mark.slow
@@ -293,7 +295,7 @@ def test_a_race_is_watched_from_its_first_runs_to_its_end_without_a_reload(tmp_p
         page.wait_for_selector("#live-runs button")
         page.wait_for_selector('.key button[data-name="adamw+one_cycle"]')
         page.wait_for_function("document.querySelector('.plot .main-svg') !== null")
-        assert page.locator("#live-words").inner_text().split(" runs,")[0] == "3 of 10"
+        assert page.locator("#live-words").inner_text().startswith("3 of ")
 
         # What the reader changes.
         page.locator('.key button[data-name="adamw+one_cycle"]').first.click()
@@ -319,7 +321,7 @@ def test_a_race_is_watched_from_its_first_runs_to_its_end_without_a_reload(tmp_p
         race.go.touch()
         page.wait_for_selector("#live[data-state=ended]")
         page.wait_for_function("document.body.textContent.includes('joined while the race was going on')")
-        assert page.locator("#live-words").inner_text().startswith("finished: 15 of 15 runs, after ")
+        assert re.match(r"finished: (\d+) of \1 runs, after ", page.locator("#live-words").inner_text())
         assert page.locator("#live-runs li").count() == 0
         page.wait_for_selector('.key button[data-name="lion+one_cycle"][aria-pressed=true]')
 
