@@ -7,7 +7,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,19 @@ from piste.race.executors import LOCAL, PLACES, ExecutorError, is_place
 from piste.race.limits import Limits
 from piste.race.record import StudyResult
 from piste.race.sampling import SAMPLERS, SamplerError
+from piste.race.serve import ServeError, served
 from piste.race.settings import Settings
 from piste.race.space import parse_sweep
 from piste.race.starter import STARTER
 from piste.race.store import Store, StoreError
-from piste.race.study import DeviceError, InterruptedRaceError, SettingsError, race, stored_result, stored_settings
+from piste.race.study import (
+    DeviceError,
+    InterruptedRaceError,
+    SettingsError,
+    race,
+    stored_result,
+    stored_settings,
+)
 from piste.race.task import BUILT_IN, TaskError
 from piste.race.terminal import show_result, view_for
 from piste.race.verdict import recommended
@@ -40,7 +48,15 @@ __all__ = ["command"]
 _TASKS = ("char_transformer", "digits")
 _OPTIMIZERS = "sgd_momentum,adamw,ranger,rangeradabelief"
 _RESULTS = Path("piste-race")
-_WRONG = (BudgetError, ContenderError, DeviceError, SamplerError, SettingsError, TaskError)  # a setting is wrong
+_WRONG = (
+    BudgetError,
+    ContenderError,
+    DeviceError,
+    SamplerError,
+    ServeError,
+    SettingsError,
+    TaskError,
+)  # a setting is wrong
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -111,6 +127,20 @@ class _Size(click.ParamType[float]):
             self.fail(str(error), parameter, context)
 
 
+class _Port(click.ParamType[int]):
+    """A port, which may be left out."""
+
+    name = "port"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> int:
+        text = str(value)
+        if not (text.isascii() and text.isdigit() and int(text) < 2**16):
+            self.fail(
+                f"{text!r} is no port; legal: 0 to 65535, or none, and then --serve stands behind the task", parameter
+            )
+        return int(text)
+
+
 def _debug(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--debug", is_flag=True, help="Show the traceback of an error.")(function)
 
@@ -154,6 +184,10 @@ def _debug(function: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Directory of results. [default: piste-race/<tasks>]")
 @click.option("--resume", is_flag=True, help="Go on with the last race in --out, as it was asked for.")
+@click.option(
+    "--serve", is_flag=False, flag_value="0", type=_Port(), metavar="[PORT]", help="Show the report in a browser, live."
+)
+@click.option("--stay", is_flag=True, help="Serve on after the end, until Ctrl-C.")
 @click.option("--new", type=click.Path(path_type=Path), metavar="FILE.py", help="Write a task to start from, and end.")
 @click.option("--list-tasks", is_flag=True, help="Show the built-in tasks, and end.")
 @_debug
@@ -168,6 +202,8 @@ def _race(
     timeout: float | None,
     memory: float | None,
     resume: bool,
+    serve: int | None,
+    stay: bool,
     new: Path | None,
     list_tasks: bool,
     debug: bool,
@@ -192,6 +228,8 @@ def _race(
         task = script
     elif arguments:
         raise click.UsageError(f"one task at a time, not {' '.join((str(task), *arguments))}; ARGS belong to --script")
+    if stay and serve is None:
+        raise click.UsageError("--stay goes with --serve")
     asked = Settings((task,) if task else _TASKS, script=script is not None, arguments=arguments, **options)
     given = [name for name in (*options, "script", "task", "arguments") if _is_given(context, name)]
     if out is None:
@@ -200,14 +238,16 @@ def _race(
         store = Store(out)
         settings, words = _stored(store, asked, given) if resume else (asked, shlex.join(["piste", *sys.argv[1:]]))
         console = Console()
+        plain = view_for(console)
         limits = Limits(timeout, None if memory is None else int(memory))
-        try:
-            result = race(settings, store, view_for(console), words, limits=limits)
-        except InterruptedRaceError as stop:
-            if stop.result is not None:
-                _show(console, store, stop.result)
-            raise
-        _show(console, store, result)
+        with nullcontext(plain) if serve is None else served(console, store, plain, serve, stay) as view:
+            try:
+                result = race(settings, store, view, words, limits=limits)
+            except InterruptedRaceError as stop:
+                if stop.result is not None:
+                    _show(console, store, stop.result)
+                raise
+            _show(console, store, result)
         if not any(recommended(each.standings) for each in result.results):
             click.echo("piste: no run of any contender finished; the report says why", err=True)
             sys.exit(1)

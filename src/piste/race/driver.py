@@ -18,6 +18,7 @@ from typing import Protocol
 
 from piste.race import progress, record
 from piste.race.budget import Pace
+from piste.race.contenders import ContenderError
 from piste.race.executors import Death, Event, Executor
 from piste.race.inspection import TaskCard
 from piste.race.limits import Limits
@@ -28,6 +29,7 @@ from piste.race.script import Script
 from piste.race.store import Store, full_disk
 from piste.race.task import TaskError
 from piste.race.training import new_record
+from piste.race.wishes import STOPPED, Add, Stop, Wish
 from piste.race.worker import Inspect, Progress, Refusal, Run
 
 _POLL_SECONDS = 0.1
@@ -86,15 +88,28 @@ class View(Protocol):
     def tick(self, state: State) -> None:
         """Time has passed."""
 
+    def wishes(self) -> Sequence[Wish]:
+        """What people have asked for since the last call."""
+
     def said(self, words: str) -> None:
-        """Something happens that was asked for."""
+        """What became of a wish."""
 
     def end(self) -> None:
         """No more runs, for whatever reason."""
 
 
 class Driver:
-    """Keeps the workers busy until no run is missing."""
+    """Keeps the workers busy until no run is missing.
+
+    Args:
+        plan: the race.
+        store: where its runs are kept.
+        view: shows it, and brings people's wishes.
+        executor: the workers.
+        stopped: whether it was asked to end.
+        script: what is raced in the place of tasks.
+        enlarged: the plan with one more optimizer, which is kept for ``--resume``; raises ``ContenderError``.
+    """
 
     def __init__(
         self,
@@ -105,9 +120,11 @@ class Driver:
         stopped: Callable[[], bool],
         script: Script | None = None,
         limits: Limits | None = None,
+        enlarged: Callable[[Plan, str], Plan] | None = None,
     ) -> None:
         self.limits = limits or Limits()
         self.plan = plan
+        self.enlarged = enlarged
         self.script = script
         self.store = store
         self.view = view
@@ -122,13 +139,15 @@ class Driver:
         self._look()
 
     def run(self) -> None:
-        self.view.begin(self._state(), self.store.damaged)
         try:
+            self.view.begin(self._state(), self.store.damaged)
             while self._submit():
                 for event in self.executor.events(_POLL_SECONDS):
                     assert isinstance(event.job, Run)
                     self._handle(event.job, event.answer)
                 self._end_overdue()
+                for wish in self.view.wishes():
+                    self.view.said(self._stop(wish) if isinstance(wish, Stop) else self._add(wish))
                 self.view.tick(self._state())
                 if self.stopped():
                     self._wind_down()
@@ -206,6 +225,25 @@ class Driver:
             self.clock.add(key.task, key.contender, time.monotonic() - self.since[key.id])
         self._look()
         self.view.finished(self._state(), answer)
+
+    def _stop(self, wish: Stop) -> str:
+        for job in self.executor.jobs:
+            if isinstance(job, Run) and job.key.id == wish.run:
+                self.executor.stop(job, STOPPED)
+                return f"stopped: {job.key.contender} on {job.key.task}, lr {job.key.lr:g}, seed {job.key.seed}"
+        return "nothing to stop: that run is over"
+
+    def _add(self, wish: Add) -> str:
+        if self.enlarged is None:
+            return "this race cannot grow"
+        before, known = self._state().total, len(self.plan.contenders)
+        try:
+            self.plan = self.enlarged(self.plan, wish.optimizer)
+        except ContenderError as error:
+            return f"not added: {error}"
+        self._look()
+        names = " and ".join(contender.name for contender in self.plan.contenders[known:])
+        return f"added: {names}; {self._state().total - before} more runs"
 
     def _look(self) -> None:
         """Derive from the records what is there and what is missing; only a new record changes either."""

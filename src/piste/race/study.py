@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -25,6 +25,8 @@ from piste.race.space import parse_sweep
 from piste.race.standings import study_result
 from piste.race.store import Store, StoreError
 from piste.race.task import BUILT_IN, split_reference
+from piste.race.wishes import with_optimizers
+from piste.race.words import listing
 
 __all__ = [
     "DeviceError",
@@ -38,6 +40,7 @@ __all__ = [
     "stored_result",
     "stored_settings",
     "title",
+    "with_optimizer",
 ]
 
 
@@ -102,7 +105,16 @@ def race(settings: Settings, store: Store, view: View, command: str, limits: Lim
             "machine": executor.machine,
         }
         store.write_study({**kept, **about})
-        driver = Driver(plan, store, view, executor, stopped, script, limits)
+
+        def enlarged(plan: Plan, optimizer: str) -> Plan:
+            nonlocal settings
+            settings, plan = with_optimizer(settings, plan, optimizer)
+            about["title"] = title(plan)
+            about["command"] = with_optimizers(command, settings.optimizers)
+            store.write_study({"settings": asdict(settings), "plan": plan.to_json(), **about})
+            return plan
+
+        driver = Driver(plan, store, view, executor, stopped, script, limits, enlarged)
         interrupted = False
         try:
             driver.run()
@@ -110,10 +122,24 @@ def race(settings: Settings, store: Store, view: View, command: str, limits: Lim
             interrupted = True
     if interrupted and not driver.records:
         raise InterruptedRaceError
-    result = study_result(plan, driver.records, **about)  # type: ignore[arg-type]
+    result = study_result(driver.plan, driver.records, **about)  # type: ignore[arg-type]
     if interrupted:
         raise InterruptedRaceError(result)
     return result
+
+
+def with_optimizer(settings: Settings, plan: Plan, optimizer: str) -> tuple[Settings, Plan]:
+    """A race with one more optimizer, which gets the trials and seeds of all others.
+
+    Raises:
+        ContenderError: there is none of that name, or it races already.
+    """
+    settings = replace(settings, optimizers=(*settings.optimizers, optimizer))
+    racing = {contender.name for contender in plan.contenders}
+    new = tuple(each for each in contenders_for(settings, plan.trials) if each.name not in racing)
+    names = listing([contender.name for contender in new], 9)
+    remark = f"{names} joined while the race was going on, with the trials and seeds of all others."
+    return settings, replace(plan, contenders=plan.contenders + new, remarks=(*plan.remarks, remark))
 
 
 def contenders_for(settings: Settings, trials: int) -> tuple[Contender, ...]:
