@@ -112,6 +112,8 @@ def test_a_job_that_was_stopped_too_late_has_its_answer(local: Local, tmp_path: 
     while local.lanes[0].started is None:
         list(local.events(0.05))
     assert local.lanes[0].pipe.poll(120)
+    assert isinstance(local.lanes[0].pipe.recv(), Progress)  # it has begun
+    assert local.lanes[0].pipe.poll(120)
     local.stop(job, "it took too long")
     card = outcome(local, job)
     assert isinstance(card, TaskCard)
@@ -251,7 +253,7 @@ def test_a_race_goes_on_in_another_place(tmp_path: Path, monkeypatch: pytest.Mon
     settings = Settings((str(write(tmp_path)),), ("adamw",), (), None, 1, 1, "cpu", on="ray", workers=9)
     asked: list[Settings] = []
 
-    def race(settings: Settings, *rest: object) -> None:
+    def race(settings: Settings, *rest: object, **others: object) -> None:
         asked.append(settings)
         raise study.InterruptedRaceError
 
@@ -512,12 +514,17 @@ def test_a_host_runs_a_task_that_its_machine_does_not_have(tmp_path: Path) -> No
     away = host.Host("cpu", environment.versions())
     try:
         assert away.start().versions == environment.versions()
-        card = away.work(1, Inspect(reference, "cpu"), sent)
+        begun = away.work(1, Inspect(reference, "cpu"), sent)
+        assert begun.answer == Progress(0)
+        card = away.work(1, Inspect(reference, "cpu"), sent, begin=False)
         assert isinstance(card.answer, TaskCard)
         assert card.answer.reference == reference  # as the race knows it
         assert b"step" in card.printed
         away.stop(2, "enough")  # comes before the job is begun, or while it runs
-        stopped = away.work(2, run_of(reference, task_hash=card.answer.task_hash), sent)
+        again = run_of(reference, task_hash=card.answer.task_hash)
+        stopped = away.work(2, again, sent)
+        while isinstance(stopped.answer, Progress):
+            stopped = away.work(2, again, sent, begin=False)
         assert stopped.answer == Death("enough", away.start().machine) or isinstance(stopped.answer, RunRecord)
     finally:
         away.close()

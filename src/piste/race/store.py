@@ -167,11 +167,11 @@ class Store:
 
     def full(self, message: str) -> StoreError:
         """What to say of a run that found no space left where it wrote."""
-        return StoreError(f"a run could not write what it wanted: {message}{_HINT}{self._kept()}")
+        return StoreError(f"a run of the race in {self.path} could not write what it wanted: {message}{_HINT}{self._kept()}")
 
     def _kept(self) -> str:
         kept = len(list(self.runs.glob("*.json"))) if self.runs.is_dir() else 0
-        return f"; the {kept} finished runs in {self.path} are kept" if kept else ""
+        return f"; the {kept} finished runs in it are kept" if kept else ""
 
 
 def _write(path: Path, text: str) -> None:

@@ -117,7 +117,8 @@ class Host:
             return b""
         with log.open("rb") as file:
             end = file.seek(0, 2)
-            file.seek(max(self.read, end - _LOG_BYTES))
+            unread = self.read if self.read <= end else 0  # a log that grew too long begins anew
+            file.seek(max(unread, end - _LOG_BYTES))
             self.read = end
             return file.read()
 
