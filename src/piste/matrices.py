@@ -118,12 +118,15 @@ def _symmetric_products(
     return out
 
 
-def outer(rows: Tensor, out: Tensor, *, beta: float = 0.0, alpha: float = 1.0) -> Tensor:
-    """``beta * out + alpha * X X^T`` for each X of a stack, in ``out``: matrices with any leading axes, in order."""
+def outer(
+    rows: Tensor, out: Tensor, *, plus: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0
+) -> Tensor:
+    """``beta * plus + alpha * X X^T`` for each X of a stack, into ``out``: matrices with any leading axes, in order."""
+    plus = out if plus is None else plus
     if not _halves(rows.shape[-2], rows.device):
-        return out.copy_(_symmetric_products(rows, rows.mT, out.flatten(0, -3), beta, alpha).view(out.shape))
+        return out.copy_(_symmetric_products(rows, rows.mT, plus.flatten(0, -3), beta, alpha).view(out.shape))
     for at, x in zip(product(*map(range, out.shape[:-2])), rows, strict=True):
-        symmetric_product(x, x.mT, out[at], beta=beta, alpha=alpha)
+        symmetric_product(x, x.mT, out[at], plus=plus[at], beta=beta, alpha=alpha)
     return out
 
 
