@@ -6,9 +6,9 @@ windows in turn on the same weights and gradients. Beside the times stands what 
 pace; a plain product of 1,024 x 1,024, timed in the same run, tells what pace the processor has, and so how fast an
 implementation that takes these products can be.
 
-Peers that cannot be imported are left out: HeavyBall and kron_torch are on PyPI (both want opt_einsum); the authors' SOAP (``soap.py`` of
-nikhilvyas/SOAP) and Meta's Shampoo (facebookresearch/optimizers) are not, a checkout of each on ``PYTHONPATH`` makes
-them importable. Writes ``benchmarks/out/matrices.json``.
+Peers that cannot be imported are left out: HeavyBall and kron_torch are on PyPI (both want opt_einsum); the authors'
+SOAP (``soap.py`` of nikhilvyas/SOAP) and Meta's Shampoo (facebookresearch/optimizers) are not, a checkout of each on
+``PYTHONPATH`` makes them importable. Writes ``benchmarks/out/matrices.json``.
 """
 
 from __future__ import annotations
