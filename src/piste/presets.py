@@ -375,8 +375,8 @@ _PRIORS: Mapping[str, LrPrior] = {
     "Lion": LrPrior(3e-4),
     # 2.5e-4 (CIFAR-10) to 0.025 (IWSLT) in the paper; a step is about lr^(2/3) in size, so the range is wide in effect.
     # "moonlight" gives its steps the size that AdamW's have late in long runs (Liu et al. 2025); early AdamW's are up to
-    # five times as large. Measured 0.012 to 0.045 on three tasks, at the upper edge of 2e-4 to 2e-2 in each
-    # (docs/quality.md), so the range ends at 0.063.
+    # five times as large. Measured 0.012 to 0.045 on three tasks, each time after an extension of 2e-4 to
+    # 2e-2 (docs/quality.md), so the range ends at 0.063.
     "Muon": LrPrior(4e-3, 0.8, 1.2),
     "NorMuon": LrPrior(4e-3, 0.8, 1.2),
     # Adam's, in another basis; 3e-3 is its authors' choice for language models.
