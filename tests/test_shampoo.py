@@ -226,7 +226,7 @@ def test_a_root_that_fails_stays_as_it_was(caplog: pytest.LogCaptureFixture) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("size", [5, 31])  # of an odd size every other one is where the processor's vectors do not begin
+@pytest.mark.parametrize("size", [5, 31])  # of an odd size every other one is not aligned
 def test_newton_on_a_matrix_does_not_depend_on_its_stack(size: int, dtype: torch.dtype) -> None:
     """They converge at different paces: bit by bit what each gives alone, also in an order of another process."""
     stack = torch.cat([symmetric(torch.logspace(-decades, 0, size, dtype=dtype), 1) for decades in (6, 0, 3, 1, 5)])

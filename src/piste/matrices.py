@@ -118,9 +118,7 @@ def _symmetric_products(
     return out
 
 
-def outer(
-    rows: Tensor, out: Tensor, *, plus: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0
-) -> Tensor:
+def outer(rows: Tensor, out: Tensor, *, plus: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0) -> Tensor:
     """``beta * plus + alpha * X X^T`` for each X of a stack, into ``out``: matrices with any leading axes, in order."""
     plus = out if plus is None else plus
     if not _halves(rows.shape[-2], rows.device):
@@ -297,7 +295,7 @@ def root_by_eigen(stack: Tensor, exponent: float, eps: float, *, relative: bool)
 
 
 def largest_eigenvalue(stack: Tensor, steps: int = 100, tolerance: float = 1e-6) -> Tensor:
-    """By power iteration from the longest column, which cannot be orthogonal to the eigenvector; each until it rests."""
+    """By power iteration from the longest column, which cannot be orthogonal to the eigenvector; each stops alone."""
     longest = stack.square().sum(-2).argmax(-1)
     v = stack.gather(-1, longest[:, None, None].expand(-1, stack.shape[-1], 1))
     value = stack.new_zeros(len(stack))
