@@ -29,7 +29,8 @@ from piste.engines.kernel import Pass, host_numbers, is_small, single, spread
 from piste.engines.native import Built, Native, Step, native_passes, plain_homes
 from piste.engines.tables import Stacked, Table, column
 from piste.engines.triton_codecs import unit
-from piste.engines.triton_source import RESULTS, TILE, TYPES, write
+from piste.engines.triton_source import RESULTS, TILE, write
+from piste.engines.triton_values import TYPES
 from piste.plan import Plan
 from piste.symbol import ALL, FULL, Kind, Sym, compile_host
 

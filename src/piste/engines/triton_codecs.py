@@ -18,7 +18,7 @@ import torch
 from piste.codecs import STRIDE, Codec
 from piste.engines.lane_text import Syntax, TextLanes
 
-__all__ = ["decoded", "encoded", "places", "triton_types", "unit", "whole_places"]
+__all__ = ["decoded", "encoded", "places", "scattered_places", "triton_types", "unit", "whole_places"]
 
 _TYPES = {
     torch.int8: "tl.int8",
@@ -91,6 +91,19 @@ def whole_places(codecs: Mapping[str, Codec], tile: int) -> list[str]:
             f"first = number * {tile} + lane // {block} * {block}",
             f"side = lane % {block} // {block // 2}",
             f"seat = lane % {block // 2}",
+        ]
+    return lines
+
+
+def scattered_places(codecs: Mapping[str, Codec]) -> list[str]:
+    """The same for elements anywhere in their rows."""
+    lines = ["line = at // row", "col = at % row"] if codecs else []
+    for block in {codec.block for codec in codecs.values() if codec.packed}:
+        lines += [
+            f"first = col // {block} * {block}",
+            f"half = (tl.minimum(row - first, {block}) + 1) // 2",
+            "side = ((col - first) >= half).to(tl.int32)",
+            "seat = col - first - side * half",
         ]
     return lines
 
