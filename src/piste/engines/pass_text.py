@@ -8,7 +8,10 @@ from piste.codecs import Codec
 from piste.engines.kernel import Column, Pass, all_columns, coded, is_divided, single, spread
 from piste.symbol import Sym
 
-__all__ = ["OPERATIONS", "PassWriter"]
+__all__ = ["OPERATIONS", "PHASE", "ROW", "PassWriter"]
+
+#: what a pass over codes has besides its tensors: the length of rows, and where the thresholds of rounding begin
+ROW, PHASE = Column("row", ""), Column("phase", "")
 
 #: operations of elements that C++, Triton and Python have the same text for
 OPERATIONS = {
@@ -49,6 +52,11 @@ class PassWriter:
         self.columns = all_columns(one, codecs)
         self.codecs = coded(one, codecs)
         self.single, self.spread = single(one), spread(one)
+
+    @property
+    def geometry(self) -> int:
+        """The first column after those of the pass: sizes and strides of axes."""
+        return self.fixed_columns + len(self.columns)
 
     def place(self, column: Column) -> int:
         """Which column of the table has this argument. Symbols compare by identity only: ``==`` makes a symbol."""

@@ -16,6 +16,7 @@ import torch
 
 from piste.codecs import Codec
 from piste.engines.kernel import Column, Pass, host_numbers, is_small, spread
+from piste.engines.pass_text import PHASE, ROW
 from piste.engines.triton_codecs import encoded, places, scattered_places, whole_places
 from piste.engines.triton_values import TYPES, Values
 from piste.plan import Plan
@@ -28,7 +29,6 @@ TILE = 1024
 #: results of a reduction that a program works on, and how many elements at a time it goes along
 RESULTS, ALONG = 32, 64
 
-ROW, PHASE = Column("row", ""), Column("phase", "")
 #: sizes and counts are no part of what is compiled
 _HEAD = "@triton.jit(do_not_specialize=['n', 'axes', 'tiles'])"
 _ARGUMENTS = "table, n, axes, host, map, tiles, parts, ALIGNED: tl.constexpr"

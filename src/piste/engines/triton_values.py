@@ -87,10 +87,10 @@ class Values(PassWriter):
 
     # axes ------------------------------------------------------------------------------------------------------------
     def size(self, axis: int | str) -> str:
-        return f"tl.load(table + ({self.fixed_columns + len(self.columns)} + {axis}) * n + w)"
+        return f"tl.load(table + ({self.geometry} + {axis}) * n + w)"
 
     def stride(self, axis: int | str) -> str:
-        return f"tl.load(table + ({self.fixed_columns + len(self.columns)} + axes + {axis}) * n + w)"
+        return f"tl.load(table + ({self.geometry} + axes + {axis}) * n + w)"
 
     def offset(self, keep: tuple[int, ...]) -> str:
         """Where the number for the elements at ``at`` lies in a tensor that has these axes only."""
