@@ -38,7 +38,7 @@ class Loops(Statements):
     ) -> None:
         super().__init__(one, numbers, inverses, types, codecs)
         self.name, self.by_shape = name, by_shape
-        full = sum(c.source == "home" and self.example(str(c.key)).kind == one.space for c in self.columns)
+        full = sum(c.source == "home" and one.kind_of(c) == one.space for c in self.columns)
         self.rows = max(2, _STREAMS // max(1, full))
 
     def patterns(self) -> list[tuple[int, ...]]:

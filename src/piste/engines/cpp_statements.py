@@ -114,9 +114,7 @@ class Statements(PassWriter):
         return self.pattern[self.axes.index(sym.kind.keep)]
 
     def pointer(self, i: int, column: Column) -> None:
-        key = column.key
-        sym = key if isinstance(key, Sym) else self.example(key)
-        kind = sym.kind
+        key, kind = column.key, self.one.kind_of(column)
         stored = self.types[key] if isinstance(key, str) else "R"
         if column.source == "partial" and kind != self.one.space:
             return
@@ -130,11 +128,6 @@ class Statements(PassWriter):
         self.before.append(
             f"{stored}* __restrict c{i}{self.row} = ({stored}*)T[{self.fixed_columns + i} * n + w]{offset};"
         )
-
-    def example(self, home: str) -> Sym:
-        """A symbol that is read from or written to this home."""
-        written = self.one.writes.get(home)
-        return written if written is not None else next(s for s, h in self.one.loads.items() if h == home)
 
     def load(self, sym: Sym, home: str) -> None:
         name = self.names[sym] = f"x{len(self.names)}{self.row}"

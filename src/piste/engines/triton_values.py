@@ -132,7 +132,9 @@ class Values(PassWriter):
         place = self.place(column)
         if place not in self.pointers:
             name = self.pointers[place] = f"p{place - self.fixed_columns}"
-            self.body += [f"{name} = {self.address(column)}", "if ALIGNED:", f"    {name} = tl.multiple_of({name}, 16)"]
+            self.body.append(f"{name} = {self.address(column)}")
+            if self.one.kind_of(column) == self.one.space:
+                self.body += ["if ALIGNED:", f"    {name} = tl.multiple_of({name}, 16)"]
         return self.pointers[place]
 
     def address(self, column: Column) -> str:
