@@ -17,7 +17,7 @@ import linecache
 import logging
 import struct
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple, TypeVar
 
@@ -126,7 +126,8 @@ class Triton(Native):
             _hold_gradients(bucket)
             numbers = [number for row in bucket.rows for number in held.kernels.inputs(row)]
             upload = _once(bucket, "numbers", lambda: Upload(bucket.device))
-            host = upload.send(numbers, lambda: torch.tensor(numbers or [0.0], dtype=bucket.dtype), stream)
+            whole = partial(torch.tensor, numbers or [0.0], dtype=bucket.dtype, device="cpu")
+            host = upload.send(numbers, whole, stream)
             bucket.seats.kept["triton.numbers"] = host
 
     def launch(self, bucket: Bucket, table: Table, inputs: Any, step: Step) -> None:

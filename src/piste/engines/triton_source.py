@@ -113,6 +113,7 @@ class _Tiles(Values):
                     rest = self.pointer(Column("rest", str(key))) if self.codecs[str(key)].rest is not None else ""
                     encoded(self.codecs[str(key)], value, self.pointer(column), rest, TILE, self.body)
                 else:
+                    value = f"to_bf16({value})" if self.homes[str(key)] == torch.bfloat16 else value
                     self.body.append(f"tl.store({self.pointer(column)} + at, {value}, mask=live)")
             elif column.source == "kept" and isinstance(key, Sym):
                 self.body.append(f"tl.store({self.pointer(column)} + at, {self.whole(self.names[key])}, mask=live)")

@@ -43,9 +43,10 @@ def result_tiles(bucket: Bucket, table: Table, space: Kind, kind: Kind) -> Tiles
 
 
 def _tiles(counts: Sequence[int], device: torch.device) -> Tiles:
-    first = torch.tensor([0, *accumulate(counts)])
-    weight = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    number = torch.arange(len(weight)) - first[weight]
+    with torch.device("cpu"):
+        first = torch.tensor([0, *accumulate(counts)])
+        weight = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        number = torch.arange(len(weight)) - first[weight]
     return Tiles(len(weight), torch.cat((weight, number)).to(device), first.to(device))
 
 

@@ -38,7 +38,8 @@ def _event() -> Any:
 
 def _piece(like: Tensor, device: torch.device) -> Piece:
     cuda = device.type == "cuda"
-    return Piece(torch.empty(like.shape, dtype=like.dtype, pin_memory=cuda), _event() if cuda else None)
+    memory = torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=cuda)
+    return Piece(memory, _event() if cuda else None)
 
 
 class Upload:
@@ -55,7 +56,7 @@ class Upload:
         self.device = device
         self.stream = 0
         self.known: Any = None
-        self.there = torch.empty(0)
+        self.there = torch.empty(0, device="cpu")
         self.pieces: deque[Piece] = deque()
         self.times = 0
 
