@@ -17,11 +17,12 @@ from piste.engines import triton as engine
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, which nothing above does
 
+#: numpy's words for what kernels do on purpose, on lanes whose result nobody takes
+ON_IDLE_LANES = "(divide by zero|invalid value|overflow) encountered"
 #: what a file of tests that run kernels in the interpreter puts on all of them
 MARKS = [
     pytest.mark.skipif(not engine.works_on(torch.device("cpu")), reason="Triton is for Linux, or not interpreted"),
-    # numpy's word for what kernels do on purpose, on lanes whose result nobody takes
-    pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow) encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings(f"ignore:{ON_IDLE_LANES}:RuntimeWarning"),
 ]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import interpreter
@@ -128,7 +127,7 @@ class Event:
 
 
 @pytest.fixture
-def events(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Event]]:
+def events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
     made: list[Event] = []
 
     def piece(like: torch.Tensor, device: torch.device) -> triton_upload.Piece:
@@ -136,7 +135,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Event]]:
         return triton_upload.Piece(torch.empty_like(like), made[-1])
 
     monkeypatch.setattr(triton_upload, "_piece", piece)
-    yield made
+    return made
 
 
 def test_pinned_memory_is_used_again_when_the_device_has_taken_it(events: list[Event]) -> None:
