@@ -108,14 +108,16 @@ from piste.engines import triton as engine
 from piste.engines.native import native_passes
 
 name, options = sys.argv[1], dict(word.split("=") for word in sys.argv[2:])
-weight = torch.nn.Parameter(torch.randn(64, 80))
+options |= {k: int(v) for k, v in options.items() if k == "total_steps"}
+dtype = torch.bfloat16 if "weights" in options else torch.float32
+weight = torch.nn.Parameter(torch.randn(64, 80).to(dtype))
 optimizer = getattr(piste, name)([weight], engine="cpp", **options)
 for _ in range(3):
     weight.grad = torch.randn_like(weight)
     optimizer.step()
 (part,) = next(iter(optimizer._roster.layouts.values()))
 seats = part.seats
-homes = {home: own[0].dtype for home, own in seats.homes.items() if home not in seats.encoded} | {"g": torch.float32}
+homes = {home: own[0].dtype for home, own in seats.homes.items() if home not in seats.encoded} | {"g": dtype}
 text = engine.write(seats.plan, native_passes(seats.plan), torch.float32, homes, seats.codecs)
 signature = {"table": "*i64", "n": "i32", "axes": "i32", "host": "*fp32", "map": "*i64", "tiles": "i32",
              "parts": "*fp64", "ALIGNED": "constexpr"}
@@ -129,7 +131,14 @@ for kernel, function in engine._loaded(text).items():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", ["AdamW", "AdamW state=4bit", "Lamb", "Adafactor", "SM3"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "AdamW", "AdamW state=8bit", "AdamW state=4bit", "AdamW state=bf16", "AdamW weights=remainder",
+        "Lion state=4bit weights=kahan", "SGD weights=stochastic", "Lamb", "Adafactor", "SM3", "Ranger21 total_steps=9",
+        "MADGRAD", "Prodigy",
+    ],
+)  # fmt: skip
 def test_kernels_compile_for_a_gpu(words: str, tmp_path: Path) -> None:
     """Down to machine code for an H100; whole tiles are read and written four numbers at a time."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}

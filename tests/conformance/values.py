@@ -58,9 +58,10 @@ def follow_formula(subject: Subject, engine: str, problem: Problem) -> None:
 def engines_agree(subject: Subject, engine: str) -> None:
     """Float32, against the reference. One float32 ulp is 1.2e-7; fourteen steps of a dozen operations stay within
     some tens of ulps of the largest number involved, and 2e-5 is the smallest bound that leaves room for division
-    by small roots. Triton and C++ say the same: where nothing is added up over a weight, to the last bit."""
+    by small roots. Triton and C++ say the same: where nothing is added up over a weight, and no cube
+    root is drawn (everybody has his own), to the last bit."""
     ours = follow_reference(subject, engine, at_length(engine))
-    if engine == "triton" and not subject.reduces:
+    if engine == "triton" and not subject.reduces and subject.name != "MADGRAD":
         native, _ = trained(subject, "cpp", at_length(engine), torch.float32)
         assert_identical(*([p.detach() for p in params] for params in (ours, native)))
 
