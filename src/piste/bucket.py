@@ -107,11 +107,14 @@ class Bucket:
 
     @cached_property
     def _table(self) -> tuple[list[Row], list[int]]:
-        graph = self.plan.graph
+        graph, groups, steps = self.plan.graph, self.seats.groups, self.steps
+        alike = groups.count(groups[0]) == len(groups) and (not graph.by_step or steps.count(steps[0]) == len(steps))
+        if alike and not graph.by_shape:
+            return [Row(self.hp[groups[0]], steps[0], self.seats.shapes[0])], [0] * len(steps)
         rows: list[Row] = []
         places: list[int] = []
         known: dict[Any, int] = {}
-        for group, step, shape in zip(self.seats.groups, self.steps, self.seats.shapes, strict=True):
+        for group, step, shape in zip(groups, steps, self.seats.shapes, strict=True):
             key = group, step if graph.by_step else 0, shape if graph.by_shape else ()
             if key not in known:
                 known[key] = len(rows)

@@ -113,7 +113,8 @@ def _give_tallies(buckets: Sequence[Bucket]) -> None:
             sums[sym.attr] = sums.get(sym.attr, 0.0) + sum(numbers[i] for i in bucket.row_of)
     for bucket in buckets:
         for sym, _ in bucket.plan.tallies:
-            bucket.values[sym] = [torch.tensor(sums[sym.attr], device=bucket.device, dtype=bucket.dtype)]
+            # filled on the device: copying one number there would wait for it
+            bucket.values[sym] = [torch.full((), sums[sym.attr], device=bucket.device, dtype=bucket.dtype)]
 
 
 def _complete_reductions(buckets: list[Bucket], totals: dict[str, Tensor]) -> None:
@@ -136,7 +137,8 @@ def _complete_reductions(buckets: list[Bucket], totals: dict[str, Tensor]) -> No
                 bucket.values[sym] = partial
     for name, parts in shares.items():
         dtype = torch.float64 if any(x.dtype == torch.float64 for x in parts) else torch.float32
-        totals[name] = torch.stack([x.to(parts[0].device, dtype) for x in parts]).sum()
+        # in the order of size, so that the order of buckets plays no part
+        totals[name] = torch.stack([x.to(parts[0].device, dtype) for x in parts]).sort().values.sum()
     for bucket in buckets:
         for sym in bucket.partials:
             if sym.kind == ALL:
