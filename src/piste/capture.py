@@ -42,6 +42,12 @@ def check_group(owner: str, group: Mapping[str, Any], *, numbers_on_host: bool) 
             f"{owner} got capturable=True, and works out numbers of its groups on the host in every step (a schedule "
             "of its own, a running average, an estimate); legal: False"
         )
+    for name, legal in (("state", ("fp32",)), ("weights", ("plain", "kahan", "remainder"))):
+        if group[name] not in legal:
+            raise ValueError(
+                f"{owner} got capturable=True with {name}={group[name]!r}, whose thresholds of rounding move with a "
+                f"step number on the host; legal: {', '.join(map(repr, legal))}"
+            )
     for p in group["params"]:
         if is_sharded(p):
             raise ValueError(f"{owner} got capturable=True for a sharded weight; legal: False, or weights that are whole")
@@ -63,10 +69,12 @@ def refuse_opaque(owner: str, graph: Graph) -> None:
     """Refuse a rule that calls functions of whole matrices."""
     for sym in topological(graph.outputs.values()):
         if sym.op == "opaque":
-            name = getattr(sym.attr[0], "__name__", type(sym.attr[0]).__name__)
+            function = getattr(sym.attr[0], "call", sym.attr[0])
+            while hasattr(function, "func"):
+                function = function.func
             raise ValueError(
-                f"{owner} got capturable=True, and its rule calls {name!r}, a function of whole matrices that the host "
-                "leads; legal: False"
+                f"{owner} got capturable=True, and its rule calls {function.__name__!r}, a function of whole matrices "
+                "that decides on the host; legal: False"
             )
 
 

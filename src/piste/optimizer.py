@@ -258,7 +258,7 @@ class Optimizer(torch.optim.Optimizer):
             check_choice(option, self._options[option], legal)
         self._sharing = Sharing(check_distribute(name, self._options.pop("distribute")))
         self._engine_name = _engine_name(self._options)
-        if self._options["capturable"]:
+        if self.capturable:
             capture.check_engine(name, self._engine_name, self._options["nonfinite"])
         group_options = {k: v for k, v in options.items() if k in _GROUP_OPTIONS}
         defaults = {**_GROUP_OPTIONS, **defaults, **group_options}
@@ -269,11 +269,11 @@ class Optimizer(torch.optim.Optimizer):
         self._finish()
 
     def _finish(self) -> None:
-        if self._options["amp_unscale"] or self._options["capturable"]:
+        if self._options["amp_unscale"] or self.capturable:
             self._step_supports_amp_scaling = True
         self._counters: Counters | None = None
         self._recorded: list[Any] = []  # what recorded steps refer to, for as long as somebody may replay them
-        for group in self.param_groups if self._options["capturable"] else ():
+        for group in self.param_groups if self.capturable else ():
             capture.place_numbers(group)
         self.last_step = LastStep(self, {}, None, skipped=False)
         self._roster = Roster([])
@@ -344,7 +344,7 @@ class Optimizer(torch.optim.Optimizer):
         if "state" in group:
             self._chosen.append(len(self.param_groups))
         super().add_param_group(group)
-        if self._options["capturable"]:
+        if self.capturable:
             self._make_capturable(self.param_groups[-1])
 
     def _make_capturable(self, group: dict[str, Any]) -> None:
@@ -396,6 +396,11 @@ class Optimizer(torch.optim.Optimizer):
         raise ValueError(f"full_precision got a tensor of shape {tuple(p.shape)} that is in no group of this optimizer")
 
     @property
+    def capturable(self) -> bool:
+        """Can a CUDA graph record its steps? See :class:`EngineOptions`."""
+        return bool(self._options["capturable"])
+
+    @property
     def _hyper_defaults(self) -> dict[str, Any]:
         return {k: v for k, v in self.defaults.items() if k != "differentiable"}  # torch puts that one in
 
@@ -422,7 +427,7 @@ class Optimizer(torch.optim.Optimizer):
         process each. Of sharded weights they come sharded, for ``torch.distributed.checkpoint``; of others, whole.
         """
         packed = super().state_dict()
-        if self._options["capturable"]:
+        if self.capturable:
             state = {n: {**own, "step": int(own["step"])} if "step" in own else own for n, own in packed["state"].items()}
             packed |= {"state": state, "param_groups": list(map(capture.plain_numbers, packed["param_groups"]))}
         matrices = whole_matrices(self._roster.members)
@@ -502,7 +507,7 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._options["capturable"]:
+        if self.capturable:
             self._step_on_device()
             return loss
         if recording():
@@ -576,7 +581,7 @@ class Optimizer(torch.optim.Optimizer):
         self, advanced: Sequence[Mapping[str, Any]], *, scaled: bool
     ) -> tuple[list[Tensor | None], list[dict[str, float]]]:
         """The gradients of all weights and the numbers of all groups; the roster is brought up to date."""
-        known, capturable = self._hyper_defaults, self._options["capturable"]
+        known, capturable = self._hyper_defaults, self.capturable
         groups = [
             _split({**g, **new} if new else g, known, self.shaping, device=capturable)
             for g, new in zip(self.param_groups, advanced, strict=True)

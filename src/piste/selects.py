@@ -141,8 +141,8 @@ class _Reading:
 
     def with_numbers(self, sym: Sym, new: Mapping[Sym, Sym]) -> Sym:
         moving = {a for a in sym.args if a.kind == HOST and moves(a, self.device)}
-        if moving and sym.op in ("opaque", "tally"):
-            raise LanguageError(f"{sym.op} takes {moving.pop()!r}, which changes with the step, from the host")
+        if moving and sym.op == "tally":
+            raise LanguageError(f"tally({sym.attr!r}) adds {moving.pop()!r}, which changes with the step, on the host")
         op, args = sym.op, list(sym.args)
         if op == "div" and args[1] in moving:  # kernels multiply by one over a number, too
             op, args[1] = "mul", self.trace.node("div", (self.constant(1.0), args[1]))
