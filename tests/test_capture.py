@@ -256,8 +256,9 @@ def test_a_schedule_builds_nothing_new() -> None:
 # Overflow
 
 
-@pytest.mark.parametrize("engine", ["reference", "foreach", "cpp"])
-@pytest.mark.parametrize("name", ["AdamW", "Ranger", "Lamb"])
+@pytest.mark.parametrize(
+    ("name", "engine"), [("AdamW", "cpp"), ("AdamW", "foreach"), ("Ranger", "reference"), ("Lamb", "reference")]
+)
 def test_grad_scaler(name: str, engine: str) -> None:
     """torch's own, in every detail the same as for a step that the host leads: scale, weights, states, step numbers."""
 
@@ -267,7 +268,7 @@ def test_grad_scaler(name: str, engine: str) -> None:
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=4)
         for step in range(12):
             for number, p in enumerate(params):
-                p.grad = gradient(p, step, number) * scaler.get_scale()
+                p.grad = scaler.scale(gradient(p, step, number))
                 if step in (3, 4, 8):
                     p.grad.view(-1)[0] = torch.inf
             before = [p.detach().clone() for p in params], copy.deepcopy(optimizer.state_dict()["state"])
@@ -286,7 +287,7 @@ def test_grad_scaler(name: str, engine: str) -> None:
     assert_close(ours, theirs, 2e-6)
 
 
-@pytest.mark.parametrize("engine", ["reference", "foreach", "cpp"])
+@pytest.mark.parametrize("engine", ["reference", "foreach"])
 def test_found_inf_is_heeded_on_the_tape(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     params = parameters()
     optimizer = piste.Ranger(params, lr=0.01, engine=engine, capturable=True)
@@ -348,12 +349,11 @@ def test_optimizers_that_decide_on_the_host(name: str) -> None:
         ({"engine": "compile"}, "engine='compile', which sends numbers"),
         ({"nonfinite": "skip"}, "nonfinite='skip', which waits for the device"),
         ({"state": "8bit"}, "state='8bit', whose thresholds"),
-        ({"lr": torch.tensor(0.1, device="meta")}, "lr"),
     ],
     ids=str,
 )
 def test_options_that_need_the_host(options: dict[str, Any], reason: str) -> None:
-    with pytest.raises((ValueError, NotImplementedError, RuntimeError), match=reason):
+    with pytest.raises(ValueError, match=reason):
         piste.AdamW(parameters(), capturable=True, **options)
 
 
@@ -362,7 +362,7 @@ def test_wrappers_that_count_on_the_host() -> None:
         with pytest.raises(ValueError, match=rf"{wrap.__name__} got a AdamW with capturable=True"):
             wrap(piste.AdamW(parameters(), capturable=True))
     with pytest.raises(ValueError, match="Graft got a AdamW with capturable=True"):
-        piste.Graft(piste.SGD(ps := parameters()), piste.AdamW(ps, capturable=True))
+        piste.Graft(piste.SGD(ps := parameters()), piste.AdamW(ps, weight_decay=0.0, capturable=True))
 
 
 def test_a_missing_gradient() -> None:
@@ -444,17 +444,33 @@ def test_copies_go_on_by_themselves(copied: Callable[[Any], Any]) -> None:
     assert_close([p.detach() for p in params], [p.detach() for p in twins], 0.0)
 
 
-def test_a_tape_counts_on_from_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Step numbers stay where they are when a state is loaded."""
-    _, optimizer = replayed(lambda ps: piste.AdamW(ps, engine="reference", capturable=True), 5, monkeypatch)
-    (counts,) = optimizer._counters.counts.values()  # type: ignore[union-attr]
-    saved = copy.deepcopy(optimizer.state_dict())
-    for entries in saved["state"].values():
-        entries["step"] = 40
-    optimizer.load_state_dict(saved)
-    give_gradients([p for g in optimizer.param_groups for p in g["params"]], 5)
+def test_a_tape_goes_on_from_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is loaded goes into the tensors that the recorded step knows."""
+    params = parameters()
+    optimizer = piste.Ranger(params, lr=0.01, engine="reference", capturable=True)
+    saved: Any = None
+    for step in range(9):
+        if step == 5:
+            saved = copy.deepcopy(optimizer.state_dict()), [p.detach().clone() for p in params]
+        give_gradients(params, step)
+        if step == 3:
+            with taped(monkeypatch) as tape:
+                optimizer.step()
+        elif step > 3:
+            tape.play()
+        else:
+            optimizer.step()
+    end = [p.detach().clone() for p in params]
+    optimizer.load_state_dict(saved[0])
+    for p, q in zip(params, saved[1], strict=True):
+        p.detach().copy_(q)
+    for step in range(5, 9):
+        give_gradients(params, step)
+        tape.play()
+    assert_close([p.detach() for p in params], end, 0.0)
+    give_gradients(params, 9)
     optimizer.step()
-    assert counts.tolist() == [41] * 3
+    assert {int(state["step"]) for state in optimizer.state.values()} == {10}
 
 
 @pytest.mark.parametrize("capturable", [False, True])

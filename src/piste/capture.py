@@ -15,7 +15,14 @@ from piste.sharding import is_sharded
 from piste.symbol import topological
 from piste.variants import Graph
 
-__all__ = ["check_engine", "check_group", "on_device", "place_numbers", "plain_numbers", "refuse_missing", "refuse_opaque"]
+__all__ = [
+    "check_engine",
+    "check_group",
+    "on_device",
+    "place_numbers",
+    "refuse_missing",
+    "refuse_opaque",
+]
 
 #: the numbers of a group that are put on the device; others may be given as tensors
 PLACED = ("lr", "weight_decay")
@@ -50,7 +57,9 @@ def check_group(owner: str, group: Mapping[str, Any], *, numbers_on_host: bool) 
             )
     for p in group["params"]:
         if is_sharded(p):
-            raise ValueError(f"{owner} got capturable=True for a sharded weight; legal: False, or weights that are whole")
+            raise ValueError(
+                f"{owner} got capturable=True for a sharded weight; legal: False, or weights that are whole"
+            )
         if p.device.type not in ("cuda", "cpu"):
             raise ValueError(
                 f"{owner} got capturable=True for a weight on {str(p.device)!r}; legal: weights on CUDA devices (or on "
@@ -87,8 +96,45 @@ def place_numbers(group: dict[str, Any]) -> None:
             group[name] = torch.tensor(float(value), dtype=torch.float64, device=device)
 
 
-def plain_numbers(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The group with Python's numbers in the place of tensors: for saving."""
+def saved(packed: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dictionary with Python's numbers in the place of those on the device."""
+    state = {
+        number: {**entries, "step": int(entries["step"])} if "step" in entries else entries
+        for number, entries in packed["state"].items()
+    }
+    return {**packed, "state": state, "param_groups": [_plain_numbers(group) for group in packed["param_groups"]]}
+
+
+def loaded_in_place(
+    state: Mapping[Tensor, dict[str, Any]],
+    groups: Sequence[Mapping[str, Any]],
+    loaded: Mapping[Tensor, dict[str, Any]],
+    new_groups: Sequence[dict[str, Any]],
+) -> None:
+    """Put what was loaded into the tensors that are there, so that a step recorded before goes on from it.
+
+    Args:
+        state: the states that are there.
+        groups: the groups that are there.
+        loaded: states to load; what fits is written and exchanged for the tensor it was written to.
+        new_groups: their groups.
+    """
+    for own, new in [
+        *((state.get(p, {}), entries) for p, entries in loaded.items()),
+        *zip(groups, new_groups, strict=True),
+    ]:
+        for name, value in new.items():
+            here = own.get(name)
+            if not isinstance(here, Tensor):
+                continue
+            if isinstance(value, Tensor) and (value.shape, value.dtype) == (here.shape, here.dtype):
+                new[name] = here.copy_(value)
+            elif isinstance(value, (int, float)) and not here.ndim:
+                new[name] = here.fill_(value)
+
+
+def _plain_numbers(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The group with Python's numbers in the place of tensors."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Tensor):

@@ -271,8 +271,9 @@ class Optimizer(torch.optim.Optimizer):
     def _finish(self) -> None:
         if self._options["amp_unscale"] or self.capturable:
             self._step_supports_amp_scaling = True
-        self._counters: Counters | None = None
-        self._recorded: list[Any] = []  # what recorded steps refer to, for as long as somebody may replay them
+        self._counters: Counters | None = getattr(self, "_counters", None)
+        # what recorded steps refer to, for as long as somebody may replay them
+        self._recorded: list[Any] = getattr(self, "_recorded", [])
         for group in self.param_groups if self.capturable else ():
             capture.place_numbers(group)
         self.last_step = LastStep(self, {}, None, skipped=False)
@@ -428,7 +429,9 @@ class Optimizer(torch.optim.Optimizer):
         """
         packed = super().state_dict()
         if self.capturable:
-            state = {n: {**own, "step": int(own["step"])} if "step" in own else own for n, own in packed["state"].items()}
+            state = {
+                n: {**own, "step": int(own["step"])} if "step" in own else own for n, own in packed["state"].items()
+            }
             packed |= {"state": state, "param_groups": list(map(capture.plain_numbers, packed["param_groups"]))}
         matrices = whole_matrices(self._roster.members)
         if matrices:
@@ -461,6 +464,9 @@ class Optimizer(torch.optim.Optimizer):
         for group in groups:
             self._check({k: v for k, v in group.items() if k not in ("params", "param_names")}, self._hyper_defaults)
             self._check_formats(group)
+        if self.capturable:
+            with torch.no_grad():
+                capture.loaded_in_place(self.state, self.param_groups, loaded, groups)
         self.__setstate__({"state": defaultdict(dict, loaded), "param_groups": groups})
         after_loading(self)
 

@@ -78,8 +78,7 @@ class Member(NamedTuple):
 
 
 class Sorted(NamedTuple):
-    """A step, ready to run: its buckets, and the step number that each weight will have taken, here or on the device.
-    """
+    """A step, ready to run: its buckets, and the step number that each weight will have taken (on the device: 0)."""
 
     buckets: list[Bucket]
     states: Sequence[dict[str, Any]]
@@ -169,7 +168,9 @@ class Roster:
             return []
         if key not in self.clocks:
             device_of = [self.counters.place[i][0] for i in active]
-            alike = [[i for i, d in zip(active, device_of, strict=True) if d == one] for one in dict.fromkeys(device_of)]
+            alike = [
+                [i for i, d in zip(active, device_of, strict=True) if d == one] for one in dict.fromkeys(device_of)
+            ]
             self.clocks[key] = [self.counters.clock(members) for members in alike]
         return self.clocks[key]
 
