@@ -502,3 +502,95 @@ def test_memory_that_moves_is_noticed(engine: str, capturable: bool) -> None:
             p.grad = None
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torch.compile
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
+def test_training_steps_that_are_compiled(inside: bool) -> None:
+    """With ``optimizer.step()`` outside of the compiled region, and inside, where the graph is broken."""
+
+    def train(*, compiled: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        optimizer = piste.Ranger(model.parameters(), lr=0.01)
+        inputs = torch.randn(16, 4)
+
+        def loss_of(x: Tensor) -> Tensor:
+            result: Tensor = model(x).square().mean()
+            return result
+
+        forward = torch.compile(loss_of, backend="aot_eager") if compiled and not inside else loss_of
+
+        def step() -> None:
+            optimizer.zero_grad()
+            forward(inputs).backward()
+            optimizer.step()
+
+        run = torch.compile(step, backend="aot_eager") if compiled and inside else step
+        for _ in range(8):
+            run()
+        return [p.detach() for p in model.parameters()]
+
+    assert_close(train(compiled=True), train(compiled=False), 1e-6)
+    torch.compiler.reset()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU
+
+
+def _on_gpu(*, engine: str, name: str, recorded: bool) -> list[Tensor]:
+    params = [torch.nn.Parameter(p.detach().cuda()) for p in parameters()]
+    optimizer = getattr(piste, name)(params, lr=0.01, engine=engine, capturable=recorded)
+    graph = torch.cuda.CUDAGraph() if recorded else None
+    side = torch.cuda.Stream()
+    for step in range(23):
+        set_rate(optimizer, 1 + step / 10)
+        give_gradients(params, step)
+        if graph is None or step < 2:
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                optimizer.step()
+            torch.cuda.current_stream().wait_stream(side)
+        else:
+            if step == 2:
+                with torch.cuda.graph(graph, stream=side):  # records, and runs nothing
+                    optimizer.step()
+            graph.replay()
+    torch.cuda.synchronize()
+    assert {int(state["step"]) for state in optimizer.state.values()} == {23}
+    return [p.detach() for p in params]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("engine", ["triton", "foreach"])
+@pytest.mark.parametrize("name", ["AdamW", "RAdam", "Ranger", "Lamb"])
+def test_a_cuda_graph_replays(name: str, engine: str) -> None:
+    """Recorded once after two steps on a side stream, and replayed 21 times under a schedule."""
+    both = (_on_gpu(engine=engine, name=name, recorded=recorded) for recorded in (True, False))
+    assert_close(*both, 2e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_gradients_are_let_go_of_early() -> None:
+    """On a side stream, and memory that is given to others at once."""
+    params = [torch.nn.Parameter(torch.zeros(1 << 20, device="cuda")) for _ in range(4)]
+    optimizer = piste.SGD(params, lr=1.0, momentum=0.0, engine="triton")
+    side = torch.cuda.Stream()
+    for _ in range(5):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for p in params:
+            torch.full_like(p, torch.nan)
+    torch.cuda.current_stream().wait_stream(side)
+    assert all(torch.equal(p, torch.full_like(p, -5.0)) for p in params)
