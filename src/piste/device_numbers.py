@@ -22,7 +22,8 @@ __all__ = ["Clock", "Counters", "give_numbers", "recording", "restored", "stored
 
 def recording() -> bool:
     """Is a CUDA graph being recorded on this thread's current stream?"""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    begun = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return bool(begun and torch.cuda.is_current_stream_capturing())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

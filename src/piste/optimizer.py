@@ -429,10 +429,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         packed = super().state_dict()
         if self.capturable:
-            state = {
-                n: {**own, "step": int(own["step"])} if "step" in own else own for n, own in packed["state"].items()
-            }
-            packed |= {"state": state, "param_groups": list(map(capture.plain_numbers, packed["param_groups"]))}
+            packed = capture.saved(packed)
         matrices = whole_matrices(self._roster.members)
         if matrices:
             weights = [p for group in self.param_groups for p in group["params"]]
@@ -595,10 +592,11 @@ class Optimizer(torch.optim.Optimizer):
         weights = [p for group in self.param_groups for p in group["params"]]
         seeds = [group["seed"] for group in self.param_groups]
         on_device = [capture.on_device(hp) if capturable else None for _, hp in groups]
-        setting = scaled, self.measure_updates, self._instead, [statics for statics, _ in groups], seeds, on_device
         if capturable:
             self._ready(weights)
-            setting = *setting, self._skippable, id(self._counters)
+        flags = [statics for statics, _ in groups]
+        device = on_device, capturable and self._skippable, self._counters and id(self._counters)
+        setting = scaled, self.measure_updates, self._instead, flags, seeds, device
         if not self._current(weights, setting):
             formats = [Formats(g["state"], g["weights"], g["seed"]) for g in self.param_groups]
             members = [
@@ -692,8 +690,9 @@ class Optimizer(torch.optim.Optimizer):
         if key not in self._programs:
             pipeline = replace(self.pipeline(_Flags(statics)), instead=self.instead)
             flags = {k: v for k, v in statics if v is not Number}
-            options = {"watch": self.measure_updates, "device": device, "skippable": skippable}
-            variants = program(pipeline, flags, ndim, scaled=scaled, **options)
+            variants = program(
+                pipeline, flags, ndim, scaled=scaled, watch=self.measure_updates, device=device, skippable=skippable
+            )
             self._programs[key] = variants, pipeline.states
         return self._programs[key]
 

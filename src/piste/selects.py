@@ -103,7 +103,8 @@ class _Reading:
         self.outcomes += 1
         if self.outcomes > _MOST_OUTCOMES:
             raise LanguageError(f"a rule branches in more than {_MOST_OUTCOMES} ways on its step; capturable=False")
-        with _Outcome(self.row, nodes=self.nodes, device=self.device, prescribed=outcomes) as trace:
+        trace = _Outcome(self.row, nodes=self.nodes, device=self.device, prescribed=outcomes)
+        with trace:
             graph = self.read(trace)
         self.states |= graph.states
         self.path.update(trace.path)
