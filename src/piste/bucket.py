@@ -79,6 +79,7 @@ class Bucket:
             reductions over all weights (kind ``ALL``) and the inverse loss scale have a single entry.
         partials: results of the reductions of the stage that ran last, per weight (per bucket for kind ``ALL``).
         wholes: where weights are spread over a team, whole values of those owned here, in their order.
+        clock: of a step on the device, the step number of each weight; ``steps`` says nothing then.
     """
 
     seats: Seats
@@ -89,6 +90,7 @@ class Bucket:
     partials: dict[Sym, Any] = field(default_factory=dict)
     columns: list[float | list[float]] = field(default_factory=list)
     wholes: dict[Sym, list[Tensor]] = field(default_factory=dict)
+    clock: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.steps)

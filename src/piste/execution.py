@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from piste.bucket import Bucket, Engine
+from piste.device_numbers import give_numbers, restored, stored_before
 from piste.engines import cpp_build
 from piste.engines.compiled import Compiled
 from piste.engines.cpp import Cpp
@@ -53,6 +54,7 @@ def run(
     engine: Engine,
     *,
     inverse_scale: Tensor | None = None,
+    skip: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Take one step.
 
@@ -60,14 +62,19 @@ def run(
         buckets: the weights that step, as :meth:`Roster.sort` gave them.
         engine: see :func:`engine_for`.
         inverse_scale: what gradients are multiplied by as they are read, for rules traced with ``scaled=True``.
+        skip: on the device, whether nothing is to change (not 0), for rules traced with ``skippable=True``.
 
     Returns:
         The totals over all weights that the rules asked for, by name.
     """
     _give_tallies(buckets)
+    before = [stored_before(bucket) if skip is not None else {} for bucket in buckets]
     for bucket in buckets:
         if inverse_scale is not None:
-            _give_scale(bucket, inverse_scale)
+            _give(bucket, "inverse_scale", inverse_scale)
+        if skip is not None:
+            _give(bucket, "skip", skip)
+        give_numbers(bucket)
         engine.begin(bucket)
     totals: dict[str, Tensor] = {}
     under_way: dict[Bucket, Callable[[], None]] = {}
@@ -84,6 +91,9 @@ def run(
             if arrive is not None:
                 under_way[bucket] = arrive
         _complete_reductions(active, totals)
+    if skip is not None:
+        for bucket, copies in zip(buckets, before, strict=True):
+            restored(bucket, copies, skip)
     return totals
 
 
@@ -96,11 +106,12 @@ def _forget(bucket: Bucket, stage: int) -> None:
             bucket.wholes.pop(sym, None)
 
 
-def _give_scale(bucket: Bucket, inverse_scale: Tensor) -> None:
-    value = inverse_scale.to(bucket.device, bucket.dtype)
+def _give(bucket: Bucket, name: str, value: Tensor) -> None:
+    """A number for all weights, under the symbol of this name."""
+    value = value.to(bucket.device, bucket.dtype)
     for stage in bucket.plan.stages:
         for sym in stage.loads:
-            if sym.op == "inverse_scale":
+            if sym.op == name:
                 bucket.values[sym] = [value]
 
 
