@@ -496,7 +496,7 @@ class Optimizer(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
-    @torch._disable_dynamo  # in a compiled function the graph is broken here, and the step runs as it is
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # in a compiled function the graph is broken here, and the step runs as it is
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step.

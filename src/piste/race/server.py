@@ -77,7 +77,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     server: Server
     server_version, sys_version = "piste", ""
-    timeout = 10.0
+    timeout = 60.0  # for a whole answer, which a busy browser takes its time to read
 
     def do_GET(self) -> None:
         place = self._place()

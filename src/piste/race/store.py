@@ -167,7 +167,7 @@ class Store:
 
     def full(self, message: str) -> StoreError:
         """What to say of a run that found no space left where it wrote."""
-        return StoreError(f"a run of the race in {self.path} could not write what it wanted: {message}{_HINT}{self._kept()}")
+        return StoreError(f"a run of the race in {self.path} could not write: {message}{_HINT}{self._kept()}")
 
     def _kept(self) -> str:
         kept = len(list(self.runs.glob("*.json"))) if self.runs.is_dir() else 0
