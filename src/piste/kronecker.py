@@ -227,9 +227,9 @@ class Kronecker:
         """``kept`` of the factors so far and ``share`` of those sums."""
         layout = self.layout(stack.shape[1:])
         blocks = layout.taken_apart(stack)
-        flat = kept * before
-        for kind, axis, factors in layout.factors(flat):
-            outer(_rows(blocks[kind], axis), factors, beta=1.0, alpha=share)
+        flat = torch.empty_like(before)
+        for (kind, axis, factors), (_, _, old) in zip(layout.factors(flat), layout.factors(before), strict=True):
+            outer(_rows(blocks[kind], axis), factors, plus=old, beta=kept, alpha=share)
         return flat
 
     @costing(_products)

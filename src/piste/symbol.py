@@ -23,6 +23,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple, NoReturn
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Trace",
     "compile_host",
     "host_node",
+    "host_operation",
     "reduced",
     "topological",
     "traces_made",
@@ -316,6 +318,17 @@ def host_node(op: str, *args: Sym | float) -> Sym:
     syms = tuple(a if isinstance(a, Sym) else Sym("const", (), float(a), HOST) for a in args)
     folded = _folded(op, syms)
     return Sym(op, syms, None, HOST) if folded is None else folded
+
+
+@cache
+def host_operation(op: str) -> Callable[..., float]:
+    """What an operation means on Python's numbers."""
+    slots = [f"x{i}" for i in range(3)]
+    text = _HOST_TEXT[op].format(*slots)
+    space: dict[str, Any] = dict(HOST_SPACE)
+    exec(f"def operation({', '.join(f'{x}=None' for x in slots)}): return {text}", space)
+    function: Callable[..., float] = space["operation"]
+    return function
 
 
 def _lift(value: Any) -> Sym:

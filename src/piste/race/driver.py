@@ -12,29 +12,37 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Protocol
 
 from piste.race import progress, record
 from piste.race.budget import Pace
-from piste.race.executor import Death, Executor
+from piste.race.contenders import ContenderError
+from piste.race.executors import Death, Event, Executor
 from piste.race.inspection import TaskCard
-from piste.race.progress import Clock, Row, part_of
+from piste.race.limits import Limits
+from piste.race.progress import Clock, Row, duration, part_of
 from piste.race.protocol import TUNE_SEED, Plan, next_runs
-from piste.race.record import RunRecord
+from piste.race.record import RunRecord, StudyResult
 from piste.race.script import Script
-from piste.race.store import Store
+from piste.race.store import Store, full_disk
 from piste.race.task import TaskError
 from piste.race.training import new_record
+from piste.race.wishes import STOPPED, Add, Stop, Wish
 from piste.race.worker import Inspect, Progress, Refusal, Run
 
 _POLL_SECONDS = 0.1
 _PROBE_STEPS = 12  # of which the first five are warm-up
+_GRACE_SECONDS = 10.0  # after a wish to stop, for runs that are nearly over
 
 
 class InterruptedRaceError(Exception):
-    """The race was asked to stop; all finished runs are kept."""
+    """The race was asked to stop; all finished runs are kept, and ``result`` is what they say, if there are any."""
+
+    def __init__(self, result: StudyResult | None = None) -> None:
+        super().__init__("the race was asked to stop")
+        self.result = result
 
 
 class WorkerError(Exception):
@@ -80,12 +88,28 @@ class View(Protocol):
     def tick(self, state: State) -> None:
         """Time has passed."""
 
+    def wishes(self) -> Sequence[Wish]:
+        """What people have asked for since the last call."""
+
+    def said(self, words: str) -> None:
+        """What became of a wish."""
+
     def end(self) -> None:
         """No more runs, for whatever reason."""
 
 
 class Driver:
-    """Keeps the workers busy until no run is missing."""
+    """Keeps the workers busy until no run is missing.
+
+    Args:
+        plan: the race.
+        store: where its runs are kept.
+        view: shows it, and brings people's wishes.
+        executor: the workers.
+        stopped: whether it was asked to end.
+        script: what is raced in the place of tasks.
+        enlarged: the plan with one more optimizer, which is kept for ``--resume``; raises ``ContenderError``.
+    """
 
     def __init__(
         self,
@@ -95,8 +119,12 @@ class Driver:
         executor: Executor,
         stopped: Callable[[], bool],
         script: Script | None = None,
+        limits: Limits | None = None,
+        enlarged: Callable[[Plan, str], Plan] | None = None,
     ) -> None:
+        self.limits = limits or Limits()
         self.plan = plan
+        self.enlarged = enlarged
         self.script = script
         self.store = store
         self.view = view
@@ -106,18 +134,23 @@ class Driver:
         self.clock = Clock(executor.width)
         self.started = time.monotonic()
         self.since: dict[str, float] = {}
+        self.begun: set[str] = set()
         self.step: dict[str, int] = {}
         self._look()
 
     def run(self) -> None:
-        self.view.begin(self._state(), self.store.damaged)
         try:
+            self.view.begin(self._state(), self.store.damaged)
             while self._submit():
                 for event in self.executor.events(_POLL_SECONDS):
                     assert isinstance(event.job, Run)
                     self._handle(event.job, event.answer)
+                self._end_overdue()
+                for wish in self.view.wishes():
+                    self.view.said(self._stop(wish) if isinstance(wish, Stop) else self._add(wish))
                 self.view.tick(self._state())
                 if self.stopped():
+                    self._wind_down()
                     raise InterruptedRaceError
         finally:
             self.view.end()
@@ -134,25 +167,83 @@ class Driver:
                 self.executor.submit(run)
                 self.since[run.key.id] = time.monotonic()
                 self.step[run.key.id] = 0
+                self.begun.discard(run.key.id)
                 busy.add(run.key.id)
-        return bool(busy)
+        return bool(busy or self.missing)  # without a worker for them, they wait for one
+
+    def _end_overdue(self) -> None:
+        for job in self._running():
+            longest = self.limits.longest(self._expected(job))
+            if job.key.id in self.begun and time.monotonic() - self.since[job.key.id] > longest:
+                self.executor.stop(job, _too_long(longest))
+
+    def _wind_down(self) -> None:
+        """Start nothing more, and wait a little for runs that are nearly over; the others will be made again."""
+        deadline = time.monotonic() + _GRACE_SECONDS
+        self.view.said(f"stopping, once runs that are over within {_GRACE_SECONDS:g} s are; Ctrl-C again stops at once")
+        while any(self._seconds_to_go(job) < deadline - time.monotonic() for job in self._running()):
+            for event in self.executor.events(_POLL_SECONDS):
+                assert isinstance(event.job, Run)
+                self._handle(event.job, event.answer)
+            self.view.tick(self._state())
+
+    def _running(self) -> list[Run]:
+        return [job for job in self.executor.jobs if isinstance(job, Run)]
+
+    def _expected(self, job: Run) -> float | None:
+        """Seconds of a run as its like have taken; None where nothing is known of them."""
+        same = (row for row in self.rows if (row.card.name, row.contender.name) == (job.key.task, job.key.contender))
+        return self.clock.expected(next(same), job.key.steps) or None
+
+    def _seconds_to_go(self, job: Run) -> float:
+        gone = time.monotonic() - self.since[job.key.id]
+        done = part_of(self.step[job.key.id], job.key.steps)
+        if done:
+            return gone / done - gone
+        expected = self._expected(job)
+        return math.inf if expected is None else max(0.0, expected - gone)
 
     def _handle(self, job: Run, answer: object) -> None:
         key = job.key
         if isinstance(answer, Progress):
+            if not answer.step or key.id not in self.begun:
+                self.since[key.id] = time.monotonic()
+                self.begun.add(key.id)
             self.step[key.id] = answer.step
             return
         if isinstance(answer, Refusal):
             raise TaskError(answer.message)
         if isinstance(answer, Death):
-            answer = new_record(key, record.FAILED, answer.reason)
+            status = record.OUT_OF_MEMORY if answer.out_of_memory else record.FAILED
+            answer = new_record(key, status, answer.reason, machine=answer.machine)
         assert isinstance(answer, RunRecord)
+        if full_disk(answer.message):
+            raise self.store.full(answer.message)
         self.store.add(answer)
         self.records[key.id] = answer
         if key.phase in (record.TUNE, record.CONFIRM):
             self.clock.add(key.task, key.contender, time.monotonic() - self.since[key.id])
         self._look()
         self.view.finished(self._state(), answer)
+
+    def _stop(self, wish: Stop) -> str:
+        for job in self.executor.jobs:
+            if isinstance(job, Run) and job.key.id == wish.run:
+                self.executor.stop(job, STOPPED)
+                return f"stopped: {job.key.contender} on {job.key.task}, lr {job.key.lr:g}, seed {job.key.seed}"
+        return "nothing to stop: that run is over"
+
+    def _add(self, wish: Add) -> str:
+        if self.enlarged is None:
+            return "this race cannot grow"
+        before, known = self._state().total, len(self.plan.contenders)
+        try:
+            self.plan = self.enlarged(self.plan, wish.optimizer)
+        except ContenderError as error:
+            return f"not added: {error}"
+        self._look()
+        names = " and ".join(contender.name for contender in self.plan.contenders[known:])
+        return f"added: {names}; {self._state().total - before} more runs"
 
     def _look(self) -> None:
         """Derive from the records what is there and what is missing; only a new record changes either."""
@@ -161,21 +252,27 @@ class Driver:
         self.missing = [Run(card.reference, who, key, self.script) for card, who, key in missing]
 
     def _state(self) -> State:
-        running = [(job, self.step[job.key.id]) for job in self.executor.jobs if isinstance(job, Run)]
+        running = [(job, self.step[job.key.id]) for job in self._running()]
         done = {(job.key.task, job.key.contender): part_of(step, job.key.steps) for job, step in running}
         return State(self.plan, self.rows, running, self.started, self.clock.left(self.plan, self.rows, done))
 
 
 def inspect_tasks(
-    references: Sequence[str], device: str, executor: Executor, stopped: Callable[[], bool]
+    references: Sequence[str],
+    device: str,
+    executor: Executor,
+    stopped: Callable[[], bool],
+    limits: Limits | None = None,
 ) -> tuple[TaskCard, ...]:
     """Have the workers load and try every task."""
     waiting = [Inspect(reference, device) for reference in references]
     cards: dict[str, TaskCard] = {}
+    overdue = _Overdue(executor, limits or Limits())
     while len(cards) < len(references):
         while waiting and executor.idle:
             executor.submit(waiting.pop(0))
         for event in executor.events(_POLL_SECONDS):
+            overdue.note(event)
             if isinstance(event.answer, Refusal):
                 raise TaskError(event.answer.message) from WorkerError(event.answer.traceback)
             if isinstance(event.answer, Death):
@@ -185,6 +282,7 @@ def inspect_tasks(
                 )
             if isinstance(event.answer, TaskCard):
                 cards[event.job.reference] = event.answer
+        overdue.end()
         if stopped():
             raise InterruptedRaceError
     found = tuple(cards[reference] for reference in references)
@@ -195,13 +293,18 @@ def inspect_tasks(
     return found
 
 
-def measured_paces(plan: Plan, executor: Executor, stopped: Callable[[], bool]) -> dict[tuple[str, str], Pace]:
+def measured_paces(
+    plan: Plan, executor: Executor, stopped: Callable[[], bool], limits: Limits | None = None
+) -> dict[tuple[str, str], Pace]:
     """A few steps of every contender on every task, side by side as the runs will be."""
     waiting = [
         Run(
             card.reference,
             contender,
-            plan.key(card, contender, {"lr": contender.lr_center}, TUNE_SEED, record.TIME, _PROBE_STEPS),
+            # Of no machine: unlike timing passes, these are made everywhere.
+            replace(
+                plan.key(card, contender, {"lr": contender.lr_center}, TUNE_SEED, record.TIME, _PROBE_STEPS), machine=""
+            ),
         )
         for card in plan.cards
         for contender in plan.contenders
@@ -209,18 +312,45 @@ def measured_paces(plan: Plan, executor: Executor, stopped: Callable[[], bool]) 
     cards = {card.reference: card for card in plan.cards}
     paces: dict[tuple[str, str], Pace] = {}
     count = len(waiting)
+    overdue = _Overdue(executor, limits or Limits())
     while len(paces) < count:
         while waiting and executor.idle:
             executor.submit(waiting.pop(0))
         for event in executor.events(_POLL_SECONDS):
+            overdue.note(event)
             if isinstance(event.answer, Refusal):
                 raise TaskError(event.answer.message)
             if isinstance(event.answer, (RunRecord, Death)) and isinstance(event.job, Run):
                 card = cards[event.job.reference]
                 paces[card.reference, event.job.contender.name] = _pace(event.answer, card)
+        overdue.end()
         if stopped():
             raise InterruptedRaceError
     return paces
+
+
+class _Overdue:
+    """Ends what takes too long before the race: a task may hang where it is only tried."""
+
+    def __init__(self, executor: Executor, limits: Limits) -> None:
+        self.executor = executor
+        self.longest = limits.longest(0.0)
+        self.since: dict[int, float] = {}
+
+    def note(self, event: Event) -> None:
+        if not isinstance(event.answer, Progress):
+            self.since.pop(id(event.job), None)
+        elif not event.answer.step or id(event.job) not in self.since:
+            self.since[id(event.job)] = time.monotonic()
+
+    def end(self) -> None:
+        for job in self.executor.jobs:
+            if time.monotonic() - self.since.get(id(job), math.inf) > self.longest:
+                self.executor.stop(job, _too_long(self.longest))
+
+
+def _too_long(longest: float) -> str:
+    return f"took longer than {duration(longest)} (--timeout)"
 
 
 def _pace(answer: RunRecord | Death, card: TaskCard) -> Pace:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from piste.race import environment
 from piste.race.data import Splits, fingerprint, length, to_device, training_batches
 from piste.race.record import canonical_json
 from piste.race.task import LoadedTask, Task, TaskError
@@ -39,6 +40,7 @@ class TaskCard:
         examples: number of training, validation and report examples.
         step_seconds: wall time of one training step here, for the estimate of the race's duration.
         evaluation_seconds: wall time of one look at the validation split.
+        peak_bytes: memory that the worker's process needed for that, Python included; 0 where it is unknown.
     """
 
     reference: str
@@ -52,6 +54,7 @@ class TaskCard:
     examples: tuple[int, int, int]
     step_seconds: float
     evaluation_seconds: float
+    peak_bytes: int = 0
 
     def run_seconds(self, steps: int) -> float:
         """A guess of how long a run takes."""
@@ -109,6 +112,7 @@ def inspect_task(reference: str, task: Task, task_hash: str, splits: Splits, dev
         examples=(length(splits.train), length(splits.valid), length(splits.report)),
         step_seconds=step_seconds,
         evaluation_seconds=evaluation_seconds,
+        peak_bytes=environment.peak_bytes(device),
     )
 
 

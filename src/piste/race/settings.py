@@ -33,6 +33,8 @@ class Settings:
         arguments: of the script.
         metric: what its reports call the score.
         higher_is_better: direction of that.
+        on: where runs are made: ``"local"``, ``"ray"``, ``"ray://HOST:PORT"`` or ``"slurm"``.
+        workers: runs side by side; None for what that place has room for.
     """
 
     tasks: tuple[str, ...]
@@ -53,6 +55,8 @@ class Settings:
     arguments: tuple[str, ...] = ()
     metric: str = "loss"
     higher_is_better: bool = False
+    on: str = "local"
+    workers: int | None = None
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Settings:

@@ -294,8 +294,9 @@ def new_record(
     cost: Cost | None = None,
     test_loss: float | None = None,
     test_metric: float | None = None,
+    machine: dict[str, str] | None = None,
 ) -> RunRecord:
-    """A record made now, on this machine."""
+    """A record made now; on this machine, unless another is named."""
     return RunRecord(
         schema=record.SCHEMA,
         id=key.id,
@@ -306,7 +307,7 @@ def new_record(
         test_loss=test_loss,
         test_metric=test_metric,
         cost=cost or Cost.unknown(),
-        machine=environment.machine(key.device),
+        machine=machine or environment.machine(key.device),
         created=environment.now(),
     )
 
