@@ -28,8 +28,10 @@ def test_every_optimizer_of_the_sheet_was_confirmed_on_every_common_task() -> No
         assert set(GROUPS["cheatsheet"]) <= {run.optimizer for run in own}
         for name in GROUPS["cheatsheet"]:
             confirmed = [run.seed for run in own if run.optimizer == name and run.phase == CONFIRM]
-            assert len(set(confirmed)) == len(confirmed) == seeds[MAIN, task]
-            assert sum(run.optimizer == name and run.phase != CONFIRM for run in own) >= 5  # trials
+            trials = [run for run in own if run.optimizer == name and run.phase != CONFIRM]
+            assert len(trials) >= 5
+            wanted = seeds[MAIN, task] if any(run.score is not None for run in trials) else 0
+            assert len(set(confirmed)) == len(confirmed) == wanted
 
 
 def test_every_claim_has_contenders_that_raced_or_a_reason() -> None:

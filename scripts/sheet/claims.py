@@ -183,7 +183,7 @@ CLAIMS = (
         measured="supported",
     ),
     Claim(
-        "Shampoo: better for large models",
+        "Shampoo: better performance (for large models)",
         (*_duels("shampoo", ("adamw",)), *_duels("shampoo_google", ("adamw",))),
         "No model here is large.",
     ),

@@ -54,6 +54,7 @@ class Judgement:
         self.edges = edges
         self.claims = claims
         self.confirmed: dict[tuple[str, Entry], dict[int, Made]] = {}
+        self.raced = list(dict.fromkeys((run.task, run.optimizer) for run in runs if run.arm == MAIN))
         for run in runs:
             if run.phase == CONFIRM:
                 self.confirmed.setdefault((run.task, Entry(run.optimizer, run.arm)), {})[run.seed] = run
@@ -84,7 +85,10 @@ class Judgement:
         return [self.outcomes[key] for key in keys if key in self.outcomes]
 
     def standings(self, task: str) -> dict[str, tuple[float, bool]]:
-        """Mean score of everyone in the main race, and whether no difference from the best was found; best first."""
+        """Mean score of everyone in the main race, and whether no difference from the best was found; best first.
+
+        Whoever lost all trials has nothing to confirm, and comes last with nan.
+        """
         scores = {
             entry.optimizer: self._scores(task, entry)
             for where, entry in self.confirmed
@@ -92,7 +96,8 @@ class Judgement:
         }
         seeds = sorted(set.intersection(*(set(values) for values in scores.values())))
         columns = {name: [values[seed] for seed in seeds] for name, values in scores.items()}
-        return {name: (c.mean, c.tied) for name, c in compare(columns, self.higher[task]).items()}
+        found = {name: (c.mean, c.tied) for name, c in compare(columns, self.higher[task]).items()}
+        return found | {name: (math.nan, False) for where, name in self.raced if where == task and name not in found}
 
     def _asked(self) -> Iterator[tuple[Duel, str]]:
         for claim in self.claims:

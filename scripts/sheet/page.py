@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,6 +65,8 @@ def _rows(table: Mapping[str, Mapping[str, tuple[float, bool]]]) -> list[dict[st
 def _score(found: tuple[float, bool] | None) -> str:
     if found is None:
         return ""
+    if math.isnan(found[0]):
+        return "lost"
     return f"**{found[0]:.4g}**" if found[1] else f"{found[0]:.4g}"
 
 
