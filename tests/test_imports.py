@@ -70,7 +70,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "advise": {"checks", "groups", "memory", "optimizer", "optimizers", "presets", "routing", "schedules", "wrappers"},
 }
 LIBRARY_ENTRANCE = "__init__"
-RACE = {"race", "cli", "integrations"}  # they stand on the library as any user does
+RACE = {"race", "cli", "__main__", "integrations"}  # they stand on the library as any user does
 
 
 def layer(module: str) -> str:

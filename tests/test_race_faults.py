@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -208,9 +209,9 @@ def _takes(worker: Bench, answers: list[object]) -> bool:
 @pytest.mark.slow
 def test_a_run_that_hangs_is_ended_and_the_race_goes_on(tmp_path: Path) -> None:
     once = "not os.path.exists('hung') and os.path.exists('out/study.json') and (open('hung', 'w'), time.sleep(600))"
-    output = race(tmp_path, str(write(tmp_path, once)), *SMALL, "--timeout", "20s")
+    output = race(tmp_path, str(write(tmp_path, once)), *SMALL, "--timeout", "30s")
     failed = [made for made in records(tmp_path).values() if made["status"] == FAILED]
-    assert [made["message"] for made in failed] == ["took longer than 0:20 (--timeout)"]
+    assert [made["message"] for made in failed] == ["took longer than 0:30 (--timeout)"]
     assert "report: " in output
 
 
@@ -360,7 +361,7 @@ def _reported(folder: Path) -> str:
     done = subprocess.run(main, cwd=folder, capture_output=True, text=True, check=True)
     assert "wrote" in done.stdout
     text = next((folder / "out").glob("*.md")).read_text()
-    return "\n".join(line for line in text.splitlines() if "20" not in line or "Z" not in line)
+    return re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", "", text)  # when the race was last asked for
 
 
 @linux
