@@ -346,7 +346,10 @@ def _renewed(how: Kronecker, flat: Tensor, old: Tensor, shape: Sequence[float], 
 
 
 def _held(how: Kronecker, each: int, shape: Sequence[int], count: int) -> int:
-    """Numbers held for the largest stack of a renewal: so many matrices for each, two more where it is joined."""
+    """Numbers held for the largest stack of a renewal: so many matrices for each, two more where it is joined.
+
+    Coupled Newton holds less of a stack on a CPU, where it takes one matrix at a time.
+    """
     layout = how.layout(shape)
     sizes: dict[int, list[int]] = {}
     for alike in layout.kinds:
