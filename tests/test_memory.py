@@ -130,8 +130,8 @@ MATRIX_OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
 def test_matrices_and_their_workspace(name: str, settings: dict[str, Any], shapes: list[tuple[int, int]]) -> None:
     """Factors and roots to the byte; buffers as torch's profiler sees them allocated in steps with a refresh.
 
-    Google's form draws its roots by coupled Newton, of a stack on a GPU and matrix by matrix on a CPU. The estimate is of
-    the stack, and of five matrices a CPU holds somewhat over half as much.
+    Google's form draws its roots by coupled Newton, of a stack on a GPU and matrix by matrix on a CPU. The estimate is
+    of the stack, and of five matrices a CPU holds somewhat over half as much.
     """
     model = nn.ParameterList([nn.Parameter(torch.ones(shape)) for shape in shapes])
     cost = piste.estimate_memory(model, name, **settings)
