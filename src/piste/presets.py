@@ -374,7 +374,7 @@ _PRIORS: Mapping[str, LrPrior] = {
     # A third to a tenth of AdamW's (Chen et al. 2023).
     "Lion": LrPrior(3e-4),
     # "moonlight" gives its steps the size that AdamW's have late in long runs (Liu et al. 2025); early AdamW's are up
-    # to five times as large. Measured 0.012 to 0.045 on three tasks, each time after an extension of 2e-4 to 2e-2
+    # to five times as large. Measured 0.012 to 0.045 on three tasks, mostly after an extension of 2e-4 to 2e-2
     # (docs/quality.md), so the range ends at 0.063.
     "Muon": LrPrior(4e-3, 0.8, 1.2),
     "NorMuon": LrPrior(4e-3, 0.8, 1.2),
