@@ -294,33 +294,36 @@ def test_a_race_is_watched_from_its_first_runs_to_its_end_without_a_reload(tmp_p
         # Two runs are waiting for us; what has been made is drawn.
         page.wait_for_selector("#live-runs button")
         page.wait_for_selector('.key button[data-name="adamw+one_cycle"]')
-        page.wait_for_function("document.querySelector('.plot .main-svg') !== null")
+        page.wait_for_selector(".plot .main-svg")
         assert page.locator("#live-words").inner_text().startswith("3 of ")
 
         # What the reader changes.
         page.locator('.key button[data-name="adamw+one_cycle"]').first.click()
-        switch = page.locator("fieldset[data-plot] label").nth(1)
-        switch.click()
+        label = page.locator("fieldset[data-plot] label").nth(1)
+        picture = label.locator("input").get_attribute("name")  # others may come to stand before it
+        label.click()
+        numbers = page.locator("button.numbers").first.get_attribute("data-plot")
         page.locator("button.numbers").first.click()
+        summary = page.locator("details summary").first.inner_text().split(" (")[0]  # how many may change
         page.locator("details summary").first.click()
         plot = page.locator(".plot .main-svg").first.element_handle()
 
         # What the reader asks for.
         page.locator("#live-name").fill(HOSTILE.replace("\n", " ")[:200])
         page.locator("#live-add button").click()
-        page.wait_for_function("document.querySelector('#live-said').textContent.startsWith('not added: ')")
+        page.wait_for_selector("#live-said:text-matches('^not added: ')")
         page.locator("#live-name").fill("lion")
         page.locator("#live-name").press("Enter")
-        page.wait_for_function("document.querySelector('#live-said').textContent.startsWith('added: lion+one_cycle')")
+        page.wait_for_selector("#live-said:text-matches('^added: lion\\\\+one_cycle')")
         stop = page.locator("#live-runs button").first
         stop.click()
         assert stop.inner_text() == "Stop for good? It counts as lost"
         stop.click()
-        page.wait_for_function("document.querySelector('#live-said').textContent.startsWith('stopped: ')")
+        page.wait_for_selector("#live-said:text-matches('^stopped: ')")
 
         race.go.touch()
         page.wait_for_selector("#live[data-state=ended]")
-        page.wait_for_function("document.body.textContent.includes('joined while the race was going on')")
+        page.wait_for_selector(":text('joined while the race was going on')", state="attached")
         assert re.match(r"finished: (\d+) of \1 runs, after ", page.locator("#live-words").inner_text())
         assert page.locator("#live-runs li").count() == 0
         page.wait_for_selector('.key button[data-name="lion+one_cycle"][aria-pressed=true]')
@@ -329,11 +332,13 @@ def test_a_race_is_watched_from_its_first_runs_to_its_end_without_a_reload(tmp_p
         assert page.evaluate("window.same")
         key = page.locator('.key button[data-name="adamw+one_cycle"]').first
         assert key.get_attribute("aria-pressed") == "false"
-        assert switch.locator("input").is_checked()
-        assert page.locator("button.numbers").first.get_attribute("aria-expanded") == "true"
+        assert page.locator(f'input[name="{picture}"][value="1"]').is_checked()
+        shown = page.locator(f'button.numbers[data-plot="{numbers}"]')
+        assert shown.get_attribute("aria-expanded") == "true"
         assert page.locator(".numbers-table").count() == 1
         assert "adamw" not in page.locator(".numbers-table").inner_text()
-        assert page.locator("details").first.get_attribute("open") is not None
+        unfolded = page.locator("details", has=page.locator("summary", has_text=summary)).first
+        assert unfolded.get_attribute("open") is not None
         assert plot.evaluate("node => node.isConnected")
         assert "stopped by hand" in page.locator("main").inner_text()
         assert HOSTILE.split()[0] in page.locator("main").inner_text()
