@@ -277,7 +277,7 @@ def test_a_race_on_a_terminal_is_steered_by_keys_and_gives_the_terminal_back(tmp
 
 @pytest.mark.slow
 def test_an_error_gives_the_terminal_back(tmp_path: Path) -> None:
-    """A task that changes while it is raced ends the race with an error, in the middle of the live table."""
+    """Something in the driver breaks in the middle of the live table: stopping a run, which is exchanged here."""
     task = write(tmp_path, "time.sleep(0.01)", steps=5000)
     asked = command(tmp_path, str(task), "--optimizers", "sgd", "--trials", "1", "--seeds", "1")
     broken = (

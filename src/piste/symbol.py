@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, NoReturn
 
 __all__ = [
     "ALL",
+    "COMMON_TEXT",
     "FULL",
     "HOST",
     "MATRIX",
@@ -166,30 +167,34 @@ class Trace:
 # ---------------------------------------------------------------------------------------------------------------------
 # Symbols
 
-#: host operation -> its Python text; the keys are the operations that exist for host numbers
-_HOST_TEXT = {
+#: operations whose text is the same in Python, C++ and Triton, of host numbers as of elements
+COMMON_TEXT = {
     "add": "({} + {})",
     "sub": "({} - {})",
     "mul": "({} * {})",
-    "div": "({} / {})",
-    "pow": "({} ** {})",
-    "mod": "({} % {})",
-    "floordiv": "({} // {})",
     "neg": "(-{})",
-    "abs": "abs({})",
     "square": "({0} * {0})",
-    "sqrt": "sqrt({})",
-    "rsqrt": "(1.0 / sqrt({}))",
-    "exp": "exp({})",
-    "log": "log({})",
-    "minimum": "min({}, {})",
-    "maximum": "max({}, {})",
     "lt": "({} < {})",
     "le": "({} <= {})",
     "gt": "({} > {})",
     "ge": "({} >= {})",
     "eq": "({} == {})",
     "ne": "({} != {})",
+}
+
+#: host operation -> its Python text; the keys are the operations that exist for host numbers
+_HOST_TEXT = COMMON_TEXT | {
+    "div": "({} / {})",
+    "pow": "({} ** {})",
+    "mod": "({} % {})",
+    "floordiv": "({} // {})",
+    "abs": "abs({})",
+    "sqrt": "sqrt({})",
+    "rsqrt": "(1.0 / sqrt({}))",
+    "exp": "exp({})",
+    "log": "log({})",
+    "minimum": "min({}, {})",
+    "maximum": "max({}, {})",
     "where": "({1} if {0} else {2})",
     "lerp": "({0} + {2} * ({1} - {0}))",
 }

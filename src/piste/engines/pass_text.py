@@ -6,29 +6,15 @@ from collections.abc import Mapping, Sequence
 
 from piste.codecs import Codec
 from piste.engines.kernel import Column, Pass, all_columns, coded, is_divided, single, spread
-from piste.symbol import Sym
+from piste.symbol import COMMON_TEXT, Sym
 
 __all__ = ["OPERATIONS", "PHASE", "ROW", "PassWriter"]
 
 #: what a pass over codes has besides its tensors: the length of rows, and where the thresholds of rounding begin
 ROW, PHASE = Column("row", ""), Column("phase", "")
 
-#: operations of elements that C++, Triton and Python have the same text for
-OPERATIONS = {
-    "add": "({} + {})",
-    "sub": "({} - {})",
-    "mul": "({} * {})",
-    "neg": "(-{})",
-    "square": "({0} * {0})",
-    "lt": "({} < {})",
-    "le": "({} <= {})",
-    "gt": "({} > {})",
-    "ge": "({} >= {})",
-    "eq": "({} == {})",
-    "ne": "({} != {})",
-    "scratch": "{}",
-    "expand": "{0}",
-}
+#: operations of elements that C++ and Triton have the same text for
+OPERATIONS = COMMON_TEXT | {"scratch": "{}", "expand": "{0}"}
 
 
 class PassWriter:
