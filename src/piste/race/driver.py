@@ -30,7 +30,7 @@ from piste.race.store import Store, full_disk
 from piste.race.task import TaskError
 from piste.race.training import new_record
 from piste.race.wishes import STOPPED, Add, Stop, Wish
-from piste.race.worker import Inspect, Progress, Refusal, Run
+from piste.race.worker import Inspect, Job, Progress, Refusal, Run
 
 _POLL_SECONDS = 0.1
 _PROBE_STEPS = 12  # of which the first five are warm-up
@@ -265,26 +265,17 @@ def inspect_tasks(
     limits: Limits | None = None,
 ) -> tuple[TaskCard, ...]:
     """Have the workers load and try every task."""
-    waiting = [Inspect(reference, device) for reference in references]
     cards: dict[str, TaskCard] = {}
-    overdue = _Overdue(executor, limits or Limits())
-    while len(cards) < len(references):
-        while waiting and executor.idle:
-            executor.submit(waiting.pop(0))
-        for event in executor.events(_POLL_SECONDS):
-            overdue.note(event)
-            if isinstance(event.answer, Refusal):
-                raise TaskError(event.answer.message) from WorkerError(event.answer.traceback)
-            if isinstance(event.answer, Death):
-                raise TaskError(
-                    f"{event.job.reference}: {event.answer.reason} while the task was tried; what it printed is in "
-                    f"{executor.logs}"
-                )
-            if isinstance(event.answer, TaskCard):
-                cards[event.job.reference] = event.answer
-        overdue.end()
-        if stopped():
-            raise InterruptedRaceError
+    for event in _answers([Inspect(reference, device) for reference in references], executor, stopped, limits):
+        if isinstance(event.answer, Refusal):
+            raise TaskError(event.answer.message) from WorkerError(event.answer.traceback)
+        if isinstance(event.answer, Death):
+            raise TaskError(
+                f"{event.job.reference}: {event.answer.reason} while the task was tried; what it printed is in "
+                f"{executor.logs}"
+            )
+        if isinstance(event.answer, TaskCard):
+            cards[event.job.reference] = event.answer
     found = tuple(cards[reference] for reference in references)
     for card in found:
         same = [other.reference for other in found if other.name == card.name]
@@ -297,7 +288,7 @@ def measured_paces(
     plan: Plan, executor: Executor, stopped: Callable[[], bool], limits: Limits | None = None
 ) -> dict[tuple[str, str], Pace]:
     """A few steps of every contender on every task, side by side as the runs will be."""
-    waiting = [
+    probes = [
         Run(
             card.reference,
             contender,
@@ -311,22 +302,32 @@ def measured_paces(
     ]
     cards = {card.reference: card for card in plan.cards}
     paces: dict[tuple[str, str], Pace] = {}
-    count = len(waiting)
+    for event in _answers(probes, executor, stopped, limits):
+        if isinstance(event.answer, Refusal):
+            raise TaskError(event.answer.message)
+        if isinstance(event.answer, (RunRecord, Death)) and isinstance(event.job, Run):
+            card = cards[event.job.reference]
+            paces[card.reference, event.job.contender.name] = _pace(event.answer, card)
+    return paces
+
+
+def _answers(
+    jobs: Sequence[Job], executor: Executor, stopped: Callable[[], bool], limits: Limits | None
+) -> Iterator[Event]:
+    """Have all these jobs done; what ends each of them."""
+    waiting, unanswered = list(jobs), len(jobs)
     overdue = _Overdue(executor, limits or Limits())
-    while len(paces) < count:
+    while unanswered:
         while waiting and executor.idle:
             executor.submit(waiting.pop(0))
         for event in executor.events(_POLL_SECONDS):
             overdue.note(event)
-            if isinstance(event.answer, Refusal):
-                raise TaskError(event.answer.message)
-            if isinstance(event.answer, (RunRecord, Death)) and isinstance(event.job, Run):
-                card = cards[event.job.reference]
-                paces[card.reference, event.job.contender.name] = _pace(event.answer, card)
+            if not isinstance(event.answer, Progress):
+                unanswered -= 1
+                yield event
         overdue.end()
         if stopped():
             raise InterruptedRaceError
-    return paces
 
 
 class _Overdue:
