@@ -20,7 +20,7 @@ environment = @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help race environment-race environment test test-all test-fast test-slow lint format docs bench precision sharpness gallery clean
+.PHONY: help race environment-race environment test test-all test-fast test-slow lint format docs bench bench-gpu test-gpu precision sharpness gallery clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -38,10 +38,10 @@ environment:
 	$(environment) --extra dev $(VENV)
 
 test-fast: environment
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow and not gpu" $(ARGS)
 
 test-slow: environment  ## the slow tests alone
-	$(PYTEST) -m slow $(ARGS)
+	$(PYTEST) -m "slow and not gpu" $(ARGS)
 
 lint: environment  ## ruff (rules and format) and mypy
 	$(VENV)/bin/ruff check .
@@ -54,6 +54,15 @@ format: environment  ## let ruff rewrite what it can
 
 docs: environment  ## build the documentation site into build/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet $(ARGS)
+
+test-gpu: environment  ## on a machine with a GPU: the matrix and what else needs one, then the memory checker if there is one
+	TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m gpu $(ARGS)
+	@if command -v compute-sanitizer >/dev/null; then \
+	  TRITON_INTERPRET=0 compute-sanitizer --tool memcheck --error-exitcode 1 $(VENV)/bin/python -m pytest -m gpu -k checked; \
+	else echo "piste: compute-sanitizer is not installed; memory was not checked" >&2; fi
+
+bench-gpu: environment  ## on a machine with a GPU: write docs/benchmarks-gpu.md
+	$(VENV)/bin/python -m benchmarks.gpu $(ARGS)
 
 bench: environment  ## speed and memory against torch's optimizers and other libraries'
 	$(VENV)/bin/python -m benchmarks $(ARGS)

@@ -20,15 +20,15 @@ from benchmarks.cases import Shapes, resnet50
 Make = Callable[[list[torch.nn.Parameter]], Any]
 
 
-def _gpt2() -> Shapes:
-    width = 768
+def gpt(width: int, layers: int, context: int) -> Shapes:
+    """The weights of a GPT with GPT-2's vocabulary."""
     layer: Shapes = [(width,), (width,), (width, 3 * width), (3 * width,), (width, width), (width,)]
     layer += [(width,), (width,), (width, 4 * width), (4 * width,), (4 * width, width), (width,)]
-    return [(50257, width), (1024, width), *(12 * layer), (width,), (width,)]
+    return [(50257, width), (context, width), *(layers * layer), (width,), (width,)]
 
 
 LISTS: dict[str, Shapes] = {
-    "GPT-2 small: 148 tensors, 124 M": _gpt2(),
+    "GPT-2 small: 148 tensors, 124 M": gpt(768, 12, 1024),
     "ResNet-50: 161 tensors, 26 M": resnet50(),
     "one matrix, 32 M": [(1 << 12, 1 << 13)],
     "1,000 tensors of 1,024": [(1024,)] * 1000,

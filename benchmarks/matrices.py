@@ -1,10 +1,14 @@
-"""``python -m benchmarks.matrices``: Shampoo, SOAP and Muon against all who implement them.
+"""``python -m benchmarks.matrices``: Shampoo, SOAP, Muon and PSGD against all who implement them.
 
 A step that works roots or bases out anew takes many times as long as the others, so what is timed are windows of whole
 periods: each holds exactly one refresh, and a window's time over its steps is what a step costs. Contenders take their
-windows in turn on the same weights and gradients. Peers that cannot be imported are left out: HeavyBall is on PyPI; the
-authors' SOAP (``soap.py`` of nikhilvyas/SOAP) and Meta's Shampoo (facebookresearch/optimizers) are not, a checkout of
-each on ``PYTHONPATH`` makes them importable. Writes ``benchmarks/out/matrices.json``.
+windows in turn on the same weights and gradients. Beside the times stands what an ordinary step multiplies, and at what
+pace; a plain product of 1,024 x 1,024, timed in the same run, tells what pace the processor has, and so how fast an
+implementation that takes these products can be.
+
+Peers that cannot be imported are left out: HeavyBall and kron_torch are on PyPI (both want opt_einsum); the authors'
+SOAP (``soap.py`` of nikhilvyas/SOAP) and Meta's Shampoo (facebookresearch/optimizers) are not, a checkout of each on
+``PYTHONPATH`` makes them importable. Writes ``benchmarks/out/matrices.json``.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
 
 import piste
 from benchmarks.algorithms import Make, package
@@ -35,6 +40,8 @@ from benchmarks.cases import Shapes, parameters
 from benchmarks.measure import ratio
 
 OUT = Path(__file__).parent / "out" / "matrices.json"
+
+Clock = Callable[[], float]
 
 
 def _layer(width: int) -> Shapes:
@@ -70,7 +77,7 @@ class Case:
 
     Args:
         name: of piste's class, with what is set.
-        period: steps from one refresh to the next.
+        period: steps from one refresh to the next; the one that follows a refresh has none.
         ours: makes piste's, by what is set.
         peers: makers of all others; None where the package is not there.
         lists: names of the lists of weights on which it is measured.
@@ -157,34 +164,55 @@ def _shampoo(every: int) -> list[Case]:
     ]
 
 
-def _heavyball(params: list[torch.nn.Parameter]) -> Any:
-    """As it runs without compiling, at the settings of the authors'."""
-    importlib.import_module("heavyball.utils").compile_mode = None
-    return importlib.import_module("heavyball").SOAP(
-        params,
-        lr=1e-4,
-        betas=(0.95, 0.95),
-        precondition_frequency=10,
-        max_precond_dim=10_000,
-        merge_dims=False,
-        consume_grad=False,
+def _heavyball(name: str, **settings: Any) -> Make | None:
+    """As it runs without compiling."""
+    if importlib.util.find_spec("heavyball") is None:
+        return None
+
+    def make(params: list[torch.nn.Parameter]) -> Any:
+        importlib.import_module("heavyball.utils").compile_mode = None
+        return getattr(importlib.import_module("heavyball"), name)(params, lr=1e-4, consume_grad=False, **settings)
+
+    return make
+
+
+def _soap() -> Case:
+    """HeavyBall's at the settings of the authors'."""
+    theirs: dict[str, Any] = {"betas": (0.95, 0.95), "precondition_frequency": 10, "max_precond_dim": 10_000}
+    return Case(
+        "SOAP, refresh every 10",
+        10,
+        {"piste": _ours("SOAP", lr=1e-4)},
+        {
+            "authors'": package("soap", "SOAP", lr=1e-4),
+            "HeavyBall eager": _heavyball("SOAP", merge_dims=False, **theirs),
+        },
+        (GPT, RESNET),
+        {"authors'": 1.5, "HeavyBall eager": 1.5},
+    )
+
+
+def _psgd() -> Case:
+    """Factors updated in every tenth step, from the first one on."""
+    every = 0.1
+    ours = {"flat_start": 0, "probability_decay": 1e3, "least_probability": every}
+    return Case(
+        "PSGDKron, update every 10",
+        10,
+        {"piste": _ours("PSGDKron", lr=1e-4, **ours)},
+        {
+            "kron_torch": package("kron_torch", "Kron", lr=1e-4, preconditioner_update_probability=every),
+            "HeavyBall eager": _heavyball("PSGDKron", preconditioner_update_probability=every, merge_dims=True),
+        },
+        (GPT, RESNET),
     )
 
 
 CASES = (
     *_shampoo(10),
     *_shampoo(100),
-    Case(
-        "SOAP, refresh every 10",
-        10,
-        {"piste": _ours("SOAP", lr=1e-4)},
-        {
-            "authors'": package("soap", "SOAP", lr=1e-4),
-            "HeavyBall eager": _heavyball if importlib.util.find_spec("heavyball") else None,
-        },
-        (GPT, RESNET),
-        {"authors'": 1.5, "HeavyBall eager": 1.5},
-    ),
+    _soap(),
+    _psgd(),
     Case(
         "Muon",
         1,
@@ -216,24 +244,49 @@ def _contenders(case: Case, shapes: Shapes, console: Console) -> dict[str, Calla
     return steps
 
 
-def _window(step: Callable[[], object], count: int) -> list[float]:
+def _window(step: Callable[[], object], count: int, clock: Clock) -> list[float]:
     """Seconds of each of so many steps."""
     seconds = []
     for _ in range(count):
-        start = time.perf_counter()
+        start = clock()
         step()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     return seconds
 
 
-def compare(case: Case, name: str, rounds: int, console: Console) -> dict[str, Any]:
+def _operations(step: Callable[[], object]) -> float:
+    """Of products in a step without a refresh: the less of two steps that follow one another."""
+    counted = []
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counter:
+            step()
+        counted.append(counter.get_total_flops())
+    return float(min(counted))
+
+
+def peaks(clock: Clock) -> dict[str, float]:
+    """Operations a second of one product of 1,024 x 1,024, the best of nine."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, out = torch.randn(1024, 1024).to(dtype), torch.empty(1024, 1024, dtype=dtype)
+        found[str(dtype).removeprefix("torch.")] = (
+            2
+            * 1024**3
+            / min(
+                chain.from_iterable(_window(lambda a=a, out=out: torch.mm(a, a, out=out), 1, clock) for _ in range(9))
+            )
+        )
+    return found
+
+
+def compare(case: Case, name: str, rounds: int, clock: Clock, console: Console) -> dict[str, Any]:
     """Times of windows, and speeds of ours against each peer."""
     steps = _contenders(case, case.shapes(name), console)
     windows: dict[str, list[list[float]]] = {who: [] for who in steps}
     names = list(steps)
     for turn in range(rounds):
         for who in names[turn % len(names) :] + names[: turn % len(names)]:
-            windows[who].append(_window(steps[who], case.period))
+            windows[who].append(_window(steps[who], case.period, clock))
     means = {who: [statistics.fmean(window) for window in taken] for who, taken in windows.items()}
     ours = next(iter(case.ours))
     return {
@@ -241,6 +294,7 @@ def compare(case: Case, name: str, rounds: int, console: Console) -> dict[str, A
         "milliseconds": {who: 1e3 * statistics.median(taken) for who, taken in means.items()},
         "ordinary": {who: 1e3 * statistics.median(chain.from_iterable(taken)) for who, taken in windows.items()},
         "worst": {who: 1e3 * statistics.median(map(max, taken)) for who, taken in windows.items()},
+        "operations": {who: _operations(step) for who, step in steps.items()},
         "speed": {who: ratio(taken, means[ours])._asdict() for who, taken in means.items() if who != ours},
         "at_least": case.at_least,
     }
@@ -254,17 +308,21 @@ def _show(console: Console, name: str, rows: list[dict[str, Any]]) -> None:
         "a step, refresh shared out",
         "an ordinary step",
         "the worst",
+        "GFLOP of an ordinary one",
+        "GFLOP/s",
         "piste is",
         "target",
     ):
         table.add_column(column, justify="left" if column in ("algorithm", "who") else "right")
     for row in rows:
         for who, taken in row["milliseconds"].items():
+            operations, ordinary = row["operations"][who], row["ordinary"][who]
             speed = row["speed"].get(who)
             least = row["at_least"].get(who)
             kept = "" if least is None else f">= {least:g} {'kept' if speed['median'] >= least else 'MISSED'}"
             table.add_row(
-                row["case"], who, f"{taken:.1f}", f"{row['ordinary'][who]:.1f}", f"{row['worst'][who]:.1f}",
+                row["case"], who, f"{taken:.1f}", f"{ordinary:.1f}", f"{row['worst'][who]:.1f}",
+                f"{operations / 1e9:.3g}", f"{operations / 1e6 / ordinary:.0f}",
                 f"{speed['median']:.2f} x" if speed else "", kept,
             )  # fmt: skip
     console.print(table)
@@ -275,22 +333,35 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.matrices", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="timed periods of each (default: 5)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch (default: all cores)")
+    parser.add_argument(
+        "--processor-time", action="store_true", help="of one thread: for machines that others use at the same time"
+    )
     parser.add_argument("--list", choices=LISTS, action="append", help="some lists of weights only (default: all)")
     parser.add_argument("--case", choices=[c.name for c in CASES], action="append", help="some cases only")
     parser.add_argument("--out", type=Path, default=OUT, help="where to write the figures")
     asked = parser.parse_args(arguments)
-    torch.set_num_threads(asked.threads)
-    console = Console(width=180)
+    threads = 1 if asked.processor_time else asked.threads
+    clock = time.process_time if asked.processor_time else time.perf_counter
+    torch.set_num_threads(threads)
+    console = Console(width=200)
+    console.print(f"torch {torch.__version__}, {threads} threads, medians over {asked.rounds} interleaved periods")
+    peak = peaks(clock)
     console.print(
-        f"torch {torch.__version__}, {asked.threads} threads, medians over {asked.rounds} interleaved periods"
+        "a plain product: " + ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rate in peak.items())
     )
-    results: dict[str, Any] = {"torch": torch.__version__, "threads": asked.threads, "lists": {}}
+    results: dict[str, Any] = {
+        "torch": torch.__version__,
+        "threads": threads,
+        "clock": clock.__name__,
+        "peaks": peak,
+        "lists": {},
+    }
     for name in asked.list or LISTS:
         rows = results["lists"][name] = []
         for case in CASES:
             if name in case.lists and case.name in (asked.case or [case.name]):
                 with console.status(f"{case.name} on {name}"):
-                    rows.append(compare(case, name, asked.rounds, console))
+                    rows.append(compare(case, name, asked.rounds, clock, console))
         _show(console, name, rows)
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     asked.out.write_text(json.dumps(results, indent=1) + "\n")

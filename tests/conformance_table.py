@@ -13,10 +13,11 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import interpreter
 import torch
 from conformance import distributed
 from conformance.matrix import Promise, promises
-from conformance.subjects import Subject, subjects
+from conformance.subjects import INTERPRETED, Subject, subjects
 
 from piste.registry import OPTIMIZERS
 
@@ -25,7 +26,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "conformance.md"
 Cell = tuple[str, str, str]  # promise, subject, engine
 Results = Mapping[Cell, bool]
 
-LETTERS = {"reference": "R", "foreach": "F", "cpp": "N", "compile": "C"}
+LETTERS = {"reference": "R", "foreach": "F", "cpp": "N", "triton": "T", "compile": "C"}
 
 INTRODUCTION = """\
 # Conformance
@@ -34,7 +35,9 @@ Every optimizer of piste keeps the promises below. Each is a test of `tests/conf
 the registry, with and without gradient centralization where that can play a part, and for the wrappers `Lookahead`
 round AdamW and `Graft` of Adam and SGD. A new optimizer joins the table by joining the registry.
 
-**R** kept on the reference engine · **F** on foreach · **N** on cpp (native code) · **C** on compile, where it is tried
+**R** kept on the reference engine · **F** on foreach · **N** on cpp (native code) · **T** on triton, interpreted on the
+CPU: with every optimizer where a promise lies in the kernels, else with {interpreted}, as each operation
+of a kernel is then a call of Python (`make test-gpu` runs all of it on a GPU) · **C** on compile, where it is tried
 (each shape costs seconds) · **✓** kept, and the engine plays no part · **✗** broken · — does not apply (see below the
 table).
 
@@ -49,10 +52,6 @@ Not in the table: peak extra memory (`make bench` measures it).
 
 def _columns() -> list[str]:
     return list(dict.fromkeys(s.name for s in subjects()))
-
-
-def _engines(promise: Promise) -> tuple[str, ...]:
-    return (*promise.engines, "compile") if promise.compiled else promise.engines
 
 
 def cells() -> list[tuple[Promise, Subject, str]]:
@@ -70,9 +69,11 @@ def _mark(results: Results, promise: Promise, column: str) -> str:
     rows = [s for s in subjects() if s.name == column and promise.applies(s)]
     if not rows:
         return "—"
+    tried = {e for s in rows for e in promise.engines_for(s)}
     held = {
-        e: all(results[promise.name, s.id, e] for s in rows if e in promise.engines_for(s)) for e in _engines(promise)
-    }
+        e: all(results[promise.name, s.id, e] for s in rows if e in promise.engines_for(s))
+        for e in LETTERS if e in tried
+    }  # fmt: skip
     if not all(held.values()):
         return "✗ " + " ".join(LETTERS[e] for e, fine in held.items() if not fine)
     return "✓" if promise.engines == ("reference",) else " ".join(LETTERS[e] for e in held)
@@ -89,7 +90,8 @@ def _row(cells_: list[str]) -> str:
 def page(results: Results) -> str:
     """The whole page."""
     columns = _columns()
-    lines = [INTRODUCTION, _row(["promise", *columns]), _row(["---", *[":-:"] * len(columns)])]
+    introduction = INTRODUCTION.format(interpreted=", ".join(INTERPRETED))
+    lines = [introduction, _row(["promise", *columns]), _row(["---", *[":-:"] * len(columns)])]
     lines += [_row([p.title, *(_mark(results, p, c) for c in columns)]) for p in promises()]
     lines += [_row([title, *(_way_mark(results, title, c) for c in columns)]) for title in distributed.WAYS]
     lines += ["", NOT_YET]
@@ -119,12 +121,14 @@ def _held(check: Callable[[], None], name: str) -> bool:
 def run() -> dict[Cell, bool]:
     """Every check, in this process; two more processes for those that need them."""
     torch.set_num_threads(1)
+    interpreter.quicken()
     results: dict[Cell, bool] = {}
     for p, s, e in cells():
         torch.manual_seed(0)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             warnings.filterwarnings("ignore", ".*torch.jit.script_method.*", DeprecationWarning)
+            warnings.filterwarnings("ignore", interpreter.ON_IDLE_LANES, RuntimeWarning)
             results[p.name, s.id, e] = _held(lambda p=p, s=s, e=e: p.check(s, e), f"{p.name} {s.id} {e}")
     with tempfile.TemporaryDirectory() as folder:
         ranks = distributed.together(Path(folder))

@@ -223,7 +223,7 @@ ROWS: dict[str, Row] = {
     "lion-batch": Row(lambda: on(mlp(), "lion", batch_size=16), lambda: on(mlp(), "lion", batch_size=256)),
     "prodigy-lr": Row(lambda: on(mlp(), "prodigy", lr=1e-3), lambda: on(mlp(), "prodigy")),
     "prodigy-warmup": Row(
-        lambda: on(mlp(), "prodigy", "one_cycle"), lambda: on(mlp(), "prodigy", "one_cycle", safeguard_warmup=True)
+        lambda: on(mlp(), "prodigy", "one_cycle", safeguard_warmup=False), lambda: on(mlp(), "prodigy", "one_cycle")
     ),
     "adabelief-eps": Row(
         lambda: on(cnn(), "adabelief", eps=1e-16), lambda: on(cnn(), "adabelief", domain="vision", eps=1e-8)
@@ -551,7 +551,6 @@ def on_another(schedule: Any, optimizer: Any) -> Any:
 KNOWN = {
     "adamw": {"norms-decayed"},  # the cheat-sheet's own configuration says bn_wd: True
     "ademamix": {"ademamix-warmup"},  # a preset cannot know how long the run is
-    "prodigy": {"prodigy-warmup"},
 }
 
 

@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import __main__ as bench
-from benchmarks import matrices, measure, race
+from benchmarks import gpu, matrices, measure, race
 from benchmarks.algorithms import ALGORITHMS, LISTS
 from benchmarks.cases import CASES, MEMORY, SHAPES, parameters
 
@@ -145,3 +145,21 @@ def test_matrix_optimizers_run_small(tmp_path: Path, monkeypatch: pytest.MonkeyP
         for name in case.lists:
             (row,) = [row for row in found[name] if row["case"] == case.name]
             assert row["worst"]["piste"] >= row["ordinary"]["piste"] > 0
+
+
+def test_the_harness_for_gpus_runs_without_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every line but CUDA's events: an element-wise rule and one with norms, in all formats, with peers."""
+    out = tmp_path / "page.md"
+    gpu.main(["--device", "cpu", "--smoke", "--optimizer", "AdamW", "Lamb", "--out", str(out)])
+    page = out.read_text(encoding="utf-8")
+    for case in ("AdamW", "Lamb"):
+        for form in gpu.FORMS:
+            assert f"### {case}, three tensors, {form}\n" in page
+    assert "| torch fused |" in page
+    assert page.count("| piste |") == 2 * len(gpu.FORMS)
+
+
+def test_without_a_run_there_are_no_figures() -> None:
+    assert gpu.PAGE.read_text(encoding="utf-8").startswith(gpu.INTRODUCTION)
+    assert "| " not in gpu.page(None)
+    assert sum(torch.Size(s).numel() for s in gpu.LISTS[gpu.GPT_1B]) == pytest.approx(1.3e9, rel=0.02)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import conformance_table
+import interpreter
 import pytest
 import torch
 from conformance import distributed, values
@@ -29,7 +30,10 @@ inductor = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:Deprec
 
 
 def _marks(subject: Subject, engine: str) -> list[Any]:
-    """Centralization turned round is the same part everywhere: on the slowest engine it can wait for the slow tests."""
+    """Centralization turned round is the same part everywhere: on the slowest engine it can wait for the slow tests. So
+    can Triton's interpreter, whose quick tests are tests/test_triton.py."""
+    if engine == "triton":
+        return [*interpreter.MARKS, pytest.mark.slow]
     return [pytest.mark.slow] if subject.variant and engine == "reference" else []
 
 

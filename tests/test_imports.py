@@ -29,18 +29,24 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sharding": set(),
     "exchange": {"sharding"},
     "storage": {"symbol", "codecs", "sharding"},
-    "slots": {"symbol", "variants", "storage"},
+    "selects": {"symbol", "variants"},
+    "slots": {"symbol", "selects", "variants", "storage"},
     "bucket": {"symbol", "plan", "codecs", "exchange", "sharding", "storage"},
+    "device_numbers": {"bucket", "ops", "symbol"},
+    "capture": {"sharding", "symbol", "variants"},
     "rules": {"kronecker", "matrices", "whitening", "ops", "parts", "slots", "storage", "symbol"},
     "parts": {"ops", "slots", "storage"},
     "engines": LANGUAGE | {"codecs", "storage"},
-    "roster": {"symbol", "variants", "plan", "bucket", "codecs", "exchange", "sharding", "storage"},
+    "roster": {
+        *("symbol", "variants", "plan", "bucket", "codecs", "device_numbers", "exchange", "sharding", "storage"),
+    },
     "distribution": {"costs", "exchange", "roster", "sharding", "storage", "symbol", "variants"},
     "opaques": {"symbol", "bucket", "costs", "exchange", "sharding"},
-    "execution": LANGUAGE | {"engines", "opaques", "roster", "sharding", "storage"},
+    "execution": LANGUAGE | {"device_numbers", "engines", "opaques", "roster", "sharding", "storage"},
     "checks": {"matrices", "storage"},
     "checkpoint": {"checks", "codecs", "sharding", "storage", "symbol"},
     "optimizer": {
+        *("capture", "device_numbers"),
         *("execution", "distribution", "roster", "checks", "checkpoint", "sharding", "slots", "storage", "symbol"),
         "variants",
     },
@@ -64,7 +70,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "advise": {"checks", "groups", "memory", "optimizer", "optimizers", "presets", "routing", "schedules", "wrappers"},
 }
 LIBRARY_ENTRANCE = "__init__"
-RACE = {"race", "cli", "integrations"}  # they stand on the library as any user does
+RACE = {"race", "cli", "__main__", "integrations"}  # they stand on the library as any user does
 
 
 def layer(module: str) -> str:

@@ -128,7 +128,11 @@ MATRIX_OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize("shapes", [[(128, 400)], [(96, 96)] * 5], ids=["one", "five"])
 @pytest.mark.parametrize(("name", "settings"), MATRIX_OPTIMIZERS, ids=lambda x: x if isinstance(x, str) else "")
 def test_matrices_and_their_workspace(name: str, settings: dict[str, Any], shapes: list[tuple[int, int]]) -> None:
-    """Factors and roots to the byte; buffers as torch's profiler sees them allocated in steps with a refresh."""
+    """Factors and roots to the byte; buffers as torch's profiler sees them allocated in steps with a refresh.
+
+    Google's form draws its roots by coupled Newton, of a stack on a GPU and matrix by matrix on a CPU. The estimate is
+    of the stack, and of five matrices a CPU holds somewhat over half as much.
+    """
     model = nn.ParameterList([nn.Parameter(torch.ones(shape)) for shape in shapes])
     cost = piste.estimate_memory(model, name, **settings)
     square = sum(a * a + b * b for a, b in shapes)
@@ -138,7 +142,8 @@ def test_matrices_and_their_workspace(name: str, settings: dict[str, Any], shape
     assert cost.state - cost.matrices == sum(a * b for a, b in shapes) * (4 if name == "muon" else 8)
     assert 0 < cost.workspace < cost.extra
     seen = peak_extra_bytes(lambda params: piste.create(name, nn.ParameterList(params), **settings), shapes)
-    assert 0.75 < cost.extra / seen < 1.3
+    one_by_one = name == "shampoo_google" and len(shapes) > 1
+    assert 0.75 < cost.extra / seen < (2.0 if one_by_one else 1.3)
 
 
 def test_no_matrices_no_workspace() -> None:

@@ -450,7 +450,7 @@ def test_every_preset_says_what_it_is():
         assert preset.gradient_evaluations == 1
         assert preset.lr_prior.decades_below + preset.lr_prior.decades_above == 2.0
         assert callable(getattr(piste.schedules, preset.schedule))
-        flat = name != "ranger21" and ("ranger" in name or name in ("over9000", "ralamb"))  # that one brings its own
+        flat = ("ranger" in name and "ranger21" not in name) or name in ("over9000", "ralamb")  # 21 brings its own
         assert (preset.schedule == "flat_cosine") is flat
         assert set(preset.domains) == ({"vision", "nlp", "rl"} if "belief" in name else set())
 
@@ -489,6 +489,7 @@ def test_list_optimizers():
     assert piste.list_optimizers("ranger*") == [
         "ranger",
         "ranger21",
+        "ranger21_madgrad",
         "ranger_nogc",
         "rangeradabelief",
         "rangeradabelief_nogc",

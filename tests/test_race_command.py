@@ -200,3 +200,10 @@ def test_without_the_extra_it_says_how_to_get_it() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.strip() == "piste: the command needs click, which comes with: pip install 'piste[race]'"
+
+
+def test_python_m_piste_is_the_command() -> None:
+    """Where the script is not on the path."""
+    done = subprocess.run([sys.executable, "-m", "piste", "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "race" in done.stdout

@@ -262,6 +262,10 @@ class Lanes:
         self.jobs: list[Run] = []
 
     @property
+    def width(self) -> int:
+        return len(self.lanes)
+
+    @property
     def idle(self) -> int:
         return len(self.lanes) - len(self.jobs)
 
@@ -284,6 +288,10 @@ def test_a_timing_pass_is_alone_on_the_machine(tmp_path: Path) -> None:
         job = lanes.jobs.pop()
         passes.append((job.key.phase, job.key.optimizer))
         driver._handle(job, records[job.key.id])
+        lanes.lanes.clear()  # all workers are lost
+        assert driver._submit() == bool(driver.missing)  # what is missing waits for others
+        assert not lanes.jobs
+        lanes.lanes = [None, None]
     assert passes == 2 * [(TIME, "adamw"), (TIME, "sgd_momentum")]
 
 

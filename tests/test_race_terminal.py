@@ -98,7 +98,7 @@ def test_the_live_table_fits_eighty_columns() -> None:
         assert "…" not in text
         assert text.count("rangeradabelief+flat_cosine") == 2
         assert text.count("char_transformer") == 1
-        assert "about 1:15 left" in text.splitlines()[0]
+        assert "0 of 80 runs, about 1:15 left" in text.splitlines()[0]
         assert text.count(now) == 2
 
 

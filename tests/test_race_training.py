@@ -212,6 +212,6 @@ def test_the_id_of_a_run_is_what_it_always_was() -> None:
 
 def test_records_of_a_later_schema_are_refused_by_name() -> None:
     content = json.loads(old_text())
-    content["schema"] = 3
-    with pytest.raises(RecordError, match="its schema is 3, this version reads 1 and 2"):
+    content["schema"] = 4
+    with pytest.raises(RecordError, match="its schema is 4, this version reads 1 to 3"):
         RunRecord.from_json(text_of(content))

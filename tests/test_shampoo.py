@@ -25,7 +25,15 @@ from torch import nn
 
 import piste
 from piste.kronecker import kronecker, merged
-from piste.matrices import MOST_RESIDUAL, eigen, inverse_roots, outer, root_by_eigen, root_by_newton
+from piste.matrices import (
+    MOST_RESIDUAL,
+    eigen,
+    inverse_roots,
+    largest_eigenvalue,
+    outer,
+    root_by_eigen,
+    root_by_newton,
+)
 
 PROBLEM = random_problem([(), (5,), (6, 4), (7, 3), (6, 2, 3, 3), (1, 7), (2, 3, 4)], seed=8, steps=9)
 PLAIN: dict[str, Any] = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-4, "weight_decay": 0.3, "every": 2, "start": 3}
@@ -215,6 +223,26 @@ def test_a_root_that_fails_stays_as_it_was(caplog: pytest.LogCaptureFixture) -> 
         assert torch.equal(found[1], old[1])
         assert torch.isfinite(found).all()
         assert not (found[[0, 2]] == 7.0).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [5, 31])  # of an odd size every other one is not aligned
+def test_newton_on_a_matrix_does_not_depend_on_its_stack(size: int, dtype: torch.dtype) -> None:
+    """They converge at different paces: bit by bit what each gives alone, also in an order of another process."""
+    stack = torch.cat([symmetric(torch.logspace(-decades, 0, size, dtype=dtype), 1) for decades in (6, 0, 3, 1, 5)])
+    roots, residuals = root_by_newton(stack, 0.25, 1e-4, relative=True)
+    for chosen in ([0], [1], [2], [3, 0], [4, 2, 1]):
+        some, residual = root_by_newton(stack[chosen], 0.25, 1e-4, relative=True)
+        assert torch.equal(some, roots[chosen])
+        assert torch.equal(residual, residuals[chosen])
+
+
+def test_the_largest_eigenvalue_rests_where_it_is_found() -> None:
+    """One that would take long does not move the others; eight rows, whose products are not rounded by place."""
+    stack = torch.cat([symmetric(torch.logspace(-d, 0, 8, dtype=torch.float64), 1) for d in (0.1, 6, 1)])
+    together = largest_eigenvalue(stack)
+    assert torch.equal(together, torch.cat([largest_eigenvalue(matrix[None]) for matrix in stack]))
+    torch.testing.assert_close(together[1:], torch.ones(2, dtype=torch.float64), rtol=1e-5, atol=0.0)
 
 
 def test_newton_falls_back_on_eigenvalues() -> None:

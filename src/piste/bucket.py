@@ -79,6 +79,7 @@ class Bucket:
             reductions over all weights (kind ``ALL``) and the inverse loss scale have a single entry.
         partials: results of the reductions of the stage that ran last, per weight (per bucket for kind ``ALL``).
         wholes: where weights are spread over a team, whole values of those owned here, in their order.
+        clock: of a step on the device, the step number of each weight; ``steps`` says nothing then.
     """
 
     seats: Seats
@@ -89,6 +90,7 @@ class Bucket:
     partials: dict[Sym, Any] = field(default_factory=dict)
     columns: list[float | list[float]] = field(default_factory=list)
     wholes: dict[Sym, list[Tensor]] = field(default_factory=dict)
+    clock: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -107,11 +109,14 @@ class Bucket:
 
     @cached_property
     def _table(self) -> tuple[list[Row], list[int]]:
-        graph = self.plan.graph
+        graph, groups, steps = self.plan.graph, self.seats.groups, self.steps
+        alike = groups.count(groups[0]) == len(groups) and (not graph.by_step or steps.count(steps[0]) == len(steps))
+        if alike and not graph.by_shape:
+            return [Row(self.hp[groups[0]], steps[0], self.seats.shapes[0])], [0] * len(steps)
         rows: list[Row] = []
         places: list[int] = []
         known: dict[Any, int] = {}
-        for group, step, shape in zip(self.seats.groups, self.steps, self.seats.shapes, strict=True):
+        for group, step, shape in zip(groups, steps, self.seats.shapes, strict=True):
             key = group, step if graph.by_step else 0, shape if graph.by_shape else ()
             if key not in known:
                 known[key] = len(rows)

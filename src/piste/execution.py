@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from piste.bucket import Bucket, Engine
+from piste.device_numbers import give_numbers, restored, stored_before
 from piste.engines import cpp_build
 from piste.engines.compiled import Compiled
 from piste.engines.cpp import Cpp
@@ -53,6 +54,7 @@ def run(
     engine: Engine,
     *,
     inverse_scale: Tensor | None = None,
+    skip: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Take one step.
 
@@ -60,14 +62,19 @@ def run(
         buckets: the weights that step, as :meth:`Roster.sort` gave them.
         engine: see :func:`engine_for`.
         inverse_scale: what gradients are multiplied by as they are read, for rules traced with ``scaled=True``.
+        skip: on the device, whether nothing is to change (not 0), for rules traced with ``skippable=True``.
 
     Returns:
         The totals over all weights that the rules asked for, by name.
     """
     _give_tallies(buckets)
+    before = [stored_before(bucket) if skip is not None else {} for bucket in buckets]
     for bucket in buckets:
         if inverse_scale is not None:
-            _give_scale(bucket, inverse_scale)
+            _give(bucket, "inverse_scale", inverse_scale)
+        if skip is not None:
+            _give(bucket, "skip", skip)
+        give_numbers(bucket)
         engine.begin(bucket)
     totals: dict[str, Tensor] = {}
     under_way: dict[Bucket, Callable[[], None]] = {}
@@ -84,6 +91,9 @@ def run(
             if arrive is not None:
                 under_way[bucket] = arrive
         _complete_reductions(active, totals)
+    if skip is not None:
+        for bucket, copies in zip(buckets, before, strict=True):
+            restored(bucket, copies, skip)
     return totals
 
 
@@ -96,11 +106,12 @@ def _forget(bucket: Bucket, stage: int) -> None:
             bucket.wholes.pop(sym, None)
 
 
-def _give_scale(bucket: Bucket, inverse_scale: Tensor) -> None:
-    value = inverse_scale.to(bucket.device, bucket.dtype)
+def _give(bucket: Bucket, name: str, value: Tensor) -> None:
+    """A number for all weights, under the symbol of this name."""
+    value = value.to(bucket.device, bucket.dtype)
     for stage in bucket.plan.stages:
         for sym in stage.loads:
-            if sym.op == "inverse_scale":
+            if sym.op == name:
                 bucket.values[sym] = [value]
 
 
@@ -113,7 +124,8 @@ def _give_tallies(buckets: Sequence[Bucket]) -> None:
             sums[sym.attr] = sums.get(sym.attr, 0.0) + sum(numbers[i] for i in bucket.row_of)
     for bucket in buckets:
         for sym, _ in bucket.plan.tallies:
-            bucket.values[sym] = [torch.tensor(sums[sym.attr], device=bucket.device, dtype=bucket.dtype)]
+            # filled on the device: copying one number there would wait for it
+            bucket.values[sym] = [torch.full((), sums[sym.attr], device=bucket.device, dtype=bucket.dtype)]
 
 
 def _complete_reductions(buckets: list[Bucket], totals: dict[str, Tensor]) -> None:
@@ -136,7 +148,8 @@ def _complete_reductions(buckets: list[Bucket], totals: dict[str, Tensor]) -> No
                 bucket.values[sym] = partial
     for name, parts in shares.items():
         dtype = torch.float64 if any(x.dtype == torch.float64 for x in parts) else torch.float32
-        totals[name] = torch.stack([x.to(parts[0].device, dtype) for x in parts]).sum()
+        # in the order of size, so that the order of buckets plays no part
+        totals[name] = torch.stack([x.to(parts[0].device, dtype) for x in parts]).sort().values.sum()
     for bucket in buckets:
         for sym in bucket.partials:
             if sym.kind == ALL:

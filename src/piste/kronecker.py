@@ -227,9 +227,9 @@ class Kronecker:
         """``kept`` of the factors so far and ``share`` of those sums."""
         layout = self.layout(stack.shape[1:])
         blocks = layout.taken_apart(stack)
-        flat = kept * before
-        for kind, axis, factors in layout.factors(flat):
-            outer(_rows(blocks[kind], axis), factors, beta=1.0, alpha=share)
+        flat = torch.empty_like(before)
+        for (kind, axis, factors), (_, _, old) in zip(layout.factors(flat), layout.factors(before), strict=True):
+            outer(_rows(blocks[kind], axis), factors, plus=old, beta=kept, alpha=share)
         return flat
 
     @costing(_products)
@@ -346,7 +346,10 @@ def _renewed(how: Kronecker, flat: Tensor, old: Tensor, shape: Sequence[float], 
 
 
 def _held(how: Kronecker, each: int, shape: Sequence[int], count: int) -> int:
-    """Numbers held for the largest stack of a renewal: so many matrices for each, two more where it is joined."""
+    """Numbers held for the largest stack of a renewal: so many matrices for each, two more where it is joined.
+
+    Coupled Newton holds less of a stack on a CPU, where it takes one matrix at a time.
+    """
     layout = how.layout(shape)
     sizes: dict[int, list[int]] = {}
     for alike in layout.kinds:

@@ -118,12 +118,13 @@ def _symmetric_products(
     return out
 
 
-def outer(rows: Tensor, out: Tensor, *, beta: float = 0.0, alpha: float = 1.0) -> Tensor:
-    """``beta * out + alpha * X X^T`` for each X of a stack, in ``out``: matrices with any leading axes, in order."""
+def outer(rows: Tensor, out: Tensor, *, plus: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0) -> Tensor:
+    """``beta * plus + alpha * X X^T`` for each X of a stack, into ``out``: matrices with any leading axes, in order."""
+    plus = out if plus is None else plus
     if not _halves(rows.shape[-2], rows.device):
-        return out.copy_(_symmetric_products(rows, rows.mT, out.flatten(0, -3), beta, alpha).view(out.shape))
+        return out.copy_(_symmetric_products(rows, rows.mT, plus.flatten(0, -3), beta, alpha).view(out.shape))
     for at, x in zip(product(*map(range, out.shape[:-2])), rows, strict=True):
-        symmetric_product(x, x.mT, out[at], beta=beta, alpha=alpha)
+        symmetric_product(x, x.mT, out[at], plus=plus[at], beta=beta, alpha=alpha)
     return out
 
 
@@ -294,15 +295,17 @@ def root_by_eigen(stack: Tensor, exponent: float, eps: float, *, relative: bool)
 
 
 def largest_eigenvalue(stack: Tensor, steps: int = 100, tolerance: float = 1e-6) -> Tensor:
-    """By power iteration from the longest column, which cannot be orthogonal to the eigenvector."""
+    """By power iteration from the longest column, which cannot be orthogonal to the eigenvector; each stops alone."""
     longest = stack.square().sum(-2).argmax(-1)
     v = stack.gather(-1, longest[:, None, None].expand(-1, stack.shape[-1], 1))
     value = stack.new_zeros(len(stack))
+    moves = torch.ones_like(value, dtype=torch.bool)
     for _ in range(steps):
         norm = torch.linalg.vector_norm(v, dim=(-2, -1), keepdim=True)
         v = stack @ (v / norm.clamp(min=torch.finfo(v.dtype).tiny))
-        before, value = value, torch.linalg.vector_norm(v, dim=(-2, -1))
-        if not bool(((value - before).abs() > tolerance * value).any()):
+        before, value = value, torch.where(moves, torch.linalg.vector_norm(v, dim=(-2, -1)), value)
+        moves = (value - before).abs() > tolerance * value
+        if not bool(moves.any()):
             break
     return value
 
@@ -313,7 +316,14 @@ def root_by_newton(stack: Tensor, exponent: float, eps: float, *, relative: bool
     ``1 / exponent`` has to be a whole number. The residual is the largest number in ``X^p (A + ridge I) - I``, of the
     iteration's own estimate of that product. A matrix rests once its residual is below 1e-6 (1e-12 in float64), and
     one whose residual grows by a fifth goes back to its last state and stays there.
+
+    On CPUs each matrix has products of its own, for those of a stack may be rounded by where in memory they stand: so
+    the root of a matrix does not depend, in any bit, on what it is stacked with.
     """
+    if stack.device.type == "cpu" and len(stack) > 1:
+        alone = [root_by_newton(matrix[None], exponent, eps, relative=relative) for matrix in stack]
+        roots, residuals = (torch.cat(parts) for parts in zip(*alone, strict=True))
+        return roots, residuals
     p = round(1 / exponent)
     eye = torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device)
     finite = torch.isfinite(stack).flatten(1).all(1)

@@ -81,6 +81,8 @@ EVALUATE: dict[str, Callable[..., Any]] = {
     "mul": lambda x, y: x * y,
     "div": lambda x, y: x / y,
     "pow": lambda x, y: x**y,
+    "mod": lambda x, y: x % y,
+    "floordiv": lambda x, y: x // y,
     "neg": lambda x: -x,
     "abs": torch.abs,
     "sign": torch.sign,

@@ -12,9 +12,10 @@ from typing import Any, ClassVar, TypedDict, overload
 import torch
 from torch import Tensor
 
-from piste import execution
+from piste import capture, execution
 from piste.checkpoint import after_loading, before_loading, for_torch, matched
 from piste.checks import check_choice, check_hyperparameters, refuse_unknown
+from piste.device_numbers import Counters, recording
 from piste.distribution import Sharing, check_distribute, whole_matrices
 from piste.execution import Member, Roster
 from piste.roster import Sorted, real
@@ -61,7 +62,12 @@ class EngineOptions(TypedDict, total=False):
       A process group (or a device mesh of one axis): those of the group, which have to be replicas of one model with
       averaged gradients, as ``DistributedDataParallel`` makes them. Then :meth:`Optimizer.state_dict` has to be called
       on every process. ``None``: every process does all.
-    * ``capturable``: accepted as ``False`` only; no engine can be captured in a CUDA graph yet.
+    * ``capturable`` (bool): make steps that a ``torch.cuda.CUDAGraph`` can record and replay. ``lr``,
+      ``weight_decay`` and step counts are tensors on the device, which schedules fill; other numbers are constants of
+      a recording, unless they are given as tensors. Branches on the step number are worked out both ways, and
+      ``GradScaler``'s ``found_inf`` is heeded on the device. Every weight that is trained needs a gradient in every
+      step. Not for steps that no graph records: they take longer then. Refused with the reason by optimizers whose
+      host decides in a step (Shampoo, SOAP, Muon, PSGDKron, Prodigy, Schedule-Free, Ranger21) and by all wrappers.
     * ``foreach``, ``fused``: torch's names; ``foreach=True`` is ``engine="foreach"``, ``foreach=False`` is
       ``engine="reference"``, ``fused=True`` is ``engine="auto"``.
     """
@@ -120,7 +126,7 @@ _LEGAL_OPTIONS: Mapping[str, tuple[Any, ...]] = {
     "engine": ("auto", *execution.ENGINES),
     "nonfinite": ("ignore", "raise", "skip"),
     "amp_unscale": (False, True),
-    "capturable": (False,),
+    "capturable": (False, True),
     "foreach": (None, False, True),
     "fused": (None, False, True),
 }
@@ -161,11 +167,15 @@ class LastStep:
         optimizer: Optimizer,
         totals: Mapping[str, Tensor],
         inverse_scale: Tensor | None,
-        skipped: bool,
+        skipped: bool | Tensor,
         renewed: bool = False,
     ) -> None:
         self._optimizer, self._totals, self._inverse_scale = optimizer, totals, inverse_scale
-        self.skipped, self.renewed = skipped, renewed
+        self._skipped, self.renewed = skipped, renewed
+
+    @property
+    def skipped(self) -> bool:
+        return bool(self._skipped)
 
     @property
     def gradient_norm(self) -> float:
@@ -248,6 +258,8 @@ class Optimizer(torch.optim.Optimizer):
             check_choice(option, self._options[option], legal)
         self._sharing = Sharing(check_distribute(name, self._options.pop("distribute")))
         self._engine_name = _engine_name(self._options)
+        if self.capturable:
+            capture.check_engine(name, self._engine_name, self._options["nonfinite"])
         group_options = {k: v for k, v in options.items() if k in _GROUP_OPTIONS}
         defaults = {**_GROUP_OPTIONS, **defaults, **group_options}
         self._check(defaults, defaults)
@@ -257,8 +269,13 @@ class Optimizer(torch.optim.Optimizer):
         self._finish()
 
     def _finish(self) -> None:
-        if self._options["amp_unscale"]:
+        if self._options["amp_unscale"] or self.capturable:
             self._step_supports_amp_scaling = True
+        self._counters: Counters | None = getattr(self, "_counters", None)
+        # what recorded steps refer to, for as long as somebody may replay them
+        self._recorded: list[Any] = getattr(self, "_recorded", [])
+        for group in self.param_groups if self.capturable else ():
+            capture.place_numbers(group)
         self.last_step = LastStep(self, {}, None, skipped=False)
         self._roster = Roster([])
         self._any_complex = False
@@ -328,6 +345,23 @@ class Optimizer(torch.optim.Optimizer):
         if "state" in group:
             self._chosen.append(len(self.param_groups))
         super().add_param_group(group)
+        if self.capturable:
+            self._make_capturable(self.param_groups[-1])
+
+    def _make_capturable(self, group: dict[str, Any]) -> None:
+        """Put the numbers of a new group on the device; a group that cannot be recorded is refused and gone."""
+        cls = type(self)
+        hooks = (cls.advance, cls.absorb)
+        try:
+            capture.check_group(cls.__name__, group, numbers_on_host=hooks != (Optimizer.advance, Optimizer.absorb))
+            capture.place_numbers(group)
+            statics, hp = _split(group, self._hyper_defaults, self.shaping, device=True)
+            for shape in {p.ndim: tuple(real(p).shape) for p in group["params"]}.values():
+                program, _ = self._program(statics, len(shape), scaled=False, device=capture.on_device(hp))
+                capture.refuse_opaque(cls.__name__, program.graph(Row(hp, 0), shape))
+        except Exception:
+            self.param_groups.pop()
+            raise
 
     def _check_formats(self, group: Mapping[str, Any]) -> None:
         whole = {**self._hyper_defaults, **group}
@@ -363,6 +397,11 @@ class Optimizer(torch.optim.Optimizer):
         raise ValueError(f"full_precision got a tensor of shape {tuple(p.shape)} that is in no group of this optimizer")
 
     @property
+    def capturable(self) -> bool:
+        """Can a CUDA graph record its steps? See :class:`EngineOptions`."""
+        return bool(self._options["capturable"])
+
+    @property
     def _hyper_defaults(self) -> dict[str, Any]:
         return {k: v for k, v in self.defaults.items() if k != "differentiable"}  # torch puts that one in
 
@@ -389,6 +428,8 @@ class Optimizer(torch.optim.Optimizer):
         process each. Of sharded weights they come sharded, for ``torch.distributed.checkpoint``; of others, whole.
         """
         packed = super().state_dict()
+        if self.capturable:
+            packed = capture.saved(packed)
         matrices = whole_matrices(self._roster.members)
         if matrices:
             weights = [p for group in self.param_groups for p in group["params"]]
@@ -420,6 +461,9 @@ class Optimizer(torch.optim.Optimizer):
         for group in groups:
             self._check({k: v for k, v in group.items() if k not in ("params", "param_names")}, self._hyper_defaults)
             self._check_formats(group)
+        if self.capturable:
+            with torch.no_grad():
+                capture.loaded_in_place(self.state, self.param_groups, loaded, groups)
         self.__setstate__({"state": defaultdict(dict, loaded), "param_groups": groups})
         after_loading(self)
 
@@ -452,6 +496,7 @@ class Optimizer(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # in a compiled function the graph is broken here, and the step runs as it is
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step.
@@ -466,6 +511,13 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.capturable:
+            self._step_on_device()
+            return loss
+        if recording():
+            raise RuntimeError(
+                f"a step of {type(self).__name__} is being recorded into a CUDA graph, which needs capturable=True"
+            )
         inverse_scale, overflow = self._loss_scale()
         skipped = overflow or not self._finite()
         totals: dict[str, Tensor] = {}
@@ -483,11 +535,26 @@ class Optimizer(torch.optim.Optimizer):
         self.last_step = LastStep(self, totals, inverse_scale, skipped, renewed)
         return loss
 
+    def _step_on_device(self) -> None:
+        """Take a step of which the host knows nothing that changes."""
+        inverse_scale, skip = self._inverse_scale, getattr(self, "found_inf", None)
+        step = self._roster_step([{}] * len(self.param_groups), scaled=inverse_scale is not None)
+        engine = execution.engine_for(self._engine_name)
+        totals = execution.run(step.buckets, engine, inverse_scale=inverse_scale, skip=skip)
+        step.finish(skip)
+        if recording():
+            self._recorded.append((self._counters, step.clocks, [bucket.seats for bucket in step.buckets]))
+        self.last_step = LastStep(self, totals, inverse_scale, False if skip is None else skip)
+
+    @property
+    def _inverse_scale(self) -> Tensor | None:
+        scale = getattr(self, "grad_scale", None)
+        return None if scale is None else scale.double().reciprocal()
+
     def _loss_scale(self) -> tuple[Tensor | None, bool]:
         """What GradScaler left for us, as a factor and a verdict."""
-        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        overflow = found is not None and bool(found.item())
-        return (None if scale is None else scale.double().reciprocal()), overflow
+        found = getattr(self, "found_inf", None)
+        return self._inverse_scale, found is not None and bool(found.item())
 
     def _finite(self) -> bool:
         """Are all gradients finite, or is that nobody's concern?"""
@@ -518,23 +585,29 @@ class Optimizer(torch.optim.Optimizer):
         self, advanced: Sequence[Mapping[str, Any]], *, scaled: bool
     ) -> tuple[list[Tensor | None], list[dict[str, float]]]:
         """The gradients of all weights and the numbers of all groups; the roster is brought up to date."""
-        known = self._hyper_defaults
+        known, capturable = self._hyper_defaults, self.capturable
         groups = [
-            _split({**g, **new} if new else g, known, self.shaping)
+            _split({**g, **new} if new else g, known, self.shaping, device=capturable)
             for g, new in zip(self.param_groups, advanced, strict=True)
         ]
         weights = [p for group in self.param_groups for p in group["params"]]
         seeds = [group["seed"] for group in self.param_groups]
-        setting = scaled, self.measure_updates, self._instead, [statics for statics, _ in groups], seeds
+        on_device = [capture.on_device(hp) if capturable else None for _, hp in groups]
+        if capturable:
+            self._ready(weights)
+        flags = [statics for statics, _ in groups]
+        device = on_device, capturable and self._skippable, self._counters and id(self._counters)
+        setting = scaled, self.measure_updates, self._instead, flags, seeds, device
         if not self._current(weights, setting):
             formats = [Formats(g["state"], g["weights"], g["seed"]) for g in self.param_groups]
             members = [
-                self._member(p, i, n, statics, formats[i], scaled=scaled)
+                self._member(p, i, n, statics, formats[i], scaled=scaled, device=on_device[i])
                 for i, (group, (statics, _)) in enumerate(zip(self.param_groups, groups, strict=True))
                 for n, p in enumerate(group["params"])
             ]
             members = self._sharing.deal(members, [hp for _, hp in groups])
-            self._roster, self._roster_of = Roster(members), (self.state, weights, setting)
+            self._roster = Roster(members, self._counters)
+            self._roster_of = self.state, weights, setting
             self._any_complex = any(p.is_complex() for p in weights)
         gradients = [p.grad for p in weights]
         layouts = {g.layout for g in gradients if g is not None}
@@ -551,9 +624,24 @@ class Optimizer(torch.optim.Optimizer):
         formats: Formats,
         *,
         scaled: bool,
+        device: frozenset[str] | None,
     ) -> Member:
-        variants, states = self._program(statics + self.flags_of(group, position), p.ndim, scaled)
+        flags = statics + self.flags_of(group, position)
+        variants, states = self._program(flags, p.ndim, scaled=scaled, device=device)
         return Member(p, group, self.state[p], states, variants, formats)
+
+    @property
+    def _skippable(self) -> bool:
+        return getattr(self, "found_inf", None) is not None
+
+    def _ready(self, weights: list[Tensor]) -> None:
+        """Make ready for a step on the device; every weight that is trained has to have a gradient."""
+        if any(p.grad is None and p.requires_grad for p in weights):
+            places = ((i, n, p) for i, g in enumerate(self.param_groups) for n, p in enumerate(g["params"]))
+            missing = (self._name(i, n) for i, n, p in places if p.grad is None and p.requires_grad)
+            capture.refuse_missing(type(self).__name__, missing)
+        if self._counters is None or not self._counters.serves(weights):
+            self._counters = Counters(weights)
 
     @property
     def _instead(self) -> Any:
@@ -595,12 +683,17 @@ class Optimizer(torch.optim.Optimizer):
                     "norms of a weight, which has no complex form here (a class without them, use_gc=False)"
                 )
 
-    def _program(self, statics: tuple[tuple[str, Any], ...], ndim: int, scaled: bool) -> Any:
-        key = type(self), statics, ndim, scaled, self.measure_updates, self._instead
+    def _program(
+        self, statics: tuple[tuple[str, Any], ...], ndim: int, *, scaled: bool, device: frozenset[str] | None
+    ) -> Any:
+        skippable = device is not None and self._skippable
+        key = type(self), statics, ndim, scaled, self.measure_updates, self._instead, device, skippable
         if key not in self._programs:
             pipeline = replace(self.pipeline(_Flags(statics)), instead=self.instead)
             flags = {k: v for k, v in statics if v is not Number}
-            variants = program(pipeline, flags, ndim, scaled=scaled, watch=self.measure_updates)
+            variants = program(
+                pipeline, flags, ndim, scaled=scaled, watch=self.measure_updates, device=device, skippable=skippable
+            )
             self._programs[key] = variants, pipeline.states
         return self._programs[key]
 
@@ -657,11 +750,18 @@ def _numbers(tensors: list[Tensor]) -> list[float]:
 
 
 def _split(
-    group: Mapping[str, Any], known: Iterable[str], shaping: Sequence[str]
-) -> tuple[tuple[tuple[str, Any], ...], dict[str, float]]:
-    """The flags of a group, and its numbers as host numbers: ``betas`` become ``beta1`` and ``beta2``."""
+    group: Mapping[str, Any], known: Iterable[str], shaping: Sequence[str], *, device: bool = False
+) -> tuple[tuple[tuple[str, Any], ...], dict[str, Any]]:
+    """The flags of a group, and its numbers as host numbers: ``betas`` become ``beta1`` and ``beta2``.
+
+    Tensors stay on the ``device`` or become numbers.
+    """
+
+    def number(value: Any) -> Any:
+        return value.detach() if device and isinstance(value, Tensor) else float(value)
+
     statics: list[tuple[str, Any]] = []
-    numbers: dict[str, float] = {}
+    numbers: dict[str, Any] = {}
     for name in known:
         value = group[name]
         if value is None or isinstance(value, (bool, str)) or name in shaping:
@@ -669,10 +769,10 @@ def _split(
         elif isinstance(value, (tuple, list)):
             statics.append((name, Number))
             for i, x in enumerate(value):
-                numbers[f"{name.removesuffix('s')}{i + 1}"] = float(x)
+                numbers[f"{name.removesuffix('s')}{i + 1}"] = number(x)
         else:
             statics.append((name, Number))
-            numbers[name] = float(value)
+            numbers[name] = number(value)
     return tuple(statics), numbers
 
 

@@ -25,7 +25,7 @@ __all__ = ["Plan", "Stage", "build"]
 
 _REDUCTIONS = ("sum", "peak", "total")
 _LEAVES = ("g", "p", "state")
-_GIVEN = ("inverse_scale", "tally")  # known before the step
+_GIVEN = ("inverse_scale", "tally", "skip", "number")  # known before the step
 
 
 @dataclass
@@ -79,6 +79,11 @@ class Plan:
         """Sums of host numbers over every weight, and what gives the number of one weight."""
         found = [sym for sym in topological(self.graph.outputs.values()) if sym.op == "tally"]
         return [(sym, compile_host(sym.args)) for sym in found]
+
+    @cached_property
+    def numbers(self) -> list[Sym]:
+        """What the host would work out and the device does: see :mod:`piste.selects`."""
+        return [sym for sym in topological(self.graph.outputs.values()) if sym.op == "number"]
 
     @cached_property
     def totals(self) -> dict[str, tuple[Sym, int]]:

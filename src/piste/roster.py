@@ -22,6 +22,7 @@ from torch import Tensor
 
 from piste.bucket import Bucket, Seats, beside
 from piste.codecs import STRIDE, Codec
+from piste.device_numbers import Clock, Counters, recording
 from piste.exchange import Team
 from piste.plan import Plan, build
 from piste.sharding import first_element, is_sharded, local, matching, spread_of
@@ -77,14 +78,19 @@ class Member(NamedTuple):
 
 
 class Sorted(NamedTuple):
-    """A step, ready to run: its buckets, and the step number that each weight will have taken."""
+    """A step, ready to run: its buckets, and the step number that each weight will have taken (on the device: 0)."""
 
     buckets: list[Bucket]
     states: Sequence[dict[str, Any]]
     counts: Sequence[int]
+    counters: Counters | None = None
+    clocks: Sequence[Clock] = ()
 
-    def finish(self) -> None:
-        """Write the step numbers."""
+    def finish(self, skip: Tensor | None = None) -> None:
+        """Write the step numbers; on the device, unless ``skip`` is not 0 there."""
+        if self.counters is not None:
+            self.counters.advance(self.clocks, skip)
+            return
         for state, count in zip(self.states, self.counts, strict=True):
             state["step"] = count
 
@@ -101,8 +107,8 @@ class _Part(NamedTuple):
 class Roster:
     """The weights of an optimizer with the layouts in which they have stepped."""
 
-    def __init__(self, members: Sequence[Member]) -> None:
-        self.members = members
+    def __init__(self, members: Sequence[Member], counters: Counters | None = None) -> None:
+        self.members, self.counters = members, counters
         self.sharded = any(is_sharded(m.p) for m in members)
         self.weights = [local(m.p) for m in members]
         self.states = [m.state for m in members]
@@ -121,6 +127,7 @@ class Roster:
         self.known: list[dict[int, Graph]] = [{} for _ in kinds]  # by kind: step number -> graph
         self.known_for: Any = None
         self.layouts: dict[Any, list[_Part]] = {}
+        self.clocks: dict[Any, list[Clock]] = {}  # by the weights that have gradients
 
     def sort(self, gradients: Sequence[Tensor | None], hp: Sequence[Mapping[str, float]]) -> Sorted:
         """The step that these gradients (None: the weight rests) and numbers per group make."""
@@ -134,16 +141,38 @@ class Roster:
         if not active:
             return Sorted([], [], [])
         states = _pick(self.states, active) if resting else self.states
-        counts = _next(states)
+        if self.counters is None:
+            counts = _next(states)
+        else:  # they are on the device, and decide nothing here
+            counts = [0] * len(active)
+            self.counters.settle(self.states, active)
         graphs = self._graphs(_pick(self.kinds, active) if resting else self.kinds, counts, hp)
         alike = graphs.count(graphs[0]) == len(graphs)
         key = tuple(active) if resting else None, graphs[0] if alike else tuple(graphs)
         layout = self.layouts.get(key)
         if layout is None or not self._fits(layout, gradients):
+            if self.counters is not None and recording():
+                raise RuntimeError(
+                    "the first step with these weights and settings is being recorded into a CUDA graph; take one "
+                    "like it before the recording begins, so that states and tables are there"
+                )
             if len(self.layouts) >= _MOST_LAYOUTS:
                 self.layouts.clear()
             layout = self.layouts[key] = self._layout(active, graphs, gradients)
-        return Sorted(self._placed(layout, gradients, counts, active, hp), states, counts)
+        buckets = self._placed(layout, gradients, counts, active, hp)
+        return Sorted(buckets, states, counts, self.counters, self._clocks(key[0], active))
+
+    def _clocks(self, key: Any, active: Sequence[int]) -> list[Clock]:
+        """The counts of the weights that step, device by device."""
+        if self.counters is None:
+            return []
+        if key not in self.clocks:
+            device_of = [self.counters.place[i][0] for i in active]
+            alike = [
+                [i for i, d in zip(active, device_of, strict=True) if d == one] for one in dict.fromkeys(device_of)
+            ]
+            self.clocks[key] = [self.counters.clock(members) for members in alike]
+        return self.clocks[key]
 
     def _graphs(self, kinds: Sequence[int], counts: Sequence[int], hp: Sequence[Mapping[str, float]]) -> list[Graph]:
         """The graph of each weight's step. Guards are evaluated once per kind and step number."""
@@ -254,6 +283,8 @@ class Roster:
             codecs, [self._phase(i) for i in members] if codecs else [], spread_of(self.members[members[0]].p),
             team, [share.owner for share in shares if share is not None], {},
         )  # fmt: skip
+        if self.counters is not None:
+            seats.kept["clock"] = self.counters.clock(members)
         return _Part(members, seats, states, gradients[members[0]].dtype)  # type: ignore[union-attr]
 
     def _fits(self, layout: list[_Part], gradients: Sequence[Tensor | None]) -> bool:
@@ -295,7 +326,10 @@ class Roster:
             if given[0].is_complex():
                 given = [torch.view_as_real(g) for g in given]
             steps = list(counts) if whole else [count_of[i] for i in part.members]
-            buckets.append(Bucket(part.seats, {**part.seats.homes, "g": given}, hp, steps))
+            bucket = Bucket(part.seats, {**part.seats.homes, "g": given}, hp, steps)
+            if self.counters is not None:
+                bucket.clock = part.seats.kept["clock"].next()
+            buckets.append(bucket)
         return buckets
 
 

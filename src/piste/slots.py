@@ -31,6 +31,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, TypeAlias, overload
 
+from piste.selects import all_outcomes
 from piste.storage import State
 from piste.symbol import ALL, FULL, HOST, LanguageError, Row, Sym, Trace, nary
 from piste.variants import Graph, Variants
@@ -324,7 +325,14 @@ def _terms(new: Sym, old: Sym) -> list[tuple[int, Sym]] | None:
 
 
 def program(
-    pipeline: Pipeline, statics: Mapping[str, Any], ndim: int, *, scaled: bool = False, watch: bool = False
+    pipeline: Pipeline,
+    statics: Mapping[str, Any],
+    ndim: int,
+    *,
+    scaled: bool = False,
+    watch: bool = False,
+    device: frozenset[str] | None = None,
+    skippable: bool = False,
 ) -> Variants:
     """All variants of a pipeline for weights of one rank under one choice of flags.
 
@@ -334,11 +342,18 @@ def program(
         ndim: rank of the weights.
         scaled: gradients are multiplied by the inverse of a loss scale as they are read.
         watch: the norm of the whole update is measured.
+        device: hyper-parameters that live on the device, as the step number then does, too; None if all are the host's.
+        skippable: of a step on the device, whether it may be undone by what is found there (an overflow).
     """
 
+    def read(current: Trace) -> Graph:
+        return _Reader(pipeline, statics, ndim, current).read(scaled=scaled, watch=watch and device is None)
+
     def trace(row: Row) -> tuple[list[tuple[Sym, bool]], Graph]:
+        if device is not None:
+            return all_outcomes(read, row, device, skippable=skippable, watch=watch)
         with Trace(row) as current:
-            graph = _Reader(pipeline, statics, ndim, current).read(scaled=scaled, watch=watch)
+            graph = read(current)
         return current.path, graph
 
     return Variants(trace)

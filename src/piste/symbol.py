@@ -23,10 +23,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple, NoReturn
 
 __all__ = [
     "ALL",
+    "COMMON_TEXT",
     "FULL",
     "HOST",
     "MATRIX",
@@ -39,6 +41,7 @@ __all__ = [
     "Trace",
     "compile_host",
     "host_node",
+    "host_operation",
     "reduced",
     "topological",
     "traces_made",
@@ -164,30 +167,34 @@ class Trace:
 # ---------------------------------------------------------------------------------------------------------------------
 # Symbols
 
-#: host operation -> its Python text; the keys are the operations that exist for host numbers
-_HOST_TEXT = {
+#: operations whose text is the same in Python, C++ and Triton, of host numbers as of elements
+COMMON_TEXT = {
     "add": "({} + {})",
     "sub": "({} - {})",
     "mul": "({} * {})",
-    "div": "({} / {})",
-    "pow": "({} ** {})",
-    "mod": "({} % {})",
-    "floordiv": "({} // {})",
     "neg": "(-{})",
-    "abs": "abs({})",
     "square": "({0} * {0})",
-    "sqrt": "sqrt({})",
-    "rsqrt": "(1.0 / sqrt({}))",
-    "exp": "exp({})",
-    "log": "log({})",
-    "minimum": "min({}, {})",
-    "maximum": "max({}, {})",
     "lt": "({} < {})",
     "le": "({} <= {})",
     "gt": "({} > {})",
     "ge": "({} >= {})",
     "eq": "({} == {})",
     "ne": "({} != {})",
+}
+
+#: host operation -> its Python text; the keys are the operations that exist for host numbers
+_HOST_TEXT = COMMON_TEXT | {
+    "div": "({} / {})",
+    "pow": "({} ** {})",
+    "mod": "({} % {})",
+    "floordiv": "({} // {})",
+    "abs": "abs({})",
+    "sqrt": "sqrt({})",
+    "rsqrt": "(1.0 / sqrt({}))",
+    "exp": "exp({})",
+    "log": "log({})",
+    "minimum": "min({}, {})",
+    "maximum": "max({}, {})",
     "where": "({1} if {0} else {2})",
     "lerp": "({0} + {2} * ({1} - {0}))",
 }
@@ -316,6 +323,17 @@ def host_node(op: str, *args: Sym | float) -> Sym:
     syms = tuple(a if isinstance(a, Sym) else Sym("const", (), float(a), HOST) for a in args)
     folded = _folded(op, syms)
     return Sym(op, syms, None, HOST) if folded is None else folded
+
+
+@cache
+def host_operation(op: str) -> Callable[..., float]:
+    """What an operation means on Python's numbers."""
+    slots = [f"x{i}" for i in range(3)]
+    text = _HOST_TEXT[op].format(*slots)
+    space: dict[str, Any] = dict(HOST_SPACE)
+    exec(f"def operation({', '.join(f'{x}=None' for x in slots)}): return {text}", space)
+    function: Callable[..., float] = space["operation"]
+    return function
 
 
 def _lift(value: Any) -> Sym:

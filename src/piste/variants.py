@@ -6,7 +6,7 @@ decision tree, written out as one small function, by which later steps find the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -54,9 +54,21 @@ class Graph:
             attr = repr(sym.attr) if sym.op == "const" else sym.attr
             rows.append((sym.op, tuple(number[a] for a in sym.args), attr, sym.kind))
         rows.append(tuple(number[s] for s in self.outputs.values()))
-        used = {sym.op for sym in number}
+        # what lies below a number is worked out once for a step, before it
+        used = {sym.op for sym in needed_by(self.outputs.values(), stop="number")}
         described = replace(self, by_shape=not used.isdisjoint(_SHAPE), by_step="t" in used)
         return self._interned.setdefault(tuple(rows), described)
+
+
+def needed_by(roots: Iterable[Sym], *, stop: str) -> set[Sym]:
+    """Every node below ``roots``, but not what lies below operations of this name."""
+    found, stack = set[Sym](), list(roots)
+    while stack:
+        sym = stack.pop()
+        if sym not in found:
+            found.add(sym)
+            stack += () if sym.op == stop else sym.args
+    return found
 
 
 @dataclass

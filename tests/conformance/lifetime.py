@@ -14,12 +14,12 @@ from conformance.matrix import ONE_ESTIMATE, promise
 from conformance.subjects import (
     ATOL,
     DENSE,
-    PROBLEM,
     RTOL,
     SMALL,
     Subject,
     assert_identical,
     assert_weights,
+    at_length,
     frozen,
     train,
     unless_built,
@@ -52,10 +52,10 @@ def _interrupted(
     return fresh, resumed
 
 
-@promise("resume is bitwise", compiled=True)
+@promise("resume is bitwise", compiled=True, kernels=True)
 def resume(subject: Subject, engine: str) -> None:
     """Saved in the middle of a Lookahead period, loaded with weights_only=True: same weights and state, bit by bit."""
-    problem = SMALL if engine == "compile" else PROBLEM
+    problem = at_length(engine)
     straight = weights_of(problem, torch.float32)
     optimizer = subject.make(straight, engine)
     train(straight, optimizer, problem)
@@ -68,9 +68,10 @@ def resume(subject: Subject, engine: str) -> None:
 def resume_elsewhere(subject: Subject, engine: str) -> None:
     """Float64, so the tolerance is that of parity."""
     other = "foreach" if engine == "reference" else "reference"
-    straight = weights_of(PROBLEM)
-    train(straight, subject.make(straight, engine), PROBLEM)
-    resumed, _ = _interrupted(subject, engine, other, PROBLEM, torch.float64)
+    problem = at_length(engine)
+    straight = weights_of(problem)
+    train(straight, subject.make(straight, engine), problem)
+    resumed, _ = _interrupted(subject, engine, other, problem, torch.float64)
     assert_weights(resumed, [p.detach().numpy() for p in straight], RTOL, ATOL)
 
 

@@ -28,6 +28,12 @@ FEW = random_problem(
     [SHAPES["linear"], SHAPES["vector"]], seed=24, missing=(*((t, 1) for t in range(3)), *((t, 0) for t in (4, 5, 6)))
 )
 
+# What Triton's interpreter is given, which takes a call of Python for each operation of a kernel: past RAdam's switch,
+# past a synchronisation of Lookahead, and on from where a saved state is loaded; one weight begins late.
+BRIEF = random_problem([SHAPES["linear"], SHAPES["vector"]], steps=10, seed=25, missing=((0, 1), (1, 1)))
+# There, promises that lie outside kernels are tried with these: plain, with norms of weights, with peaks by axes.
+INTERPRETED = ("AdamW", "Lamb", "SM3")
+
 # Settings under which an optimizer keeps every state it can keep. A class that is not named here runs with defaults.
 FULL_STATE: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.05},
@@ -168,12 +174,18 @@ def subjects() -> list[Subject]:
 
 
 def unless_built(engine: str, problem: Problem, small: Problem) -> Problem:
-    """The problem, or the small one where each rank of a weight and each option is a kernel to be compiled for itself.
+    """The problem, or the small one where each rank of a weight and each option is a kernel to be compiled for itself,
+    or an interpreted one.
 
     For promises about what happens to every element, whatever stands beside it: that kernels get every rank right is
     what `parity` (float64), `engines_agree` (float32) and `bfloat16` hold them to.
     """
-    return small if engine in ("cpp", "compile") else problem
+    return small if engine in ("cpp", "compile", "triton") else problem
+
+
+def at_length(engine: str) -> Problem:
+    """Every rank and fourteen steps, or less where a shape compiles for seconds, or steps are interpreted."""
+    return {"compile": SMALL, "triton": BRIEF}.get(engine, PROBLEM)
 
 
 # --- running ------------------------------------------------------------------------------------------------------

@@ -24,8 +24,9 @@ import torch
 from piste.bucket import Bucket
 from piste.codecs import Codec
 from piste.engines import cpp_build
-from piste.engines.cpp_loop import TYPES
-from piste.engines.cpp_source import hyper_names, write
+from piste.engines.cpp_host import hyper_names
+from piste.engines.cpp_source import write
+from piste.engines.cpp_statements import TYPES
 from piste.engines.kernel import Pass
 from piste.engines.native import Built, Native, Step, native_passes, plain_homes
 from piste.engines.tables import Table, column

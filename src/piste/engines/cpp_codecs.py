@@ -7,25 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from piste.codecs import GOLDEN, STRIDE, Codec
-from piste.engines.lane_text import Syntax, TextLanes
+from piste.engines.lane_text import INTEGERS, MEASURE_START, Syntax, TextLanes
 
 __all__ = ["TILE", "code_offset", "cpp_types", "definitions", "phase", "rest_offset"]
 
 #: numbers that are decoded at a time, a multiple of every block; a few such buffers stay in the fastest cache
 TILE = 1024
-
-_TYPES = {
-    torch.int8: "int8_t",
-    torch.uint8: "uint8_t",
-    torch.int16: "int16_t",
-    torch.int32: "int32_t",
-    torch.bfloat16: "int16_t",
-    torch.float32: "int32_t",
-}
-
 
 _SYNTAX = Syntax(
     declare="const {kind} {name} = {text};",
@@ -41,13 +29,12 @@ _SYNTAX = Syntax(
     where="{} ? {} : {}",
 )
 _LANES = TextLanes(_SYNTAX)
-_START = {"max": "0", "min": "0x7fffffff"}
 _BETTER = {"max": ">", "min": "<"}
 
 
 def cpp_types(codec: Codec) -> tuple[str, str]:
     """The integers that codes and their second tensor are read as."""
-    return _TYPES[codec.codes], "void" if codec.rest is None else _TYPES[codec.rest]
+    return f"{INTEGERS[codec.codes]}_t", "void" if codec.rest is None else f"{INTEGERS[codec.rest]}_t"
 
 
 def phase(where: str, step: str) -> str:
@@ -109,15 +96,12 @@ def code_offset(codec: Codec) -> str:
     """How far the code of element ``base`` of a weight is from its first code."""
     if not codec.packed:
         return "base"
-    per_row = f"(row / {codec.block} * {codec.block // 2} + (row % {codec.block} + 1) / 2)"
-    return f"line * {per_row} + column / 2"
+    return f"line * {_SYNTAX.codes_of_row(codec)} + column / 2"
 
 
 def rest_offset(codec: Codec) -> str:
     """How far the words of the block that begins at element ``base`` are from the first, or its own number."""
-    if not codec.block:
-        return "base"
-    return f"(line * ((row + {codec.block - 1}) / {codec.block}) + column / {codec.block}) * {codec.count}"
+    return _SYNTAX.words_before(codec, "column") if codec.block else "base"
 
 
 def _words(codec: Codec) -> list[str]:
@@ -152,7 +136,7 @@ def _encode(codec: Codec) -> list[str]:
         words = [_LANES.lane(f"word{k}", lines) for k in range(len(_words(codec)))]
         threshold = _LANES.lane("threshold", lines)
         code, *own = codec.encode(_LANES, _LANES.lane("v", lines, real=True), words, threshold)
-        lines.append(f"c[{target}] {join.format(f'({_TYPES[codec.codes]})({code.text}')});")
+        lines.append(f"c[{target}] {join.format(f'({cpp_types(codec)[0]})({code.text}')});")
         if own:
             lines.append(f"s[i] = ({cpp_types(codec)[1]}){own[0].text};")
         inside += _simd(count, lines)
@@ -167,7 +151,7 @@ def _measured(codec: Codec) -> list[str]:
     lanes = codec.measure(_LANES, _LANES.lane("v", lines, real=True))
     for i, (lane, how) in enumerate(zip(lanes, codec.measures, strict=True)):
         lines.append(f"m{i} = {lane.text} {_BETTER[how]} m{i} ? {lane.text} : m{i};")
-    starts = [f"int32_t m{i} = {_START[how]};" for i, how in enumerate(codec.measures)]
+    starts = [f"int32_t m{i} = {MEASURE_START[how]};" for i, how in enumerate(codec.measures)]
     clause = "".join(f" reduction({how} : m{i})" for i, how in enumerate(codec.measures))
     after: list[str] = []
     known = [_LANES.lane(f"m{i}", after) for i in range(len(lanes))]

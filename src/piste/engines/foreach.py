@@ -17,7 +17,9 @@ from torch import Tensor
 
 from piste.bucket import Bucket
 from piste.engines.edges import at_edges
-from piste.engines.foreach_source import HELPERS, Columns, Tensors, Writer
+from piste.engines.foreach_math import HELPERS, Tensors
+from piste.engines.foreach_registers import Columns
+from piste.engines.foreach_source import Writer
 from piste.plan import Plan, Stage
 from piste.symbol import ALL, MATRIX, Sym, compile_host
 

@@ -1,92 +1,22 @@
 """Writes the stages of a plan as Python functions over lists of tensors, for the foreach engine.
 
-The writer counts the uses of every value, so that a result goes into a buffer whose content has died: a state's own
-storage where the new state replaces it, else a temporary. Products are gathered into one host factor over numerators
-and denominators, which lets a sum become a single ``add(alpha)``, ``addcmul`` or ``addcdiv``.
+Products are gathered into one host factor over numerators and denominators, which lets a sum become a single
+``add(alpha)``, ``addcmul`` or ``addcdiv``. Where results go is said by :mod:`piste.engines.foreach_registers`.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from piste.ops import EVALUATE, REDUCTIONS
-from piste.plan import Stage
-from piste.symbol import ALL, FULL, HOST, TENSOR, Sym, host_node, topological
+from piste.engines.foreach_registers import Registers
+from piste.symbol import ALL, FULL, HOST, TENSOR, Sym, host_node
 
-__all__ = ["HELPERS", "Columns", "Tensors", "Writer"]
-
-Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
+__all__ = ["Writer"]
 
 _UNARY = {"sqrt", "rsqrt", "exp", "log", "abs", "sign"} & {n[9:] for n in dir(torch) if n.startswith("_foreach_")}
 _PRODUCTS = ("mul", "div", "neg", "square")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What generated functions call besides torch: forms that depend on whether a host number is one float or a list
-
-
-def _add_scaled(x: Tensors, y: Tensors, h: Any) -> Tensors:
-    if isinstance(h, float):
-        return torch._foreach_add(x, y, alpha=h)
-    return torch._foreach_add(torch._foreach_mul(y, h), x)
-
-
-def _add_scaled_(x: Tensors, y: Tensors, h: Any) -> None:
-    if isinstance(h, float):
-        torch._foreach_add_(x, y, alpha=h)
-    else:
-        torch._foreach_add_(x, torch._foreach_mul(y, h))
-
-
-def _lerp(x: Tensors, y: Tensors, w: Any) -> Tensors:
-    if isinstance(w, list) and not isinstance(w[0], Tensor):
-        return [torch.lerp(a, b, c) for a, b, c in zip(x, y, w, strict=True)]
-    return torch._foreach_lerp(x, y, w)
-
-
-def _lerp_(x: Tensors, y: Tensors, w: Any) -> None:
-    if isinstance(w, list) and not isinstance(w[0], Tensor):
-        for a, b, c in zip(x, y, w, strict=True):
-            a.lerp_(b, c)
-    else:
-        torch._foreach_lerp_(x, y, w)
-
-
-def _each(op: str, n: int, *args: Any) -> Tensors:
-    """An operation for which torch has no list form."""
-    columns = [a if isinstance(a, (list, tuple)) else [a] * n for a in args]
-    return [EVALUATE[op](*row) for row in zip(*columns, strict=True)]
-
-
-def _sum_of_squares(x: Tensors) -> Tensors:
-    norms = torch._foreach_norm(x)
-    return torch._foreach_mul(norms, norms)
-
-
-def _total(shares: Tensors) -> Tensors:
-    return [torch.stack(shares).sum()]
-
-
-HELPERS = {
-    "torch": torch,
-    "add_scaled": _add_scaled,
-    "add_scaled_": _add_scaled_,
-    "lerp": _lerp,
-    "lerp_": _lerp_,
-    "each": _each,
-    "sum_of_squares": _sum_of_squares,
-    "reduce": lambda op, keep, x: [REDUCTIONS[op](t, keep) for t in x],
-    "total": _total,
-    "cast": lambda x, dtype: [t.to(dtype) for t in x],
-    "clone": lambda x: [t.clone() for t in x],
-}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing a stage
 
 
 class _Product(NamedTuple):
@@ -106,44 +36,8 @@ def _drop(steps: list[tuple[str, Sym]], operand: Sym) -> None:
     del steps[next(i for i, (_, arg) in enumerate(steps) if arg is operand)]
 
 
-class Columns:
-    """The host numbers that generated code asks for, numbered."""
-
-    def __init__(self) -> None:
-        self.roots: list[Sym] = []
-        self.index: dict[str, int] = {}
-
-    def text(self, sym: Sym) -> str:
-        if sym.op == "const":
-            return repr(float(sym.attr))
-        key = repr(sym)
-        if key not in self.index:
-            self.index[key] = len(self.roots)
-            self.roots.append(sym)
-        return f"h[{self.index[key]}]"
-
-
-class Writer:
+class Writer(Registers):
     """Writes one stage as source."""
-
-    def __init__(self, stage: Stage, columns: Columns, cast: frozenset[str]) -> None:
-        self.stage, self.columns, self.cast = stage, columns, cast
-        self.lines: list[str] = []
-        self.register: dict[Sym, str] = {}
-        self.owner: dict[Sym, str] = {}  # register may be overwritten: "temp", or the home it is
-        self.homes = sorted({*(h for h in stage.loads.values() if h != "value"), *stage.writes})
-        self.inputs = {s: f"v{i}" for i, s in enumerate(s for s, home in stage.loads.items() if home == "value")}
-        self.left: dict[Sym, int] = {}
-        for sym in stage.compute:
-            for arg in sym.args:
-                self.left[arg] = self.left.get(arg, 0) + 1
-        for sym in stage.results:
-            self.left[sym] = self.left.get(sym, 0) + 1
-        self.cone = {t: set(topological([s])) for t, s in stage.writes.items()}
-        self.temps = 0
-
-    def home(self, name: str) -> str:
-        return f"s{self.homes.index(name)}"
 
     def write(self) -> str:
         stage = self.stage
@@ -158,86 +52,17 @@ class Writer:
         back = f"    return [{', '.join(partials)}], [{', '.join(kept)}]"
         return "\n".join([head, *(f"    {line}" for line in self.lines), back])
 
-    def load(self, sym: Sym, name: str) -> None:
-        if name == "value":
-            self.register[sym] = self.inputs[sym]
-        elif name in self.cast:
-            self.assign(sym, f"cast({self.home(name)}, dtype)")
+    def compute(self, sym: Sym) -> None:
+        if sym.op in _PRODUCTS:
+            self.product(sym)
+        elif sym.op in ("add", "sub"):
+            self.sum(sym)
+        elif sym.op == "lerp":
+            self.lerp(sym)
+        elif sym.op == "scratch":
+            self.register[sym] = self.value(sym.args[0])
         else:
-            self.register[sym] = self.home(name)
-            if name in self.stage.writes:
-                self.owner[sym] = name
-
-    def store(self, copies: list[tuple[str, str]]) -> None:
-        """Move results home. One that lies in another home which is overwritten here is taken out first."""
-        moves = [(home, register) for home, register in copies if home != register]
-        overwritten = {home for home, _ in moves}
-        for i, (home, register) in enumerate(moves):
-            if register in overwritten:
-                self.lines.append(f"w{i} = clone({register})")
-                moves[i] = (home, f"w{i}")
-        self.lines += [f"torch._foreach_copy_({home}, {register})" for home, register in moves]
-
-    # registers -------------------------------------------------------------------------------------------------------
-    def value(self, sym: Sym) -> str:
-        """The register that holds ``sym``; writes the code to compute it at the first call."""
-        if sym not in self.register:
-            if sym.op in _PRODUCTS:
-                self.product(sym)
-            elif sym.op in ("add", "sub"):
-                self.sum(sym)
-            elif sym.op == "lerp":
-                self.lerp(sym)
-            elif sym.op == "scratch":
-                self.register[sym] = self.value(sym.args[0])
-            else:
-                self.call(sym)
-        return self.register[sym]
-
-    def text(self, sym: Sym, beside: Sym) -> str:
-        """``sym`` as an argument of an operation whose result is ``beside``."""
-        if sym.kind == HOST:
-            return self.columns.text(sym)
-        register = self.value(sym)
-        return f"{register} * n" if sym.kind == ALL and beside.kind != ALL else register
-
-    def assign(self, sym: Sym, text: str) -> None:
-        self.register[sym] = f"x{self.temps}"
-        self.owner[sym] = "temp"
-        self.temps += 1
-        self.lines.append(f"{self.register[sym]} = {text}")
-
-    def free(self, sym: Sym, result: Sym) -> bool:
-        """May the register of ``sym`` be overwritten with ``result``, of which this is the last use?"""
-        owner = self.owner.get(sym)
-        if self.left[sym] != 1 or sym.kind != result.kind or owner is None:
-            return False
-        return owner == "temp" or result in self.cone[owner]
-
-    def done(self, edges: list[Sym], result: Sym | None = None) -> None:
-        """Note that operands were used, and let go of temporaries that nobody will use again."""
-        for sym in edges:
-            if sym.kind == HOST:
-                continue
-            self.left[sym] -= 1
-            register = self.register[sym]
-            reused = result is not None and self.register.get(result) == register
-            if self.left[sym] == 0 and self.owner.get(sym) == "temp" and not reused:
-                self.lines.append(f"del {register}")
-
-    def into(self, acc: Sym, result: Sym, name: str, rest: str) -> None:
-        """``result = name(acc, rest)``, in place of ``acc`` where that may be overwritten."""
-        register = self.value(acc)
-        function = name if name in HELPERS else f"torch._foreach_{name}"
-        if self.free(acc, result):
-            self.lines.append(f"{function}_({register}{rest})")
-            self.register[result], self.owner[result] = register, self.owner[acc]
-        else:
-            self.assign(result, f"{function}({self.text(acc, result)}{rest})")
-
-    def onto(self, result: Sym, name: str, rest: str) -> None:
-        """One more operation on a result that has just been computed."""
-        self.lines.append(f"torch._foreach_{name}_({self.register[result]}{rest})")
+            self.call(sym)
 
     # operations ------------------------------------------------------------------------------------------------------
     def absorbed(self, sym: Sym, into: Sym) -> bool:

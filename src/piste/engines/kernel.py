@@ -86,6 +86,14 @@ class Pass:
             *(Column("partial", sym) for sym in self.partials),
         ]
 
+    def kind_of(self, column: Column) -> Kind:
+        """What a tensor has of the weight's axes."""
+        key = column.key
+        if isinstance(key, Sym):
+            return key.kind
+        written = self.writes.get(key)
+        return written.kind if written is not None else next(s.kind for s, home in self.loads.items() if home == key)
+
     def column_of(self, sym: Sym, home: str) -> int:
         """Which of the columns a value is loaded from. Symbols compare by identity only: ``==`` makes a symbol."""
         return next(

@@ -7,7 +7,23 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-__all__ = ["Lane", "Syntax", "TextLanes"]
+import torch
+
+from piste.codecs import Codec
+
+__all__ = ["INTEGERS", "MEASURE_START", "Lane", "Syntax", "TextLanes"]
+
+#: the integers that stored numbers are read as
+INTEGERS = {
+    torch.int8: "int8",
+    torch.uint8: "uint8",
+    torch.int16: "int16",
+    torch.int32: "int32",
+    torch.bfloat16: "int16",
+    torch.float32: "int32",
+}
+#: what no number of a block is beyond
+MEASURE_START = {"max": "0", "min": "0x7fffffff"}
 
 REAL, WHOLE, TRUTH = "real", "whole", "truth"
 
@@ -38,6 +54,16 @@ class Syntax(NamedTuple):
     number: str
     truncated: str
     where: str
+
+    def codes_of_row(self, codec: Codec) -> str:
+        """How many codes a row of ``row`` numbers has."""
+        blocks, left = self.ratio.format("row", codec.block), f"row % {codec.block} + 1"
+        return f"({blocks} * {codec.block // 2} + {self.ratio.format(f'({left})', 2)})"
+
+    def words_before(self, codec: Codec, column: str) -> str:
+        """How many words of blocks come before those of the block in which this column of row ``line`` is."""
+        per_row = self.ratio.format(f"(row + {codec.block - 1})", codec.block)
+        return f"(line * ({per_row}) + {self.ratio.format(column, codec.block)}) * {codec.count}"
 
 
 class Lane:

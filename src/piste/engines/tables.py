@@ -198,8 +198,10 @@ def column(bucket: Bucket, table: Table, argument: Column) -> list[int]:
     if source == "value":
         values = bucket.values[key] = _usable(bucket, key)
         return _addresses(values) if key.kind != ALL else _addresses(values) * len(bucket)
-    results = _buffers(bucket, key)
-    (bucket.values if source == "kept" else bucket.partials)[key] = results
+    if source == "kept":
+        results = bucket.values[key] = _buffers(bucket, key)
+    else:
+        results = bucket.partials[key] = _lasting_buffers(bucket, key)
     return _addresses(results) if key.kind != ALL else _addresses(results) * len(bucket)
 
 
@@ -210,6 +212,17 @@ def _buffers(bucket: Bucket, sym: Sym) -> Sequence[Tensor]:
     if sym.kind == FULL:
         return [torch.empty_strided(p.shape, p.stride(), dtype=bucket.dtype, device=p.device) for p in weights]
     return Stacked([shape_of(sym.kind, p) or () for p in weights], bucket)
+
+
+def _lasting_buffers(bucket: Bucket, sym: Sym) -> Sequence[Tensor]:
+    """Buffers for partial results, which nobody reads after the step: small ones serve in every step."""
+    if sym.kind == FULL:
+        return _buffers(bucket, sym)
+    kept = bucket.seats.kept
+    if ("partial", sym) not in kept:
+        kept["partial", sym] = _buffers(bucket, sym)
+    found: Sequence[Tensor] = kept["partial", sym]
+    return found
 
 
 def _usable(bucket: Bucket, sym: Sym) -> Sequence[Tensor]:

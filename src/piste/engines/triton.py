@@ -1,8 +1,11 @@
 """The triton engine: each stage of a plan as generated Triton kernels, one launch a pass for all weights of a bucket.
 
 The text comes from :mod:`piste.engines.triton_source` (``source(plan)`` shows it). A kernel finds the tensors through a
-table of addresses; it is sent to the device only when it differs from the one that is there. Host numbers are sent in
-every step, and nothing that changes with the step is compiled in.
+table of addresses, which is sent to the device only when it differs from the one that is there, as host numbers are
+(:mod:`piste.engines.triton_upload`). Nothing that changes with the step is compiled in, and nothing waits for the
+device.
+
+On a side stream torch is told of the gradients that kernels read, so that their memory is not given away before.
 
 It takes weights on a GPU, and on the CPU where Triton interprets kernels (``TRITON_INTERPRET=1``, for tests). Where
 Triton is not installed, for other weights and for number formats that kernels do not know, foreach does the work.
@@ -13,11 +16,9 @@ from __future__ import annotations
 import linecache
 import logging
 import struct
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from importlib.util import find_spec
-from itertools import accumulate
-from math import prod
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -25,13 +26,16 @@ from torch import Tensor
 
 from piste.bucket import Bucket
 from piste.codecs import Codec, phase_at
-from piste.engines.kernel import Pass, host_numbers, is_small, single, spread
+from piste.engines.kernel import Column, Pass, coded, host_numbers, single, spread
 from piste.engines.native import Built, Native, Step, native_passes, plain_homes
 from piste.engines.tables import Stacked, Table, column
 from piste.engines.triton_codecs import unit
-from piste.engines.triton_source import RESULTS, TILE, TYPES, write
+from piste.engines.triton_source import TILE, write
+from piste.engines.triton_tiles import Tiles, axes_of, result_tiles, weight_tiles
+from piste.engines.triton_upload import Upload, current_stream
+from piste.engines.triton_values import TYPES
 from piste.plan import Plan
-from piste.symbol import ALL, FULL, Kind, Sym, compile_host
+from piste.symbol import ALL, Sym, compile_host
 
 __all__ = ["Triton", "source", "works_on"]
 
@@ -90,13 +94,6 @@ def _kernel(space: Mapping[str, Any], name: str, one: Pass) -> _Kernel:
     return _Kernel(space[name] if has_main else None, reductions)
 
 
-class _Inputs(NamedTuple):
-    """How host numbers are worked out, and what is cut into pieces of this length."""
-
-    host: Any
-    unit: int
-
-
 class Triton(Native):
     """See the head of this module."""
 
@@ -119,56 +116,34 @@ class Triton(Native):
         space = _loaded(text)
         kernels = {name: _kernel(space, name, one) for name, one in native.items()}
         numbers, _ = host_numbers(plan, native.values())
-        return Built(text, kernels, _Inputs(compile_host(numbers), unit(codecs) or TILE))
+        return Built(text, kernels, compile_host(numbers))
 
     def begin(self, bucket: Bucket) -> None:
         super().begin(bucket)
         held = bucket.seats.kept[self.name]
         if held is not None:
-            inputs: _Inputs = held.kernels.inputs
-            numbers = [number for row in bucket.rows for number in inputs.host(row)]
-            host = torch.tensor(numbers or [0.0], dtype=bucket.dtype)
-            bucket.seats.kept["triton.numbers"] = host.to(bucket.device, non_blocking=True)
+            stream = bucket.seats.kept["triton.stream"] = current_stream(bucket.device)
+            _hold_gradients(bucket)
+            numbers = [number for row in bucket.rows for number in held.kernels.inputs(row)]
+            upload = _once(bucket, "numbers", lambda: Upload(bucket.device))
+            whole = partial(torch.tensor, numbers or [0.0], dtype=bucket.dtype, device="cpu")
+            host = upload.send(numbers, whole, stream)
+            bucket.seats.kept["triton.numbers"] = host
 
     def launch(self, bucket: Bucket, table: Table, inputs: Any, step: Step) -> None:
-        space, kernels = step.work.space, step.kernel
-        sizes = table.space(space, bucket.homes["p"])
-        places: list[int] = []
-        others: list[int] = []
-        for argument in step.columns:
-            if argument.source == "phase":
-                others += map(phase_at, bucket.steps, bucket.seats.phases)
-            elif argument.source == "row":
-                others += table.rows
-            else:
-                places += column(bucket, table, argument)
-        axes = table.axes
-        geometry = _once(bucket, ("geometry", space), lambda: _geometry(bucket, table, space))
-        given = _sent(bucket, (id(step.work), "table"), [*sizes, *bucket.row_of, *places, *others, *geometry])
-        aligned = not any(at % 16 for at in places)
+        one, kernels = step.work, step.kernel
+        given, aligned = _table(bucket, table, step)
         numbers = bucket.seats.kept["triton.numbers"]
         for reduction, kernel in kernels.reductions:
-            tiles = _result_tiles(bucket, table, space, reduction.kind)
+            tiles = _tiles(
+                bucket, ("results", one.space, reduction.kind), result_tiles, table, one.space, reduction.kind
+            )
             if tiles.amount:
-                _run(kernel, tiles, given, len(bucket), axes, numbers, given, aligned)
+                _run(kernel, tiles, given, len(bucket), table.axes, numbers, given, aligned)
         if kernels.main is not None:
-            _main(bucket, step, _main_tiles(bucket, table, step, inputs), axes, given, numbers, aligned)
-
-
-class _Tiles(NamedTuple):
-    """The tiles of all weights: how many, which weight and which of its tiles each is, and each weight's first."""
-
-    amount: int
-    map: Tensor
-    first: Tensor
-
-
-def _run(
-    kernel: Any, tiles: _Tiles, given: Tensor, n: int, axes: int, numbers: Tensor, parts: Tensor, aligned: bool
-) -> None:
-    # products and sums are rounded one by one, as on every engine
-    own = {"enable_fp_fusion": False}
-    kernel[(tiles.amount,)](given, n, axes, numbers, tiles.map, tiles.amount, parts, aligned, **own)
+            piece = (unit(coded(one, bucket.seats.codecs)) or TILE) if _by_rows(step) else 0
+            tiles = _tiles(bucket, ("tiles", one.space, piece), weight_tiles, table, one.space, piece)
+            _main(bucket, step, tiles, table.axes, given, numbers, aligned)
 
 
 _Kept = TypeVar("_Kept")
@@ -183,38 +158,68 @@ def _once(bucket: Bucket, key: Any, make: Callable[[], _Kept]) -> _Kept:
     return found
 
 
-def _main_tiles(bucket: Bucket, table: Table, step: Step, inputs: _Inputs) -> _Tiles:
-    """The tiles of a pass; over codes, of rows cut into pieces."""
-    by_rows = any(c.source == "row" for c in step.columns)
-
-    def tiles() -> _Tiles:
-        sizes = table.space(step.work.space, bucket.homes["p"])
-        if by_rows:
-            pieces = [n // row * -(-row // inputs.unit) if n else 0 for n, row in zip(sizes, table.rows, strict=True)]
-            sizes = [n * inputs.unit for n in pieces]
-        return _tiles([-(-n // TILE) for n in sizes], bucket.device)
-
-    return _once(bucket, ("tiles", step.work.space, by_rows), tiles)
+def _tiles(bucket: Bucket, key: Any, make: Callable[..., Tiles], *given: Any) -> Tiles:
+    """A map of tiles. It is freed to the stream on which it was made, so every stream has its own."""
+    return _once(bucket, (*key, bucket.seats.kept["triton.stream"]), lambda: make(bucket, *given))
 
 
-def _result_tiles(bucket: Bucket, table: Table, space: Kind, kind: Kind) -> _Tiles:
-    """The results of this kind, some at a time; a weight without elements has none to be worked out."""
-
-    def tiles() -> _Tiles:
-        sizes, results = (table.space(one, bucket.homes["p"]) for one in (space, kind))
-        return _tiles([-(-n // RESULTS) if size else 0 for n, size in zip(results, sizes, strict=True)], bucket.device)
-
-    return _once(bucket, ("results", space, kind), tiles)
-
-
-def _tiles(counts: Sequence[int], device: torch.device) -> _Tiles:
-    first = torch.tensor([0, *accumulate(counts)])
-    weight = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    number = torch.arange(len(weight)) - first[weight]
-    return _Tiles(len(weight), torch.cat((weight, number)).to(device), first.to(device))
+def _hold_gradients(bucket: Bucket) -> None:
+    """Whoever lets go of a gradient lets go of its memory on the stream of backward(), which need not wait for ours."""
+    if bucket.device.type == "cuda":
+        stream = torch.cuda.current_stream(bucket.device)
+        if stream != torch.cuda.default_stream(bucket.device) and not torch.cuda.is_current_stream_capturing():
+            for gradient in bucket.homes["g"]:
+                gradient.record_stream(stream)
 
 
-def _main(bucket: Bucket, step: Step, tiles: _Tiles, axes: int, given: Tensor, numbers: Tensor, aligned: bool) -> None:
+def _by_rows(step: Step) -> bool:
+    return any(c.source == "row" for c in step.columns)
+
+
+def _table(bucket: Bucket, table: Table, step: Step) -> tuple[Tensor, bool]:
+    """The table of a pass on the device, and whether all tensors that are walked begin where wide loads can."""
+    space = step.work.space
+    changing = list(bucket.row_of)
+    aligned = True
+    for argument in step.columns:
+        if argument.source == "phase":
+            changing += map(phase_at, bucket.steps, bucket.seats.phases)
+        elif argument.source == "row":
+            changing += table.rows
+        else:
+            _stay(bucket, argument)
+            places = column(bucket, table, argument)
+            aligned = aligned and (step.work.kind_of(argument) != space or not any(at % 16 for at in places))
+            changing += places
+
+    def numbers() -> Tensor:
+        axes = _once(bucket, ("axes", space), lambda: axes_of(bucket, table, space))
+        whole = [*table.space(space, bucket.homes["p"]), *changing, *axes]
+        return torch.frombuffer(bytearray(struct.pack(f"{len(whole)}q", *whole)), dtype=torch.int64)
+
+    upload = _once(bucket, ("table", id(step.work)), lambda: Upload(bucket.device))
+    return upload.send(changing, numbers, bucket.seats.kept["triton.stream"]), aligned
+
+
+def _stay(bucket: Bucket, argument: Column) -> None:
+    """Bring a number over all weights, which others work out anew in each step, to where the table has it."""
+    sym = argument.key
+    if argument.source == "value" and isinstance(sym, Sym) and sym.kind == ALL:
+        (value,) = bucket.values[sym]
+        here = _once(bucket, ("value", sym), lambda: torch.empty((), dtype=bucket.dtype, device=bucket.device))
+        if value is not here:
+            bucket.values[sym] = [here.copy_(value)]
+
+
+def _run(
+    kernel: Any, tiles: Tiles, given: Tensor, n: int, axes: int, numbers: Tensor, parts: Tensor, aligned: bool
+) -> None:
+    # products and sums are rounded one by one, as on every engine
+    own = {"enable_fp_fusion": False}
+    kernel[(tiles.amount,)](given, n, axes, numbers, tiles.map, tiles.amount, parts, aligned, **own)
+
+
+def _main(bucket: Bucket, step: Step, tiles: Tiles, axes: int, given: Tensor, numbers: Tensor, aligned: bool) -> None:
     reductions = single(step.work)
     parts = torch.empty(max(1, tiles.amount * len(reductions)), dtype=torch.float64, device=bucket.device)
     if tiles.amount:
@@ -229,27 +234,3 @@ def _main(bucket: Bucket, step: Step, tiles: _Tiles, axes: int, given: Tensor, n
         _math().finish[(len(bucket),)](parts, tiles.first, out, place, len(reductions), PEAK=peak, WIDTH=TILE)
         if reduction.kind == ALL:
             results[0].copy_(out.sum())
-
-
-def _geometry(bucket: Bucket, table: Table, space: Kind) -> list[int]:
-    """The size of every axis of all weights, and then its stride, in this space."""
-    axes = table.axes
-    if not axes or is_small(space):
-        return [1] * (2 * axes * len(bucket))
-    if space == FULL:
-        shapes, strides = (table.geometry[k * axes * len(bucket) : (k + 1) * axes * len(bucket)] for k in (0, 1))
-        return [*shapes, *(1 if size == 1 else step for size, step in zip(shapes, strides, strict=True))]
-    sizes = [[p.shape[a] if a in space.keep and a < p.ndim else 1 for a in range(axes)] for p in bucket.homes["p"]]
-    steps = [[prod(shape[a + 1 :]) for a in range(axes)] for shape in sizes]
-    return [number for rows in (sizes, steps) for a in zip(*rows, strict=True) for number in a]
-
-
-def _sent(bucket: Bucket, key: Any, numbers: Sequence[int]) -> Tensor:
-    """The numbers on the device. They are sent when they differ from what is there."""
-    packed = struct.pack(f"{len(numbers)}q", *numbers)
-    known = bucket.seats.kept.get(key)
-    if known is None or known[0] != packed:
-        host = torch.frombuffer(bytearray(packed), dtype=torch.int64)
-        known = bucket.seats.kept[key] = packed, host.to(bucket.device, non_blocking=True)
-    tensor: Tensor = known[1]
-    return tensor

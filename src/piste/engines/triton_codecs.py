@@ -13,21 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
-
 from piste.codecs import STRIDE, Codec
-from piste.engines.lane_text import Syntax, TextLanes
+from piste.engines.lane_text import INTEGERS, MEASURE_START, Syntax, TextLanes
 
-__all__ = ["decoded", "encoded", "places", "triton_types", "unit", "whole_places"]
+__all__ = ["decoded", "encoded", "places", "scattered_places", "triton_types", "unit", "whole_places"]
 
-_TYPES = {
-    torch.int8: "tl.int8",
-    torch.uint8: "tl.uint8",
-    torch.int16: "tl.int16",
-    torch.int32: "tl.int32",
-    torch.bfloat16: "tl.int16",
-    torch.float32: "tl.int32",
-}
 _SYNTAX = Syntax(
     declare="{name} = {text}",
     kinds={"real": "", "whole": "", "truth": ""},
@@ -42,12 +32,11 @@ _SYNTAX = Syntax(
     where="tl.where({}, {}, {})",
 )
 _LANES = TextLanes(_SYNTAX)
-_START = {"max": "0", "min": "0x7fffffff"}
 
 
 def triton_types(codec: Codec) -> tuple[str, str]:
     """The integers that codes and their second tensor are read as."""
-    return _TYPES[codec.codes], "" if codec.rest is None else _TYPES[codec.rest]
+    return f"tl.{INTEGERS[codec.codes]}", "" if codec.rest is None else f"tl.{INTEGERS[codec.rest]}"
 
 
 def unit(codecs: Mapping[str, Codec]) -> int:
@@ -95,18 +84,28 @@ def whole_places(codecs: Mapping[str, Codec], tile: int) -> list[str]:
     return lines
 
 
+def scattered_places(codecs: Mapping[str, Codec]) -> list[str]:
+    """The same for elements anywhere in their rows."""
+    lines = ["line = at // row", "col = at % row"] if codecs else []
+    for block in {codec.block for codec in codecs.values() if codec.packed}:
+        lines += [
+            f"first = col // {block} * {block}",
+            f"half = (tl.minimum(row - first, {block}) + 1) // 2",
+            "side = ((col - first) >= half).to(tl.int32)",
+            "seat = col - first - side * half",
+        ]
+    return lines
+
+
 def _code_place(codec: Codec) -> str:
     if not codec.packed:
         return "at"
-    per_row = f"(row // {codec.block} * {codec.block // 2} + (row % {codec.block} + 1) // 2)"
-    return f"(line * {per_row} + first // 2 + seat)"
+    return f"(line * {_SYNTAX.codes_of_row(codec)} + first // 2 + seat)"
 
 
 def _word_place(codec: Codec, number: int) -> str:
     """Where a word of the block is, or the number of its own that a code has."""
-    if not codec.block:
-        return "at"
-    return f"(line * ((row + {codec.block - 1}) // {codec.block}) + col // {codec.block}) * {codec.count} + {number}"
+    return f"{_SYNTAX.words_before(codec, 'col')} + {number}" if codec.block else "at"
 
 
 def decoded(codec: Codec, codes: str, rest: str, body: list[str]) -> str:
@@ -152,7 +151,7 @@ def _measured(codec: Codec, value: str, rest: str, tile: int, body: list[str]) -
     known = []
     for lane, how in zip(codec.measure(_LANES, _LANES.lane(value, body, real=True)), codec.measures, strict=True):
         name = f"e{len(body)}"
-        own = f"tl.reshape(tl.where(live, {lane.text}, {_START[how]}), ({blocks}, {codec.block}))"
+        own = f"tl.reshape(tl.where(live, {lane.text}, {MEASURE_START[how]}), ({blocks}, {codec.block}))"
         body.append(f"{name} = tl.{how}({own}, axis=1)")
         known.append(_LANES.lane(name, body))
     names = []

@@ -26,6 +26,7 @@ __all__ = [
     "rroot",
     "sign",
     "softplus",
+    "to_bf16",
 ]
 
 
@@ -134,6 +135,17 @@ def lerp(a, b, w):
     """Exact at both ends."""
     near = tl.abs(w) < 0.5
     return tl.where(near, a, b) + tl.where(near, w, w - 1) * (b - a)
+
+
+@triton.jit
+def to_bf16(x):
+    """The nearest, of two the one whose last bit is 0. The interpreter's own conversion cuts off."""
+    if _DEVICE:
+        return x.to(tl.bfloat16)
+    else:
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        near = tl.where(x != x, bits | 0x400000, bits + 0x7FFF + ((bits >> 16) & 1))
+        return (near & -0x10000).to(tl.float32, bitcast=True).to(tl.bfloat16)
 
 
 @triton.jit

@@ -7,7 +7,8 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,23 @@ from piste.race.advice import advise
 from piste.race.budget import BudgetError, parse_budget
 from piste.race.catalogue import find, show, show_list, show_tasks
 from piste.race.contenders import ContenderError, make_contenders
-from piste.race.executor import ExecutorError
+from piste.race.executors import LOCAL, PLACES, ExecutorError, is_place
+from piste.race.limits import Limits
 from piste.race.record import StudyResult
 from piste.race.sampling import SAMPLERS, SamplerError
+from piste.race.serve import ServeError, served
 from piste.race.settings import Settings
 from piste.race.space import parse_sweep
 from piste.race.starter import STARTER
 from piste.race.store import Store, StoreError
-from piste.race.study import DeviceError, InterruptedRaceError, SettingsError, race, stored_result, stored_settings
+from piste.race.study import (
+    DeviceError,
+    InterruptedRaceError,
+    SettingsError,
+    race,
+    stored_result,
+    stored_settings,
+)
 from piste.race.task import BUILT_IN, TaskError
 from piste.race.terminal import show_result, view_for
 from piste.race.verdict import recommended
@@ -38,7 +48,15 @@ __all__ = ["command"]
 _TASKS = ("char_transformer", "digits")
 _OPTIMIZERS = "sgd_momentum,adamw,ranger,rangeradabelief"
 _RESULTS = Path("piste-race")
-_WRONG = (BudgetError, ContenderError, DeviceError, SamplerError, SettingsError, TaskError)  # a setting is wrong
+_WRONG = (
+    BudgetError,
+    ContenderError,
+    DeviceError,
+    SamplerError,
+    ServeError,
+    SettingsError,
+    TaskError,
+)  # a setting is wrong
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -83,11 +101,44 @@ def _sweeps(context: click.Context, parameter: click.Parameter, value: tuple[str
     return value
 
 
-def _budget(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+def _time(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
     try:
         return None if value is None else parse_budget(value)
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
+
+
+def _place(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    if not is_place(value):
+        raise click.BadParameter(f"{value!r} is not legal; legal: {PLACES}")
+    return value
+
+
+class _Size(click.ParamType[float]):
+    """A number of bytes with its unit; a ``/s`` behind it where a second belongs to it."""
+
+    def __init__(self, per_second: str = "") -> None:
+        self.per_second, self.name = per_second, "bytes per second" if per_second else "bytes"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> float:
+        try:
+            return footprint.bytes_of(str(value), self.per_second)
+        except ValueError as error:
+            self.fail(str(error), parameter, context)
+
+
+class _Port(click.ParamType[int]):
+    """A port, which may be left out."""
+
+    name = "port"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> int:
+        text = str(value)
+        if not (text.isascii() and text.isdigit() and int(text) < 2**16):
+            self.fail(
+                f"{text!r} is no port; legal: 0 to 65535, or none, and then --serve stands behind the task", parameter
+            )
+        return int(text)
 
 
 def _debug(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -115,13 +166,29 @@ def _debug(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--pack", is_flag=True, help="Train trials of small models together: faster, equal to rounding.")
 @click.option("--target", type=float, help="Score to be timed. [default: what tuned baselines reach]")
 @click.option("--agnostic", is_flag=True, help="No settings by field: the same for every task.")
-@click.option("--budget", callback=_budget, metavar="TIME", help="Plan the race to fit, such as 10m or 1h30m.")
+@click.option("--budget", callback=_time, metavar="TIME", help="Plan the race to fit, such as 10m or 1h30m.")
 @click.option("--script", type=click.Path(), help="Race a script of yours; its arguments stand after --.")
 @click.option("--metric", default="loss", show_default=True, help="What of a script's reports is the score.")
 @click.option("--higher-is-better", is_flag=True, help="The direction of that.")
+@click.option(
+    "--on", default=LOCAL, show_default=True, callback=_place, metavar="PLACE", help=f"Where runs are made: {PLACES}."
+)
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="Runs side by side. [default: as many as there is room for]"
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, …")
+@click.option(
+    "--timeout", callback=_time, metavar="TIME", help="Longest run. [default: 20 times the expected, at least 10m]"
+)
+@click.option(
+    "--memory", type=_Size(), metavar="GiB", help="Most memory of a run. [default: its share, if it is short]"
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Directory of results. [default: piste-race/<tasks>]")
 @click.option("--resume", is_flag=True, help="Go on with the last race in --out, as it was asked for.")
+@click.option(
+    "--serve", is_flag=False, flag_value="0", type=_Port(), metavar="[PORT]", help="Show the report in a browser, live."
+)
+@click.option("--stay", is_flag=True, help="Serve on after the end, until Ctrl-C.")
 @click.option("--new", type=click.Path(path_type=Path), metavar="FILE.py", help="Write a task to start from, and end.")
 @click.option("--list-tasks", is_flag=True, help="Show the built-in tasks, and end.")
 @_debug
@@ -133,7 +200,11 @@ def _race(
     arguments: tuple[str, ...],
     script: str | None,
     out: Path | None,
+    timeout: float | None,
+    memory: float | None,
     resume: bool,
+    serve: int | None,
+    stay: bool,
     new: Path | None,
     list_tasks: bool,
     debug: bool,
@@ -158,6 +229,8 @@ def _race(
         task = script
     elif arguments:
         raise click.UsageError(f"one task at a time, not {' '.join((str(task), *arguments))}; ARGS belong to --script")
+    if stay and serve is None:
+        raise click.UsageError("--stay goes with --serve")
     asked = Settings((task,) if task else _TASKS, script=script is not None, arguments=arguments, **options)
     given = [name for name in (*options, "script", "task", "arguments") if _is_given(context, name)]
     if out is None:
@@ -166,8 +239,16 @@ def _race(
         store = Store(out)
         settings, words = _stored(store, asked, given) if resume else (asked, shlex.join(["piste", *sys.argv[1:]]))
         console = Console()
-        result = race(settings, store, view_for(console), words)
-        _show(console, store, result)
+        plain = view_for(console)
+        limits = Limits(timeout, None if memory is None else int(memory))
+        with nullcontext(plain) if serve is None else served(console, store, plain, serve, stay) as view:
+            try:
+                result = race(settings, store, view, words, limits=limits)
+            except InterruptedRaceError as stop:
+                if stop.result is not None:
+                    _show(console, store, stop.result)
+                raise
+            _show(console, store, result)
         if not any(recommended(each.standings) for each in result.results):
             click.echo("piste: no run of any contender finished; the report says why", err=True)
             sys.exit(1)
@@ -178,9 +259,15 @@ def _is_given(context: click.Context, name: str) -> bool:
 
 
 def _stored(store: Store, asked: Settings, given: list[str]) -> tuple[Settings, str]:
-    """The last race in a directory and its command. Options may be repeated with ``--resume``, not changed."""
+    """The last race in a directory and its command. Options may be repeated with ``--resume``, not changed.
+
+    Where runs are made changes nothing of them.
+    """
     stored = stored_settings(store)
     for name in given:
+        if name in ("on", "workers"):
+            stored = replace(stored, **{name: getattr(asked, name)})
+            continue
         field = "tasks" if name == "task" else name
         before, now = getattr(stored, field), getattr(asked, field)
         if now != before:
@@ -226,19 +313,6 @@ def _write_starter(path: Path) -> None:
     except OSError as error:
         raise click.UsageError(f"--new {path}: {error.strerror}") from None
     click.echo(f"wrote {path}; it runs as it is: piste race {shlex.quote(str(path))}")
-
-
-class _Size(click.ParamType[float]):
-    """A number of bytes with its unit; a ``/s`` behind it where a second belongs to it."""
-
-    def __init__(self, per_second: str = "") -> None:
-        self.per_second, self.name = per_second, "bytes per second" if per_second else "bytes"
-
-    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> float:
-        try:
-            return footprint.bytes_of(str(value), self.per_second)
-        except ValueError as error:
-            self.fail(str(error), parameter, context)
 
 
 def _formats(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:

@@ -12,30 +12,38 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Protocol
 
 from piste.race import progress, record
 from piste.race.budget import Pace
-from piste.race.executor import Death, Executor
+from piste.race.contenders import ContenderError
+from piste.race.executors import Death, Event, Executor
 from piste.race.inspection import TaskCard
+from piste.race.limits import Limits
 from piste.race.packing import jobs, runs_of
-from piste.race.progress import Clock, Row, part_of
+from piste.race.progress import Clock, Row, duration, part_of
 from piste.race.protocol import TUNE_SEED, Plan, next_runs
-from piste.race.record import RunRecord
+from piste.race.record import RunRecord, StudyResult
 from piste.race.script import Script
-from piste.race.store import Store
+from piste.race.store import Store, full_disk
 from piste.race.task import TaskError
 from piste.race.training import new_record
-from piste.race.worker import Inspect, Pack, Packed, Progress, Refusal, Run
+from piste.race.wishes import STOPPED, Add, Stop, Wish
+from piste.race.worker import Apart, Inspect, Job, Pack, Packed, Progress, Refusal, Run
 
 _POLL_SECONDS = 0.1
 _PROBE_STEPS = 12  # of which the first five are warm-up
+_GRACE_SECONDS = 10.0  # after a wish to stop, for runs that are nearly over
 
 
 class InterruptedRaceError(Exception):
-    """The race was asked to stop; all finished runs are kept."""
+    """The race was asked to stop; all finished runs are kept, and ``result`` is what they say, if there are any."""
+
+    def __init__(self, result: StudyResult | None = None) -> None:
+        super().__init__("the race was asked to stop")
+        self.result = result
 
 
 class WorkerError(Exception):
@@ -81,12 +89,28 @@ class View(Protocol):
     def tick(self, state: State) -> None:
         """Time has passed."""
 
+    def wishes(self) -> Sequence[Wish]:
+        """What people have asked for since the last call."""
+
+    def said(self, words: str) -> None:
+        """What became of a wish."""
+
     def end(self) -> None:
         """No more runs, for whatever reason."""
 
 
 class Driver:
-    """Keeps the workers busy until no run is missing."""
+    """Keeps the workers busy until no run is missing.
+
+    Args:
+        plan: the race.
+        store: where its runs are kept.
+        view: shows it, and brings people's wishes.
+        executor: the workers.
+        stopped: whether it was asked to end.
+        script: what is raced in the place of tasks.
+        enlarged: the plan with one more optimizer, which is kept for ``--resume``; raises ``ContenderError``.
+    """
 
     def __init__(
         self,
@@ -96,8 +120,12 @@ class Driver:
         executor: Executor,
         stopped: Callable[[], bool],
         script: Script | None = None,
+        limits: Limits | None = None,
+        enlarged: Callable[[Plan, str], Plan] | None = None,
     ) -> None:
+        self.limits = limits or Limits()
         self.plan = plan
+        self.enlarged = enlarged
         self.script = script
         self.store = store
         self.view = view
@@ -107,57 +135,127 @@ class Driver:
         self.clock = Clock(executor.width)
         self.started = time.monotonic()
         self.since: dict[str, float] = {}
+        self.begun: set[str] = set()
         self.step: dict[str, int] = {}
-        self.alone: set[str] = set()  # of packs that died
+        self.alone: set[str] = set()  # runs that are made alone now, whatever their keys say
+        self.unwanted: set[str] = set()  # runs that were asked to be stopped
         self._look()
 
     def run(self) -> None:
-        self.view.begin(self._state(), self.store.damaged)
         try:
+            self.view.begin(self._state(), self.store.damaged)
             while self._submit():
-                for event in self.executor.events(_POLL_SECONDS):
-                    assert isinstance(event.job, (Run, Pack))
-                    self._handle(event.job, event.answer)
+                self._hear()
+                self._end_overdue()
+                for wish in self.view.wishes():
+                    self.view.said(self._stop(wish) if isinstance(wish, Stop) else self._add(wish))
                 self.view.tick(self._state())
                 if self.stopped():
+                    self._wind_down()
                     raise InterruptedRaceError
         finally:
             self.view.end()
 
     def _submit(self) -> bool:
         """Give idle workers what is missing; whether anything is being worked on."""
-        busy = {run.key.id for job in self.executor.jobs for run in runs_of(job)}
+        running = self._running()
+        timed = any(run.key.phase == record.TIME for run in running)
+        busy = {run.key.id for run in running}
         for job in jobs(self.missing, busy, self.alone, self.executor.width):
             runs = runs_of(job)
-            if not self.executor.idle:
+            times = runs[0].key.phase == record.TIME
+            if not self.executor.idle or timed or (times and busy):  # a timing pass is alone
                 break
-            if busy and runs[0].key.phase == record.TIME:
-                break  # a timing pass is alone
+            timed = times
             self.executor.submit(job)
             for run in runs:
                 self.since[run.key.id] = time.monotonic()
                 self.step[run.key.id] = 0
+                self.begun.discard(run.key.id)
                 busy.add(run.key.id)
-        return bool(busy)
+        return bool(busy or self.missing)  # without a worker for them, they wait for one
+
+    def _hear(self) -> None:
+        for event in self.executor.events(_POLL_SECONDS):
+            assert isinstance(event.job, (Run, Pack))
+            self._handle(event.job, event.answer)
+
+    def _end_overdue(self) -> None:
+        for job in self.executor.jobs:
+            runs = runs_of(job)
+            first = runs[0].key.id
+            # One after the other they may take so long; a pack that takes longer is made again one by one.
+            longest = len(runs) * self.limits.longest(self._expected(runs[0]))
+            if first in self.begun and time.monotonic() - self.since[first] > longest:
+                self.executor.stop(job, _too_long(longest))
+
+    def _wind_down(self) -> None:
+        """Start nothing more, and wait a little for runs that are nearly over; the others will be made again."""
+        deadline = time.monotonic() + _GRACE_SECONDS
+        self.view.said(f"stopping, once runs that are over within {_GRACE_SECONDS:g} s are; Ctrl-C again stops at once")
+        while any(self._seconds_to_go(job) < deadline - time.monotonic() for job in self.executor.jobs):
+            self._hear()
+            self.view.tick(self._state())
+
+    def _running(self) -> list[Run]:
+        return [run for job in self.executor.jobs for run in runs_of(job)]
+
+    def _expected(self, run: Run) -> float | None:
+        """Seconds of a run as its like have taken; None where nothing is known of them."""
+        same = (row for row in self.rows if (row.card.name, row.contender.name) == (run.key.task, run.key.contender))
+        return self.clock.expected(next(same), run.key.steps) or None
+
+    def _seconds_to_go(self, job: Job) -> float:
+        runs = runs_of(job)
+        key = runs[0].key
+        gone = time.monotonic() - self.since[key.id]
+        done = part_of(self.step[key.id], key.steps)
+        if done:
+            return gone / done - gone
+        expected = self._expected(runs[0])
+        return math.inf if expected is None else max(0.0, len(runs) * expected - gone)
 
     def _handle(self, job: Run | Pack, answer: object) -> None:
         runs = runs_of(job)
         if isinstance(answer, Progress):
-            self.step.update((run.key.id, answer.step) for run in runs)
+            for run in runs:
+                self._note(run.key.id, answer.step)
         elif isinstance(answer, Refusal):
             raise TaskError(answer.message)
         elif isinstance(answer, Packed):
             for made in answer.records:
                 self._keep(made, share=len(runs))
-        elif isinstance(answer, Death) and isinstance(job, Pack):
-            self.alone.update(run.key.id for run in runs)  # made one by one, it shows which of them it was
+        elif isinstance(job, Pack):
+            self._take_apart(runs, answer)
+        elif isinstance(answer, Death):
+            self._keep(_lost(job, answer))
         else:
-            (run,) = runs
-            made = new_record(run.key, record.FAILED, answer.reason) if isinstance(answer, Death) else answer
-            assert isinstance(made, RunRecord)
-            self._keep(made)
+            assert isinstance(answer, RunRecord)
+            self._keep(answer)
+
+    def _note(self, run: str, step: int) -> None:
+        if not step or run not in self.begun:
+            self.since[run] = time.monotonic()
+            self.begun.add(run)
+        self.step[run] = step
+
+    def _take_apart(self, runs: Sequence[Run], answer: object) -> None:
+        """A pack came to nothing: one that was to be stopped stays so, and the others are made again.
+
+        Where it ended by itself, or took too long, they are made one by one, which shows which of them it was.
+        """
+        assert isinstance(answer, (Apart, Death))
+        unwanted = [run for run in runs if run.key.id in self.unwanted]
+        if isinstance(answer, Apart) or not unwanted:
+            self.alone.update(run.key.id for run in runs)
+        death = Death(STOPPED, answer.machine if isinstance(answer, Death) else None)
+        for run in unwanted:
+            self._keep(_lost(run, death), share=len(runs))
 
     def _keep(self, made: RunRecord, share: int = 1) -> None:
+        """Store a record, of a run that shared its worker with so many."""
+        if full_disk(made.message):
+            raise self.store.full(made.message)
         key = made.key
         self.store.add(made)
         self.records[key.id] = made
@@ -166,6 +264,27 @@ class Driver:
         self._look()
         self.view.finished(self._state(), made)
 
+    def _stop(self, wish: Stop) -> str:
+        for job in self.executor.jobs:
+            for run in runs_of(job):
+                if run.key.id == wish.run:
+                    self.unwanted.add(run.key.id)
+                    self.executor.stop(job, STOPPED)
+                    return f"stopped: {run.key.contender} on {run.key.task}, lr {run.key.lr:g}, seed {run.key.seed}"
+        return "nothing to stop: that run is over"
+
+    def _add(self, wish: Add) -> str:
+        if self.enlarged is None:
+            return "this race cannot grow"
+        before, known = self._state().total, len(self.plan.contenders)
+        try:
+            self.plan = self.enlarged(self.plan, wish.optimizer)
+        except ContenderError as error:
+            return f"not added: {error}"
+        self._look()
+        names = " and ".join(contender.name for contender in self.plan.contenders[known:])
+        return f"added: {names}; {self._state().total - before} more runs"
+
     def _look(self) -> None:
         """Derive from the records what is there and what is missing; only a new record changes either."""
         self.rows = progress.rows(self.plan, self.records)
@@ -173,32 +292,32 @@ class Driver:
         self.missing = [Run(card.reference, who, key, self.script) for card, who, key in missing]
 
     def _state(self) -> State:
-        running = [(run, self.step[run.key.id]) for job in self.executor.jobs for run in runs_of(job)]
+        running = [(run, self.step[run.key.id]) for run in self._running()]
         done = {(job.key.task, job.key.contender): part_of(step, job.key.steps) for job, step in running}
         return State(self.plan, self.rows, running, self.started, self.clock.left(self.plan, self.rows, done))
 
 
 def inspect_tasks(
-    references: Sequence[str], device: str, executor: Executor, stopped: Callable[[], bool], *, pack: bool = False
+    references: Sequence[str],
+    device: str,
+    executor: Executor,
+    stopped: Callable[[], bool],
+    limits: Limits | None = None,
+    *,
+    pack: bool = False,
 ) -> tuple[TaskCard, ...]:
     """Have the workers load and try every task, and where ``pack`` says so, whether its trials can be packed."""
-    waiting = [Inspect(reference, device, pack) for reference in references]
     cards: dict[str, TaskCard] = {}
-    while len(cards) < len(references):
-        while waiting and executor.idle:
-            executor.submit(waiting.pop(0))
-        for event in executor.events(_POLL_SECONDS):
-            if isinstance(event.answer, Refusal):
-                raise TaskError(event.answer.message) from WorkerError(event.answer.traceback)
-            if isinstance(event.answer, Death):
-                raise TaskError(
-                    f"{event.job.reference}: {event.answer.reason} while the task was tried; what it printed is in "
-                    f"{executor.logs}"
-                )
-            if isinstance(event.answer, TaskCard):
-                cards[event.job.reference] = event.answer
-        if stopped():
-            raise InterruptedRaceError
+    for event in _answers([Inspect(reference, device, pack) for reference in references], executor, stopped, limits):
+        if isinstance(event.answer, Refusal):
+            raise TaskError(event.answer.message) from WorkerError(event.answer.traceback)
+        if isinstance(event.answer, Death):
+            raise TaskError(
+                f"{event.job.reference}: {event.answer.reason} while the task was tried; what it printed is in "
+                f"{executor.logs}"
+            )
+        if isinstance(event.answer, TaskCard):
+            cards[event.job.reference] = event.answer
     found = tuple(cards[reference] for reference in references)
     for card in found:
         same = [other.reference for other in found if other.name == card.name]
@@ -207,32 +326,79 @@ def inspect_tasks(
     return found
 
 
-def measured_paces(plan: Plan, executor: Executor, stopped: Callable[[], bool]) -> dict[tuple[str, str], Pace]:
+def measured_paces(
+    plan: Plan, executor: Executor, stopped: Callable[[], bool], limits: Limits | None = None
+) -> dict[tuple[str, str], Pace]:
     """A few steps of every contender on every task, side by side as the runs will be."""
-    waiting = [
+    probes = [
         Run(
             card.reference,
             contender,
-            plan.key(card, contender, {"lr": contender.lr_center}, TUNE_SEED, record.TIME, _PROBE_STEPS),
+            # Of no machine: unlike timing passes, these are made everywhere.
+            replace(
+                plan.key(card, contender, {"lr": contender.lr_center}, TUNE_SEED, record.TIME, _PROBE_STEPS), machine=""
+            ),
         )
         for card in plan.cards
         for contender in plan.contenders
     ]
     cards = {card.reference: card for card in plan.cards}
     paces: dict[tuple[str, str], Pace] = {}
-    count = len(waiting)
-    while len(paces) < count:
+    for event in _answers(probes, executor, stopped, limits):
+        if isinstance(event.answer, Refusal):
+            raise TaskError(event.answer.message)
+        if isinstance(event.answer, (RunRecord, Death)) and isinstance(event.job, Run):
+            card = cards[event.job.reference]
+            paces[card.reference, event.job.contender.name] = _pace(event.answer, card)
+    return paces
+
+
+def _answers(
+    jobs: Sequence[Job], executor: Executor, stopped: Callable[[], bool], limits: Limits | None
+) -> Iterator[Event]:
+    """Have all these jobs done; what ends each of them."""
+    waiting, unanswered = list(jobs), len(jobs)
+    overdue = _Overdue(executor, limits or Limits())
+    while unanswered:
         while waiting and executor.idle:
             executor.submit(waiting.pop(0))
         for event in executor.events(_POLL_SECONDS):
-            if isinstance(event.answer, Refusal):
-                raise TaskError(event.answer.message)
-            if isinstance(event.answer, (RunRecord, Death)) and isinstance(event.job, Run):
-                card = cards[event.job.reference]
-                paces[card.reference, event.job.contender.name] = _pace(event.answer, card)
+            overdue.note(event)
+            if not isinstance(event.answer, Progress):
+                unanswered -= 1
+                yield event
+        overdue.end()
         if stopped():
             raise InterruptedRaceError
-    return paces
+
+
+class _Overdue:
+    """Ends what takes too long before the race: a task may hang where it is only tried."""
+
+    def __init__(self, executor: Executor, limits: Limits) -> None:
+        self.executor = executor
+        self.longest = limits.longest(0.0)
+        self.since: dict[int, float] = {}
+
+    def note(self, event: Event) -> None:
+        if not isinstance(event.answer, Progress):
+            self.since.pop(id(event.job), None)
+        elif not event.answer.step or id(event.job) not in self.since:
+            self.since[id(event.job)] = time.monotonic()
+
+    def end(self) -> None:
+        for job in self.executor.jobs:
+            if time.monotonic() - self.since.get(id(job), math.inf) > self.longest:
+                self.executor.stop(job, _too_long(self.longest))
+
+
+def _lost(run: Run, death: Death) -> RunRecord:
+    status = record.OUT_OF_MEMORY if death.out_of_memory else record.FAILED
+    return new_record(run.key, status, death.reason, machine=death.machine)
+
+
+def _too_long(longest: float) -> str:
+    return f"took longer than {duration(longest)} (--timeout)"
 
 
 def _pace(answer: RunRecord | Death, card: TaskCard) -> Pace:

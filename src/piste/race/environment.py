@@ -52,6 +52,11 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def node() -> str:
+    """The name of this machine, as Slurm calls it."""
+    return os.environ.get("SLURMD_NODENAME") or platform.node()
+
+
 def reset_peak(device: torch.device) -> None:
     """Start a new measurement of peak memory, where the system can do that."""
     if device.type == "cuda":

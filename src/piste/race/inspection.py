@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from piste.race import environment
 from piste.race.data import Splits, fingerprint, length, to_device, training_batches
 from piste.race.packed import why_not
 from piste.race.record import canonical_json
@@ -40,6 +41,7 @@ class TaskCard:
         examples: number of training, validation and report examples.
         step_seconds: wall time of one training step here, for the estimate of the race's duration.
         evaluation_seconds: wall time of one look at the validation split.
+        peak_bytes: memory that the worker's process needed for that, Python included; 0 where it is unknown.
         packs: whether its trials are trained together.
         not_packed: why not, where that was asked for.
     """
@@ -55,6 +57,7 @@ class TaskCard:
     examples: tuple[int, int, int]
     step_seconds: float
     evaluation_seconds: float
+    peak_bytes: int = 0
     packs: bool = False
     not_packed: str = ""
 
@@ -117,6 +120,7 @@ def inspect_task(
         examples=(length(splits.train), length(splits.valid), length(splits.report)),
         step_seconds=step_seconds,
         evaluation_seconds=evaluation_seconds,
+        peak_bytes=environment.peak_bytes(device),
         packs=pack and not not_packed,
         not_packed=not_packed,
     )

@@ -12,6 +12,7 @@ from typing import Any, Final
 import piste
 from piste.race.protocol import FEWEST_TRIALS_TO_EXTEND, MOST_EXTENSIONS, Plan, Records, Tuning, tuning
 from piste.race.record import CONFIRM, TUNE, RunRecord
+from piste.race.wishes import STOPPED
 from piste.race.words import count, listing
 
 FEW_SEEDS: Final = 5
@@ -159,11 +160,15 @@ def report_split_peeked(evidence: Evidence) -> str:
 
 
 def stopped_early(evidence: Evidence) -> str:
-    """Runs that count as finished without having been trained to their end."""
+    """Runs that count as finished without having been trained to their end, and those that somebody stopped."""
     short = [run for run in evidence.used if run.finished and run.curve.step and run.curve.step[-1] < run.key.steps]
-    if not short:
-        return ""
-    return f"{count(len(short), 'run')} ended before the last step: ranks flip while learning rates still fall."
+    if short:
+        return f"{count(len(short), 'run')} ended before the last step: ranks flip while learning rates still fall."
+    by_hand = [run for run in evidence.used if run.message == STOPPED and not run.finished]
+    if by_hand:
+        names = listing(sorted({run.key.contender for run in by_hand}), NAMED)
+        return f"{count(len(by_hand), 'run')} of {names} stopped by hand, which counts as lost: somebody chose."
+    return ""
 
 
 def other_start(evidence: Evidence) -> str:

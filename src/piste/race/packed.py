@@ -8,8 +8,6 @@ small model spends its time on: calls. The trials of a pack have one seed, hence
 
 from __future__ import annotations
 
-import sys
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +21,7 @@ from piste.race.data import Split, Splits, evaluation_batches, to_device, traini
 from piste.race.record import RunKey, RunRecord
 from piste.race.seeds import derived_seed, seed_everything
 from piste.race.task import Task
-from piste.race.training import EVALUATION_BATCH, Loop, Progress, fresh_model, mean_scores, prepare, run
+from piste.race.training import EVALUATION_BATCH, Loop, Progress, fresh_model, mean_scores, prepare
 
 MOST_PARAMETERS = 1_000_000  # a step of larger models is spent on arithmetic and memory, which packs only crowd
 _TRIED_MODELS, _TRIED_BATCHES = 3, 2
@@ -35,7 +33,7 @@ Function = Callable[[nn.Module, Any], Tensor | float]
 def run_pack(
     task: Task, splits: Splits, contender: Contender, keys: Sequence[RunKey], progress: Progress
 ) -> list[RunRecord]:
-    """Make the runs of these keys together; one by one where that fails, for whatever reason.
+    """Make the runs of these keys together. Whatever goes wrong in one of them goes wrong in all, and is raised.
 
     Args:
         task: the problem; :func:`why_not` has nothing against it.
@@ -46,13 +44,9 @@ def run_pack(
     """
     times = Times()
     attempts = [Attempt(task, contender, key, times) for key in keys]
-    try:
-        for attempt in attempts:
-            prepare(attempt)
-        Loop(attempts, Packed(attempts), splits, times, sparing=False).train(progress)
-    except (Exception, SystemExit) as error:  # of all at once: alone, each comes to an end of its own
-        traceback.print_exception(error, file=sys.stderr)
-        return [run(task, splits, contender, key, progress) for key in keys]
+    for attempt in attempts:
+        prepare(attempt)
+    Loop(attempts, Stacked(attempts), splits, times, sparing=False).train(progress)
     return [attempt.recorded() for attempt in attempts]
 
 
@@ -82,7 +76,7 @@ def why_not(task: Task, splits: Splits, device: torch.device) -> str:
     return ""
 
 
-class Packed:
+class Stacked:
     """Gradients and scores of many models by one call each; see :class:`piste.race.training.Together`.
 
     Args:
@@ -146,8 +140,7 @@ class Stack:
         """The losses of all models, and for each trained weight the gradients of all, None where it has none."""
         losses = self._all(self.task.loss, batch)
         gradients = torch.autograd.grad(losses.sum(), self.leaves, allow_unused=True)
-        slices = [None if gradient is None else gradient.contiguous().unbind() for gradient in gradients]
-        return losses.detach().unbind(), slices
+        return losses.detach().unbind(), [None if each is None else each.contiguous().unbind() for each in gradients]
 
     @torch.no_grad()
     def scores(self, batch: Any) -> list[tuple[float, float]]:

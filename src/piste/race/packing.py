@@ -26,7 +26,7 @@ def jobs(missing: Sequence[Run], busy: Collection[str], alone: Collection[str], 
         missing: all runs that can be made now, those that are being made included.
         busy: ids of these.
         alone: ids of runs that are to be made alone, whatever their key says.
-        workers: processes side by side.
+        workers: processes side by side; none while all are lost.
     """
     lanes: dict[tuple[object, ...], list[Run]] = {}
     packed = 0
@@ -35,11 +35,17 @@ def jobs(missing: Sequence[Run], busy: Collection[str], alone: Collection[str], 
         together = key.packed and key.id not in alone
         packed += together
         if key.id not in busy:
-            lane = (run.reference, key.contender, key.phase, key.steps, key.seed) if together else (key.id,)
+            lane: tuple[object, ...] = (key.id,)
+            if together:
+                lane = (run.reference, key.contender, key.phase, key.steps, key.seed)
             lanes.setdefault(lane, []).append(run)
-    most = max(1, min(MOST, math.ceil(packed / workers)))
+    most = max(1, min(MOST, math.ceil(packed / max(1, workers))))
     found: list[Run | Pack] = []
-    for lane, runs in lanes.items():
+    for runs in lanes.values():
         parts = [tuple(runs[start : start + most]) for start in range(0, len(runs), most)]
-        found += [Pack(part) for part in parts] if len(lane) > 1 else runs
+        found += [part[0] if len(part) == 1 else _pack(part) for part in parts]
     return found
+
+
+def _pack(runs: Sequence[Run]) -> Pack:
+    return Pack(runs[0].reference, runs[0].contender, tuple(run.key for run in runs))

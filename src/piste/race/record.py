@@ -6,16 +6,19 @@ The records are plain data. They travel as JSON (``to_json``/``from_json``); num
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Final
 
-# 2 added traces and totals; what 1 wrote is read, with those left empty.
-SCHEMA: Final = 2
-READABLE: Final = (1, 2)
+# 2 added traces and totals; what 1 wrote is read, with those left empty. 3 has the checksum in front, over the bytes
+# that follow it: not one of them changes unnoticed, and nothing has to be written again to be verified.
+SCHEMA: Final = 3
+READABLE: Final = (1, 2, 3)
+_SEAL: Final = re.compile(r'\{"checksum":"([0-9a-f]{64})",\n')
 
 FINISHED: Final = "finished"
 DIVERGED: Final = "diverged"
@@ -70,14 +73,17 @@ class RunKey:
     machine: str = ""
     packed: bool = False
 
-    @property
+    @cached_property
     def id(self) -> str:
         """The content address of the run: 20 hex digits."""
-        content = dataclasses.asdict(self)
-        for added in ("machine", "packed"):
-            if not content[added]:
-                del content[added]  # so that ids from before there were these stay what they are
-        return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:20]
+        content = self.fields()
+        if not self.machine:
+            del content["machine"]  # as in schema 1, whose ids stay what they are
+        return _digest(canonical_json(content))[:20]
+
+    def fields(self) -> dict[str, Any]:
+        """By name; without ``packed`` where that is false, as before there were packs: ids and files stay the same."""
+        return {name: value for name, value in _fields(self).items() if value or name != "packed"}
 
     @property
     def lr(self) -> float:
@@ -169,7 +175,7 @@ class Cost:
 
 @dataclass
 class RunRecord:
-    """One run, as stored. ``checksum`` covers all the other fields and is verified on reading.
+    """One run, as stored. ``checksum`` stands first and covers every byte after it; it is verified on reading.
 
     Args:
         schema: version of this format.
@@ -183,7 +189,7 @@ class RunRecord:
         cost: time and memory.
         machine: what ran it.
         created: UTC time, ISO 8601.
-        checksum: SHA-256 over the rest.
+        checksum: SHA-256 over the rest of the text (up to schema 2: of the content).
     """
 
     schema: int
@@ -210,10 +216,13 @@ class RunRecord:
         return fingerprint(self.machine)
 
     def to_json(self) -> str:
-        """The record as JSON text, its checksum computed anew."""
-        content = _plain(dataclasses.asdict(self))
-        content["checksum"] = _checksum(content)
-        return json.dumps(content, indent=1, allow_nan=False) + "\n"
+        """The record as JSON text, a field a line, its checksum computed anew."""
+        content = _fields(self) | {"schema": SCHEMA}
+        parts = {"key": self.key.fields(), "curve": _fields(self.curve), "cost": _fields(self.cost)}
+        content.pop("checksum")
+        lines = [f'"{name}":{canonical_json(parts.get(name, value))}' for name, value in content.items()]
+        body = ",\n".join(lines) + "}\n"
+        return f'{{"checksum":"{_digest(body)}",\n{body}'
 
     @classmethod
     def from_json(cls, text: str) -> RunRecord:
@@ -222,16 +231,19 @@ class RunRecord:
         Raises:
             RecordError: the text is no record, its checksum or its id does not match, or the schema is unknown.
         """
+        seal = _SEAL.match(text)
+        if seal and seal[1] != _digest(text[seal.end() :]):
+            raise RecordError("its checksum does not match its content")
         try:
             content = json.loads(text)
         except ValueError as error:
             raise RecordError(f"not valid JSON ({error})") from error
         if not isinstance(content, dict) or "checksum" not in content:
             raise RecordError("not a run record")
-        if content["checksum"] != _checksum(content):
+        if not seal and content["checksum"] != _checksum(content):
             raise RecordError("its checksum does not match its content")
         if content.get("schema") not in READABLE:
-            readable = " and ".join(map(str, READABLE))
+            readable = f"{READABLE[0]} to {READABLE[-1]}"
             raise RecordError(f"its schema is {content.get('schema')!r}, this version reads {readable}")
         try:
             record = cls(**_revive(content))
@@ -352,17 +364,33 @@ class StudyResult:
 def fingerprint(machine: dict[str, str]) -> str:
     """Twelve hex digits for all that decides wall times on a machine, of those things that ``machine`` names."""
     decisive = {name: machine[name] for name in ("system", "processor", "cores", "accelerator") if name in machine}
-    return hashlib.sha256(canonical_json(decisive).encode()).hexdigest()[:12]
+    return _digest(canonical_json(decisive))[:12]
 
 
 def canonical_json(content: Any) -> str:
     """One text for one content: sorted keys, no spaces, non-finite numbers as strings."""
-    return json.dumps(_plain(content), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    try:
+        return _compact(content)
+    except ValueError:
+        return _compact(_plain(content))
+
+
+def _compact(content: Any) -> str:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _fields(of: RunKey | Curve | Cost | RunRecord) -> dict[str, Any]:
+    """The fields of a dataclass as they are, where ``asdict`` would copy all they hold."""
+    return {name: vars(of)[name] for name in of.__dataclass_fields__}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _checksum(content: dict[str, Any]) -> str:
-    rest = {name: value for name, value in content.items() if name != "checksum"}
-    return hashlib.sha256(canonical_json(rest).encode()).hexdigest()
+    """Of a record up to schema 2: over its content, in whatever layout it stands."""
+    return _digest(canonical_json({name: value for name, value in content.items() if name != "checksum"}))
 
 
 def _plain(value: Any) -> Any:

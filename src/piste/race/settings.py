@@ -34,6 +34,8 @@ class Settings:
         metric: what its reports call the score.
         higher_is_better: direction of that.
         pack: trials of a contender are trained together where the task allows it.
+        on: where runs are made: ``"local"``, ``"ray"``, ``"ray://HOST:PORT"`` or ``"slurm"``.
+        workers: runs side by side; None for what that place has room for.
     """
 
     tasks: tuple[str, ...]
@@ -55,6 +57,8 @@ class Settings:
     metric: str = "loss"
     higher_is_better: bool = False
     pack: bool = False
+    on: str = "local"
+    workers: int | None = None
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Settings:

@@ -27,10 +27,16 @@ from piste.race.record import RecordError, RunRecord
 _TEMPORARY = ".tmp"
 _DAMAGED = ".damaged"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_HINT = "; free some space and repeat the command"
 
 
 class StoreError(Exception):
     """The directory of a race cannot be used; the message says why and that nothing was lost."""
+
+
+def full_disk(message: str) -> bool:
+    """Whether that is how a run ended: it says nothing about the run, which is to be made again."""
+    return any(f"[Errno {number}]" in message for number in _FULL[:2])
 
 
 class Store:
@@ -81,9 +87,10 @@ class Store:
         """
         found = {}
         with self._explained("cannot be read"):
-            for path in sorted(self.runs.glob("*.json")):
+            for name in sorted(path.name for path in self.runs.glob("*.json")):
+                path = self.runs / name
                 try:
-                    record = RunRecord.from_json(path.read_text(encoding="utf-8"))
+                    record = RunRecord.from_json(path.read_bytes().decode())
                     if record.id != path.stem:
                         raise RecordError("its name is not its id")
                 except (RecordError, UnicodeDecodeError) as error:
@@ -155,18 +162,24 @@ class Store:
             yield
         except OSError as error:
             reason = error.strerror or str(error)
-            hint = "; free some space and repeat the command" if error.errno in _FULL else ""
-            kept = len(list(self.runs.glob("*.json"))) if self.runs.is_dir() else 0
-            runs = f"; the {kept} finished runs in it are kept" if kept else ""
-            raise StoreError(f"the directory {self.path} {what}: {reason}{hint}{runs}") from error
+            hint = _HINT if error.errno in _FULL else ""
+            raise StoreError(f"the directory {self.path} {what}: {reason}{hint}{self._kept()}") from error
+
+    def full(self, message: str) -> StoreError:
+        """What to say of a run that found no space left where it wrote."""
+        return StoreError(f"a run of the race in {self.path} could not write: {message}{_HINT}{self._kept()}")
+
+    def _kept(self) -> str:
+        kept = len(list(self.runs.glob("*.json"))) if self.runs.is_dir() else 0
+        return f"; the {kept} finished runs in it are kept" if kept else ""
 
 
 def _write(path: Path, text: str) -> None:
     """Put a whole file in place at once and make sure of it. Only the holder of the lock writes here."""
     temporary = path.with_name(path.name + _TEMPORARY)
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

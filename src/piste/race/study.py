@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -14,8 +14,9 @@ from piste.race import environment, sampling
 from piste.race.budget import fitted
 from piste.race.contenders import Contender, ContenderError, make_contenders
 from piste.race.driver import Driver, InterruptedRaceError, State, View, inspect_tasks, measured_paces, stop_signals
-from piste.race.executor import Executor
+from piste.race.executors import LOCAL, Executor, make_executor, sizing
 from piste.race.inspection import TaskCard
+from piste.race.limits import Limits
 from piste.race.protocol import Plan
 from piste.race.record import StudyResult, fingerprint
 from piste.race.script import Script
@@ -24,6 +25,8 @@ from piste.race.space import parse_sweep
 from piste.race.standings import study_result
 from piste.race.store import Store, StoreError
 from piste.race.task import BUILT_IN, split_reference
+from piste.race.wishes import with_optimizers
+from piste.race.words import listing
 
 __all__ = [
     "DeviceError",
@@ -37,10 +40,8 @@ __all__ = [
     "stored_result",
     "stored_settings",
     "title",
+    "with_optimizer",
 ]
-
-# Each worker process holds its own Python and torch, some 300 MB; more of them only when asked for.
-MOST_WORKERS = 16
 
 
 class DeviceError(ValueError):
@@ -51,7 +52,7 @@ class SettingsError(ValueError):
     """Two things that were asked for exclude each other."""
 
 
-def race(settings: Settings, store: Store, view: View, command: str, workers: int | None = None) -> StudyResult:
+def race(settings: Settings, store: Store, view: View, command: str, limits: Limits | None = None) -> StudyResult:
     """Make all runs of a race that the store does not hold yet.
 
     Args:
@@ -59,30 +60,40 @@ def race(settings: Settings, store: Store, view: View, command: str, workers: in
         store: where runs are kept; held for the time of the race.
         view: shows the race.
         command: what repeats this race, for the report.
-        workers: processes side by side; None for one a core on the CPU, one on an accelerator.
+        limits: what a run may take.
 
     Raises:
         ContenderError, TaskError, DeviceError, SettingsError, SamplerError, BudgetError: a setting is wrong, or cannot
             be had here; nothing has been written.
         StoreError: the store cannot be used, or no longer; finished runs are kept.
-        ExecutorError: worker processes cannot be started here.
-        InterruptedRaceError: Ctrl-C or a signal to end; finished runs are kept.
+        ExecutorError: workers cannot be started, or the cluster cannot be reached.
+        InterruptedRaceError: Ctrl-C or a signal to end; finished runs are kept, and it brings their result.
+        KeyboardInterrupt: Ctrl-C a second time.
     """
+    limits = limits or Limits()
     begun = time.monotonic()
     _refuse_contradictions(settings)
     contenders = contenders_for(settings, settings.trials)
-    device = resolve_device(settings.device)
+    asked = _device(settings)
     script = _script(settings)
     described = () if script is None else (script.card(),)
     references = [_absolute(task) for task in settings.tasks] if script is None else []
-    workers = workers or _default_workers(device)
-    with stop_signals() as stopped, store.writing(), Executor(workers, store.logs) as executor:
+    at_once = sum(len(who.cells) for who in contenders) * max(settings.trials, settings.seeds) * len(settings.tasks)
+    spread = settings.device in ("auto", "cuda")
+    with (
+        stop_signals() as stopped,
+        store.writing(),
+        make_executor(settings.on, settings.workers, store.logs, asked, spread, at_once, limits.memory) as executor,
+    ):
         view.looking(settings.tasks)
-        cards = described or inspect_tasks(references, device, executor, stopped, pack=settings.pack)
-        plan = _plan(settings, cards, contenders, device)
+        device = executor.device
+        cards = described or inspect_tasks(references, device, executor, stopped, limits, pack=settings.pack)
+        if settings.workers is None and device == "cpu":
+            executor.fit(sizing.together([card.peak_bytes for card in cards]))
+        plan = _plan(settings, cards, contenders, device, executor.machine)
         if settings.budget is not None:
             plan = _planned_before(settings, plan, store) or _fitted(
-                settings, plan, begun, workers, executor, stopped, view
+                settings, plan, begun, executor, stopped, view, limits
             )
         created = environment.now()
         kept = {"settings": asdict(settings), "plan": plan.to_json()}
@@ -90,13 +101,45 @@ def race(settings: Settings, store: Store, view: View, command: str, workers: in
             "title": title(plan),
             "created": created,
             "command": command,
-            "workers": workers,
-            "machine": environment.machine(device),
+            "workers": executor.width,
+            "machine": executor.machine,
         }
         store.write_study({**kept, **about})
-        driver = Driver(plan, store, view, executor, stopped, script)
-        driver.run()
-    return study_result(plan, driver.records, **about)  # type: ignore[arg-type]
+
+        def enlarged(plan: Plan, optimizer: str) -> Plan:
+            nonlocal settings
+            settings, plan = with_optimizer(settings, plan, optimizer)
+            about["title"] = title(plan)
+            about["command"] = with_optimizers(command, settings.optimizers)
+            store.write_study({"settings": asdict(settings), "plan": plan.to_json(), **about})
+            return plan
+
+        driver = Driver(plan, store, view, executor, stopped, script, limits, enlarged)
+        interrupted = False
+        try:
+            driver.run()
+        except InterruptedRaceError:
+            interrupted = True
+    if interrupted and not driver.records:
+        raise InterruptedRaceError
+    result = study_result(driver.plan, driver.records, **about)  # type: ignore[arg-type]
+    if interrupted:
+        raise InterruptedRaceError(result)
+    return result
+
+
+def with_optimizer(settings: Settings, plan: Plan, optimizer: str) -> tuple[Settings, Plan]:
+    """A race with one more optimizer, which gets the trials and seeds of all others.
+
+    Raises:
+        ContenderError: there is none of that name, or it races already.
+    """
+    settings = replace(settings, optimizers=(*settings.optimizers, optimizer))
+    racing = {contender.name for contender in plan.contenders}
+    new = tuple(each for each in contenders_for(settings, plan.trials) if each.name not in racing)
+    names = listing([contender.name for contender in new], 9)
+    remark = f"{names} joined while the race was going on, with the trials and seeds of all others."
+    return settings, replace(plan, contenders=plan.contenders + new, remarks=(*plan.remarks, remark))
 
 
 def contenders_for(settings: Settings, trials: int) -> tuple[Contender, ...]:
@@ -138,7 +181,13 @@ def _refuse_contradictions(settings: Settings) -> None:
                 raise SettingsError(f"{name} and --script exclude each other: how a run goes is up to the script")
 
 
-def _plan(settings: Settings, cards: tuple[TaskCard, ...], contenders: tuple[Contender, ...], device: str) -> Plan:
+def _plan(
+    settings: Settings,
+    cards: tuple[TaskCard, ...],
+    contenders: tuple[Contender, ...],
+    device: str,
+    machine: dict[str, str],
+) -> Plan:
     """The race as it was asked for."""
     remarks = []
     if settings.sampler == sampling.TPE:
@@ -164,7 +213,7 @@ def _plan(settings: Settings, cards: tuple[TaskCard, ...], contenders: tuple[Con
         sampler=settings.sampler,
         screens=settings.screens,
         timing=0 if settings.script else settings.timing,
-        machine=fingerprint(environment.machine(device)),
+        machine=fingerprint(machine),
         target=settings.target,
         remarks=tuple(remarks),
     )
@@ -174,17 +223,17 @@ def _fitted(
     settings: Settings,
     plan: Plan,
     begun: float,
-    workers: int,
     executor: Executor,
     stopped: Callable[[], bool],
     view: View,
+    limits: Limits,
 ) -> Plan:
     """The race that fits into the budget, by what a few steps of every contender take here."""
     view.measuring(len(plan.contenders))
-    paces = measured_paces(plan, executor, stopped)
+    paces = measured_paces(plan, executor, stopped, limits)
     assert settings.budget is not None
     left = settings.budget - (time.monotonic() - begun)
-    return fitted(plan, settings.budget, left, paces, workers, lambda trials: contenders_for(settings, trials))
+    return fitted(plan, settings.budget, left, paces, executor.width, lambda trials: contenders_for(settings, trials))
 
 
 def _planned_before(settings: Settings, plan: Plan, store: Store) -> Plan | None:
@@ -259,6 +308,20 @@ def resolve_device(name: str) -> str:
     return {"cuda": "cuda:0", "cpu:0": "cpu"}.get(str(device), str(device))
 
 
+def _device(settings: Settings) -> str:
+    """The device as the place takes it that runs are made in: only of this machine it can be said what it has.
+
+    Raises:
+        DeviceError: there is no such device here, or none of that name in a cluster.
+    """
+    if settings.on == LOCAL:
+        return resolve_device(settings.device)
+    legal = {"auto": "auto", "cpu": "cpu", "cuda": "cuda:0", "cuda:0": "cuda:0"}
+    if settings.device not in legal:
+        raise DeviceError(f"device {settings.device!r} is not legal with --on {settings.on}; legal: auto, cpu, cuda")
+    return legal[settings.device]
+
+
 def title(plan: Plan) -> str:
     """``4 contenders on char_transformer and digits``."""
     names = " and ".join(card.name for card in plan.cards)
@@ -272,7 +335,3 @@ def _absolute(task: str) -> str:
         return task
     path, name = split_reference(task)
     return f"{Path(path).resolve()}{':' + name if name else ''}"
-
-
-def _default_workers(device: str) -> int:
-    return min(environment.usable_cores(), MOST_WORKERS) if device == "cpu" else 1

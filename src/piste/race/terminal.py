@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rich.console import Console, Group, JustifyMethod, RenderableType
+from rich.console import Console, JustifyMethod, RenderableType
 from rich.live import Live
 from rich.markup import escape
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from piste.race.dashboard import Dashboard, number
 from piste.race.driver import State
-from piste.race.progress import Row, duration, part_of
+from piste.race.keys import Keys
+from piste.race.progress import duration
 from piste.race.protocol import Plan
 from piste.race.record import TIME, Cost, RunRecord, Standing, StudyResult, TaskResult
 from piste.race.verdict import recommended
+from piste.race.wishes import Wish
 from piste.race.words import count, listing, single_line, size
 
 __all__ = ["LiveView", "PlainView", "show_result", "view_for"]
@@ -38,11 +39,6 @@ def chosen(hyperparameters: Mapping[str, float]) -> str:
 def measuring_line(contenders: int) -> str:
     """Why nothing is to be seen yet."""
     return f"measuring a few steps of {count(contenders, 'contender')} …"
-
-
-def number(value: float) -> str:
-    """Four digits, or a dash."""
-    return "-" if math.isnan(value) else f"{value:.4g}"
 
 
 class PlainView:
@@ -79,6 +75,14 @@ class PlainView:
     def tick(self, state: State) -> None:
         """Time has passed."""
 
+    def wishes(self) -> Sequence[Wish]:
+        """Nothing can be asked through a pipe."""
+        return ()
+
+    def said(self, words: str) -> None:
+        """What became of a wish that was made elsewhere."""
+        self._say(words)
+
     def end(self) -> None:
         """No more runs, for whatever reason."""
 
@@ -87,12 +91,15 @@ class PlainView:
 
 
 class LiveView:
-    """A table of all contenders, with what is running, how far it is and when it will end."""
+    """A table of all contenders, with what is running, how far it is and when it will end; and keys to change it."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.live: Live | None = None
         self.status = console.status("")
+        self.keys = Keys()
+        self.dashboard = Dashboard()
+        self.pressed = False
 
     def looking(self, tasks: Sequence[str]) -> None:
         """The tasks are being inspected."""
@@ -110,6 +117,7 @@ class LiveView:
             self.console.print(line, style="yellow", markup=False)
         for line in plan_lines(state):
             self.console.print(line, markup=False, highlight=False)
+        self.state = state
         self.live = Live(self._picture(state), console=self.console, refresh_per_second=4, transient=True)
         self.live.start()
 
@@ -123,61 +131,32 @@ class LiveView:
 
     def tick(self, state: State) -> None:
         """Time has passed."""
+        self.state = state
         if self.live is not None:
-            self.live.update(self._picture(state))
+            self.live.update(self._picture(state), refresh=self.pressed)
+            self.pressed = False
+
+    def wishes(self) -> Sequence[Wish]:
+        """What was asked for by key."""
+        for key in self.keys.read():
+            self.pressed = True
+            self.dashboard.press(key, self.state)
+        asked, self.dashboard.wishes = self.dashboard.wishes, []
+        return asked
+
+    def said(self, words: str) -> None:
+        """What became of a wish."""
+        self.dashboard.message = words
 
     def end(self) -> None:
         """No more runs, for whatever reason."""
+        self.keys.close()
         self.status.stop()
         if self.live is not None:
             self.live.stop()
 
     def _picture(self, state: State) -> RenderableType:
-        table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-        table.add_column("contender", no_wrap=True)
-        for title in ("trials", "best lr", "seeds", "score", "lost"):
-            table.add_column(title, justify="right", no_wrap=True)
-        table.add_column("now", no_wrap=True, style="dim")
-        task = None
-        for row in state.rows:
-            if row.card.name != task and len(state.plan.cards) > 1:
-                table.add_row(Text(row.card.name, style="dim"))
-            task = row.card.name
-            table.add_row(*_cells(row, state, wide=self.console.width >= _WIDE))
-        # Progress on top: where the table is longer than the terminal, it is the table that is cut.
-        return Group(_progress(state), Text(), table)
-
-
-def _cells(row: Row, state: State, *, wide: bool) -> list[str | Text]:
-    active = [(job, step) for job, step in state.running if _same(job.key.task, job.key.contender, row)]
-    now = ", ".join(
-        (f"lr {job.key.lr:g} " if wide else "") + f"{part_of(step, job.key.steps):.0%}" for job, step in active
-    )
-    return [
-        Text(row.contender.name, style="bold" if active else ""),
-        f"{row.trials_made}/{row.trials}",
-        "-" if row.lr is None else f"{row.lr:g}",
-        f"{row.confirmed}/{row.seeds}",
-        number(row.score),
-        Text(str(row.lost), style="yellow") if row.lost else "",
-        now,
-    ]
-
-
-def _same(task: str, contender: str, row: Row) -> bool:
-    return (task, contender) == (row.card.name, row.contender.name)
-
-
-def _progress(state: State) -> RenderableType:
-    line = Table.grid(padding=(0, 2, 0, 0))
-    elapsed = duration(time.monotonic() - state.started)
-    line.add_row(
-        ProgressBar(total=max(1, state.total), completed=state.made, width=40),
-        f"{state.made}/{state.total} runs",
-        f"{elapsed} gone",
-        f"about {duration(state.seconds_left)} left",
-    )
-    return line
+        return self.dashboard.picture(state, self.console, self.keys.present)
 
 
 def plan_lines(state: State) -> list[str]:
@@ -261,7 +240,6 @@ def _table(task: TaskResult, rows: Sequence[Mapping[str, str | Text]], columns: 
     return table
 
 
-_WIDE = 100  # columns of a terminal that shows the learning rates of the runs that are going on
 _LEAST_NEEDED = ("to the leader", "state", "ms/step")
 
 

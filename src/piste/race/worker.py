@@ -8,21 +8,24 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing import parent_process
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
-from piste.race import script
+from piste.race import environment, script
 from piste.race.contenders import Contender
 from piste.race.data import Splits
 from piste.race.inspection import TaskCard, inspect_task, load_data, task_hash
 from piste.race.packed import run_pack
-from piste.race.record import RunKey, RunRecord
+from piste.race.record import RunKey, RunRecord, fingerprint
 from piste.race.script import Script
 from piste.race.task import Task, TaskError, load_task
 from piste.race.training import run, seed_everything
@@ -51,14 +54,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Pack:
-    """Make runs of one contender on one task together, answer with ``Packed``."""
+    """Make runs of one contender on one task together, answer with ``Packed``, or ``Apart``."""
 
-    runs: tuple[Run, ...]
+    reference: str
+    contender: Contender
+    keys: tuple[RunKey, ...]
 
     @property
-    def reference(self) -> str:
-        """How the task is found."""
-        return self.runs[0].reference
+    def runs(self) -> tuple[Run, ...]:
+        """The same, one by one."""
+        return tuple(Run(self.reference, self.contender, key) for key in self.keys)
 
 
 @dataclass(frozen=True)
@@ -69,13 +74,26 @@ class Packed:
 
 
 @dataclass(frozen=True)
+class Apart:
+    """Trained together, the runs of a ``Pack`` come to no end; the traceback is in the worker's log."""
+
+
+@dataclass(frozen=True)
 class Started:
-    """Sent once, when the process is ready for its first job."""
+    """Sent once, when the process is ready for its first job.
+
+    Args:
+        machine: where it runs, in words.
+        versions: of python, torch and piste there.
+    """
+
+    machine: dict[str, str]
+    versions: dict[str, str]
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Sent now and then during a run."""
+    """Sent when a job begins, with no step made, and now and then during a run."""
 
     step: int
 
@@ -89,22 +107,34 @@ class Refusal:
 
 
 Job = Inspect | Run | Pack
-Answer = Started | TaskCard | RunRecord | Packed | Progress | Refusal
+Answer = Started | TaskCard | RunRecord | Packed | Apart | Progress | Refusal
 
 
-def main(pipe: Connection[Answer, Job], log: Path) -> None:
-    """Serve jobs until the other end of the pipe is closed, as it is when the driver dies, however it dies."""
+def main(pipe: Connection[Answer, Job], log: Path, device: str, gpu: str | None) -> None:
+    """Serve jobs until the other end of the pipe is closed, as it is when the driver dies, however it dies.
+
+    Args:
+        pipe: to the driver.
+        log: file for all that is printed here.
+        device: that jobs will ask for.
+        gpu: the one that is to be seen here, as ``CUDA_VISIBLE_DEVICES`` names it; None for all.
+    """
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read when CUDA is first used, which is later
     # Ctrl-C goes to the whole process group; the driver decides what becomes of its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setsid"):
+        os.setsid()  # so that whatever a task starts can be ended with its worker
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _write_output_to(log)
     torch.set_num_threads(1)
     worker = _Worker(pipe)
-    pipe.send(Started())
+    pipe.send(Started(environment.machine(device), environment.versions()))
     while True:
         try:
             job = pipe.recv()
         except EOFError:
-            return
+            _end()
         worker.serve(job)
 
 
@@ -123,6 +153,7 @@ class _Worker:
         self.tasks: dict[str, _Ready] = {}
 
     def serve(self, job: Job) -> None:
+        self._send(Progress(0))
         try:
             answer = self._answer(job)
         except TaskError as error:
@@ -145,24 +176,29 @@ class _Worker:
     def _run(self, job: Run) -> RunRecord:
         if job.script is not None:
             return script.run(job.script, job.contender, job.key, self._progress())
-        ready = self._unchanged(job)
+        if job.key.machine not in ("", fingerprint(environment.machine(job.key.device))):
+            raise TaskError("a timing pass came to another machine than its own; start the race again")
+        ready = self._unchanged(job.reference, job.key)
         made = run(ready.task, ready.splits, job.contender, job.key, self._progress())
         _release()
         return made
 
-    def _pack(self, job: Pack) -> Packed:
-        ready = self._unchanged(job.runs[0])
-        keys = [run.key for run in job.runs]
-        made = run_pack(ready.task, ready.splits, job.runs[0].contender, keys, self._progress())
-        _release()
-        return Packed(tuple(made))
+    def _pack(self, job: Pack) -> Packed | Apart:
+        ready = self._unchanged(job.reference, job.keys[0])
+        try:
+            return Packed(tuple(run_pack(ready.task, ready.splits, job.contender, job.keys, self._progress())))
+        except (Exception, SystemExit):
+            traceback.print_exc()
+            return Apart()
+        finally:
+            _release()
 
-    def _unchanged(self, job: Run) -> _Ready:
+    def _unchanged(self, reference: str, key: RunKey) -> _Ready:
         """The task of a run, as it was when the race was planned."""
-        ready = self._ready(job.reference)
-        if ready.task_hash != job.key.task_hash:
+        ready = self._ready(reference)
+        if ready.task_hash != key.task_hash:
             raise TaskError(
-                f"task {job.key.task} changed while it was raced (or gives other data each time it is loaded); "
+                f"task {key.task} changed while it was raced (or gives other data each time it is loaded); "
                 "start the race again"
             )
         return ready
@@ -193,7 +229,22 @@ class _Worker:
             self.pipe.send(answer)
         except OSError:
             # The driver is gone. Nobody waits for the result, and an exit that waits for anything could hang.
-            os._exit(1)
+            _end()
+
+
+def _end_with_parent() -> None:
+    """Whatever the task does meanwhile: nobody is there to stop it any more."""
+    parent = parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        _end()
+
+
+def _end() -> NoReturn:
+    """At once, with all that the task has started."""
+    if hasattr(os, "killpg") and os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
 
 
 def _release() -> None:

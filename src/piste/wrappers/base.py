@@ -30,10 +30,18 @@ class Wrapper(torch.optim.Optimizer):
         if not isinstance(optimizer, torch.optim.Optimizer):
             kind = type(optimizer).__name__
             raise TypeError(f"{type(self).__name__} got optimizer={kind}; legal: an instance of torch.optim.Optimizer")
+        self._refuse_capturable(optimizer)
         self.optimizer = optimizer
         self.own: dict[Tensor, dict[str, Any]] = {}
         self._arithmetic: dict[Any, Arithmetic] = {}
         super().__setstate__({"defaults": optimizer.defaults})  # torch's hooks; its groups stay the inner one's
+
+    def _refuse_capturable(self, optimizer: torch.optim.Optimizer) -> None:
+        if getattr(optimizer, "capturable", False):
+            raise ValueError(
+                f"{type(self).__name__} got a {type(optimizer).__name__} with capturable=True, and would count and "
+                "decide on the host round it; legal: capturable=False"
+            )
 
     # the inner optimizer's face --------------------------------------------------------------------------------------
 

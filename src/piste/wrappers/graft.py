@@ -99,6 +99,7 @@ class Graft(Wrapper):
                 raise TypeError(f"Graft got {role}={kind}; legal: an instance of torch.optim.Optimizer")
         self._check_pair(magnitude, direction)
         super().__init__(magnitude)
+        self._refuse_capturable(direction)
         self.direction = direction
         self.lr, self.eps, self.weight_decay, self.use_global_norm = lr, eps, weight_decay, use_global_norm
         self._took: dict[Tensor, tuple[dict[str, Any], dict[str, Any]]] = {}

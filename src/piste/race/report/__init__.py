@@ -8,13 +8,14 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import html
 import json
 import os
 import re
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import jinja2
 import plotly.offline  # type: ignore[import-untyped]
@@ -24,11 +25,11 @@ from piste.race.record import StudyResult, canonical_json
 
 from .exports import COLUMNS, derived_tables
 from .files import FORMATS, ExportError, export, pictures_of
-from .page import make_page
+from .page import Page, make_page
 from .palette import style
 from .sinks import SINKS, send
 
-__all__ = ["FORMATS", "SINKS", "ExportError", "export", "send", "write"]
+__all__ = ["FORMATS", "SINKS", "ExportError", "export", "policy", "render", "send", "update", "write"]
 
 _HERE: Final = Path(__file__).parent
 
@@ -71,27 +72,66 @@ def write(result: StudyResult, path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def render(result: StudyResult) -> str:
-    """The report as text."""
+def render(result: StudyResult, live: str = "", version: int = 0) -> str:
+    """The report as text.
+
+    Args:
+        result: the study.
+        live: what is said at the top of a page that a race serves while it goes; empty for a file.
+        version: of such a page.
+    """
     content = make_page(result)
-    plotly_script = plotly.offline.get_plotlyjs()
-    script = _file("page.js")
-    worked_out = {name: dataclasses.asdict(table) for name, table in derived_tables(result, content.analyses).items()}
     return (
         _environment()
         .get_template("template.html.jinja")
         .render(
             page=content,
-            figures=[plot.data() for plot in pictures_of(content)],
-            columns=COLUMNS,
-            tables=json.loads(canonical_json(worked_out)),
-            study=json.loads(canonical_json(dataclasses.asdict(result))),
+            data=_data(result, content),
+            live=live,
+            version=version,
+            policy=policy(bool(live)),
             style=Markup(style()),
-            plotly=Markup(plotly_script),
-            script=Markup(script),
-            script_hashes=[_source_hash(plotly_script), _source_hash(script)],
+            scripts=[Markup(script) for script in _scripts(bool(live))],
         )
     )
+
+
+def update(result: StudyResult) -> str:
+    """What a served page needs to show another state of the same race, as JSON."""
+    content = make_page(result)
+    data = _data(result, content)
+    body = _environment().get_template("body.html.jinja").render(page=content, data=data)
+    return json.dumps({"title": content.title, "body": body, **data}, separators=(",", ":"), allow_nan=False)
+
+
+@functools.cache
+def policy(live: bool) -> str:
+    """The content security policy of the page: no script but these may run in it, and it loads nothing.
+
+    Args:
+        live: whether it may ask the server that it comes from.
+    """
+    hashes = " ".join(map(_source_hash, _scripts(live)))
+    asks = "connect-src 'self'; " if live else ""
+    return (
+        f"default-src 'none'; script-src {hashes}; {asks}style-src 'unsafe-inline'; img-src data: blob:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _data(result: StudyResult, content: Page) -> dict[str, Any]:
+    """All that the page's scripts read."""
+    worked_out = {name: dataclasses.asdict(table) for name, table in derived_tables(result, content.analyses).items()}
+    return {
+        "figures": [plot.data() for plot in pictures_of(content)],
+        "study": json.loads(canonical_json(dataclasses.asdict(result))),
+        "columns": COLUMNS,
+        "tables": json.loads(canonical_json(worked_out)),
+    }
+
+
+def _scripts(live: bool) -> list[str]:
+    return [plotly.offline.get_plotlyjs(), _file("page.js"), *([_file("live.js")] if live else [])]
 
 
 def _environment() -> jinja2.Environment:

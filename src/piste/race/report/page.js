@@ -1,14 +1,26 @@
 "use strict";
 (() => {
-  const read = (id) => JSON.parse(document.getElementById(id).textContent);
+  let fresh = {}; // data of a served page that are newer than those it came with
+  const read = (id) => fresh[id] || JSON.parse(document.getElementById(id).textContent);
   const say = (text) => { document.getElementById("said").textContent = text; };
-  const reveal = (selector) => document.querySelectorAll(selector).forEach((node) => { node.hidden = false; });
+  // One listener for all elements of a kind, those of later updates included.
+  const on = (kind, selector, act) => document.addEventListener(kind, (event) => {
+    const node = event.target.closest(selector);
+    if (node) act(node, event);
+  });
 
   // ---- Pictures -----------------------------------------------------------------------------------------------------
   // A picture is drawn from its data, the switches' settings, the contenders hidden, and the theme's colours;
   // any change draws it anew from these.
-  const pictures = new Map(read("figures").map((figure) => [figure.id, { ...figure, chosen: [], drawn: false }]));
-  const hidden = new Map(); // section -> set of slots
+  let pictures = new Map();
+  const load = () => {
+    const unread = { chosen: [], drawn: false, open: false };
+    pictures = new Map(read("figures").map((figure) => {
+      const { chosen, drawn, open } = pictures.get(figure.id) || unread;
+      return [figure.id, { ...figure, chosen: [...chosen], drawn, open }];
+    }));
+  };
+  const hidden = new Map(); // section -> set of names
   const touch = matchMedia("(pointer: coarse)");
 
   const merge = (base, change) => {
@@ -31,11 +43,14 @@
   };
 
   const composed = (picture) => {
-    const gone = hidden.get(picture.id.replace(/-[a-z]+$/, "")) || new Set();
+    const section = picture.id.replace(/-[a-z]+$/, "");
+    const names = hidden.get(section) || new Set();
+    const keys = [...document.querySelectorAll(`.key button[data-section="${section}"]`)];
+    const gone = new Set(keys.filter((key) => names.has(key.dataset.name)).map((key) => Number(key.dataset.slot)));
     let layout = picture.layout;
     let data = picture.data.map((trace) => ({ ...trace, visible: !gone.has(trace.meta) }));
     picture.switches.forEach((choices, index) => {
-      const option = choices.options[picture.chosen[index] || 0];
+      const option = choices.options[picture.chosen[index] || 0] || choices.options[0];
       layout = merge(layout, option.layout);
       for (const axis of ["x", "y"]) {
         if (option[axis]) data = data.map((trace, number) => ({ ...trace, [axis]: option[axis][number] }));
@@ -64,75 +79,78 @@
   const redraw = (picture) => { if (picture.drawn) draw(picture); };
 
   // A long race has a hundred pictures: each is drawn when the reader comes near it.
-  const watch = () => {
-    const seen = new IntersectionObserver((entries) => entries.forEach((entry) => {
-      if (!entry.isIntersecting) return;
-      seen.unobserve(entry.target);
-      draw(pictures.get(entry.target.id));
-    }), { rootMargin: "800px" });
-    pictures.forEach((picture) => { const node = document.getElementById(picture.id); if (node) seen.observe(node); });
-  };
+  const seen = new IntersectionObserver((entries) => entries.forEach((entry) => {
+    if (!entry.isIntersecting) return;
+    seen.unobserve(entry.target);
+    draw(pictures.get(entry.target.id));
+  }), { rootMargin: "800px" });
+  const watch = () => pictures.forEach((picture) => {
+    const node = document.getElementById(picture.id);
+    if (node && !picture.drawn) seen.observe(node);
+  });
 
-  document.querySelectorAll("fieldset[data-plot]").forEach((fieldset) => {
-    fieldset.addEventListener("change", (event) => {
-      const picture = pictures.get(fieldset.dataset.plot);
-      picture.chosen[Number(fieldset.dataset.switch)] = Number(event.target.value);
-      redraw(picture);
-    });
+  on("change", "fieldset[data-plot]", (fieldset, event) => {
+    const picture = pictures.get(fieldset.dataset.plot);
+    picture.chosen[Number(fieldset.dataset.switch)] = Number(event.target.value);
+    redraw(picture);
   });
 
   // The numbers of a picture as a table, made when it is asked for.
-  document.querySelectorAll("button.numbers").forEach((button) => {
-    button.addEventListener("click", () => {
-      const figure = button.closest("figure");
-      const open = button.getAttribute("aria-expanded") === "true";
-      button.setAttribute("aria-expanded", String(!open));
-      if (open) { figure.querySelector(".numbers-table").remove(); return; }
-      const picture = pictures.get(button.dataset.plot);
-      const plain = document.createElement("textarea"); // turns the entities of plotly's texts into characters
-      const rows = composed(picture).data.filter((trace) => trace.visible && trace.hoverinfo !== "skip")
-        .flatMap((trace) => (trace.x || []).map((x, index) => [trace.name, x, trace.y[index]])).filter((row) => row[2] !== null);
-      const table = document.createElement("table");
-      table.createCaption().textContent = picture.title;
-      const head = table.createTHead().insertRow();
-      for (const text of ["Contender", "across", "up"]) { const th = document.createElement("th"); th.scope = "col"; th.textContent = text; head.append(th); }
-      const body = table.createTBody();
-      for (const [name, ...numbers] of rows) {
-        const row = body.insertRow();
-        const th = document.createElement("th");
-        th.scope = "row";
-        plain.innerHTML = name;
-        th.textContent = plain.value;
-        row.append(th);
-        for (const number of numbers) row.insertCell().textContent = number === null ? "–" : String(number);
-      }
-      const holder = document.createElement("div");
-      holder.className = "scroll numbers-table";
-      holder.tabIndex = 0;
-      holder.append(table);
-      figure.append(holder);
-    });
+  const numbersOf = (picture) => {
+    const plain = document.createElement("textarea"); // turns the entities of plotly's texts into characters
+    const rows = composed(picture).data.filter((trace) => trace.visible && trace.hoverinfo !== "skip")
+      .flatMap((trace) => (trace.x || []).map((x, index) => [trace.name, x, trace.y[index]])).filter((row) => row[2] !== null);
+    const table = document.createElement("table");
+    table.createCaption().textContent = picture.title;
+    const head = table.createTHead().insertRow();
+    for (const text of ["Contender", "across", "up"]) { const th = document.createElement("th"); th.scope = "col"; th.textContent = text; head.append(th); }
+    const body = table.createTBody();
+    for (const [name, ...numbers] of rows) {
+      const row = body.insertRow();
+      const th = document.createElement("th");
+      th.scope = "row";
+      plain.innerHTML = name;
+      th.textContent = plain.value;
+      row.append(th);
+      for (const number of numbers) row.insertCell().textContent = number === null ? "–" : String(number);
+    }
+    const holder = document.createElement("div");
+    holder.className = "scroll numbers-table";
+    holder.tabIndex = 0;
+    holder.append(table);
+    return holder;
+  };
+  const showNumbers = (button) => {
+    const picture = pictures.get(button.dataset.plot);
+    const figure = button.closest("figure");
+    button.setAttribute("aria-expanded", String(picture.open));
+    figure.querySelectorAll(".numbers-table").forEach((table) => table.remove());
+    if (picture.open) figure.append(numbersOf(picture));
+  };
+  on("click", "button.numbers", (button) => {
+    const picture = pictures.get(button.dataset.plot);
+    picture.open = !picture.open;
+    showNumbers(button);
   });
 
-  document.querySelectorAll(".key button").forEach((button) => {
-    button.addEventListener("click", () => {
-      const { section, slot } = button.dataset;
-      if (!hidden.has(section)) hidden.set(section, new Set());
-      const gone = hidden.get(section);
-      const show = gone.delete(Number(slot));
-      if (!show) gone.add(Number(slot));
-      button.setAttribute("aria-pressed", String(show));
-      pictures.forEach((picture) => { if (picture.id.startsWith(`${section}-`)) redraw(picture); });
-    });
+  const press = (button) => {
+    const gone = hidden.get(button.dataset.section);
+    button.setAttribute("aria-pressed", String(!gone || !gone.has(button.dataset.name)));
+  };
+  on("click", ".key button", (button) => {
+    const { section, name } = button.dataset;
+    if (!hidden.has(section)) hidden.set(section, new Set());
+    const gone = hidden.get(section);
+    if (!gone.delete(name)) gone.add(name);
+    press(button);
+    pictures.forEach((picture) => { if (picture.id.startsWith(`${section}-`)) redraw(picture); });
   });
 
-  document.querySelectorAll(".save").forEach((button) => {
-    button.addEventListener("click", () => {
-      const { data, layout } = composed(pictures.get(button.dataset.plot));
-      const background = themeColour()("--card");
-      const alone = { ...layout, showlegend: true, paper_bgcolor: background, plot_bgcolor: background };
-      Plotly.downloadImage({ data, layout: alone }, { format: "svg", width: 900, height: layout.height + 80, filename: button.dataset.plot });
-    });
+  on("click", ".save", (button) => {
+    const { data, layout } = composed(pictures.get(button.dataset.plot));
+    const background = themeColour()("--card");
+    const alone = { ...layout, showlegend: true, paper_bgcolor: background, plot_bgcolor: background };
+    Plotly.downloadImage({ data, layout: alone }, { format: "svg", width: 900, height: layout.height + 80, filename: button.dataset.plot });
   });
 
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => pictures.forEach(redraw));
@@ -176,17 +194,15 @@
       return copyTheOldWay(text);
     }
   };
-  document.querySelectorAll("button.copy").forEach((button) => {
-    button.addEventListener("click", async () => {
-      const code = button.parentElement.querySelector("code");
-      const done = await copy(code.textContent);
-      if (!done) getSelection().selectAllChildren(code);
-      const word = done ? "Copied" : "Selected: press Ctrl+C";
-      button.textContent = word;
-      button.focus();
-      say(word);
-      setTimeout(() => { button.textContent = "Copy"; }, 2000);
-    });
+  on("click", "button.copy", async (button) => {
+    const code = button.parentElement.querySelector("code");
+    const done = await copy(code.textContent);
+    if (!done) getSelection().selectAllChildren(code);
+    const word = done ? "Copied" : "Selected: press Ctrl+C";
+    button.textContent = word;
+    button.focus();
+    say(word);
+    setTimeout(() => { button.textContent = "Copy"; }, 2000);
   });
 
   // ---- Downloads ----------------------------------------------------------------------------------------------------
@@ -223,15 +239,52 @@
     link.remove();
     setTimeout(() => URL.revokeObjectURL(link.href), 10000);
   };
-  document.querySelectorAll("button.download").forEach((button) => {
-    button.addEventListener("click", () => {
-      const { kind } = button.dataset;
-      if (kind === "json") save(`${JSON.stringify(read("study"), null, 1)}\n`, "piste-race.json", "application/json");
-      else save(csv(tableOf(kind)), `piste-${kind}.csv`, "text/csv");
-    });
+  on("click", "button.download", (button) => {
+    const { kind } = button.dataset;
+    if (kind === "json") save(`${JSON.stringify(read("study"), null, 1)}\n`, "piste-race.json", "application/json");
+    else save(csv(tableOf(kind)), `piste-${kind}.csv`, "text/csv");
   });
 
-  reveal("button.copy, button.download, button.save, button.numbers");
-  watch();
+  // ---- Content ------------------------------------------------------------------------------------------------------
+  // What is new in `made` is put into `node`, and what is the same stays the same element: nothing flickers, scrolls
+  // or loses the focus. What the reader has changed is kept, and put right by `arrange`.
+  const OF_THE_READER = new Set(["aria-expanded", "aria-pressed", "checked", "hidden", "open"]);
+  const morph = (node, made) => {
+    if (node.nodeName !== made.nodeName || node.id !== made.id) { node.replaceWith(made); return; }
+    if (node.nodeType !== Node.ELEMENT_NODE) { if (node.data !== made.data) node.data = made.data; return; }
+    if (node.classList.contains("plot")) { node.setAttribute("aria-label", made.getAttribute("aria-label")); return; }
+    const names = new Set([...node.getAttributeNames(), ...made.getAttributeNames()]);
+    for (const name of names) {
+      if (OF_THE_READER.has(name) || node.getAttribute(name) === made.getAttribute(name)) continue;
+      if (made.hasAttribute(name)) node.setAttribute(name, made.getAttribute(name));
+      else node.removeAttribute(name);
+    }
+    const [olds, news] = [[...node.childNodes], [...made.childNodes]];
+    news.forEach((child, index) => { if (index < olds.length) morph(olds[index], child); else node.append(child); });
+    olds.slice(news.length).forEach((child) => child.remove());
+  };
+
+  const arrange = () => {
+    load();
+    document.querySelectorAll("button.copy, button.download, button.save, button.numbers").forEach((button) => { button.hidden = false; });
+    document.querySelectorAll(".key button").forEach(press);
+    document.querySelectorAll("fieldset[data-plot]").forEach((fieldset) => {
+      const chosen = pictures.get(fieldset.dataset.plot).chosen[Number(fieldset.dataset.switch)] || 0;
+      fieldset.querySelectorAll("input").forEach((input) => { input.checked = Number(input.value) === chosen; });
+    });
+    document.querySelectorAll("button.numbers").forEach(showNumbers);
+    watch();
+  };
+
+  document.addEventListener("piste-content", ({ detail }) => {
+    fresh = detail;
+    const made = new DOMParser().parseFromString(detail.body, "text/html");
+    for (const part of ["header", "main"]) morph(document.querySelector(part), made.querySelector(part));
+    document.title = `${detail.title} · piste`;
+    arrange();
+    pictures.forEach(redraw);
+  });
+
+  arrange();
   document.documentElement.dataset.ready = "yes";
 })();

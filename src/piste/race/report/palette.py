@@ -81,9 +81,13 @@ class Look:
 
 
 def looks(result: StudyResult) -> dict[str, Look]:
-    """A look for every contender of the study, given in the order in which the tasks list them."""
+    """A look for every contender of the study.
+
+    Given in the order in which they were raced, so that a look stays with a contender while standings change.
+    """
+    raced = (run.key.contender for run in result.records)
     ranked = (standing.contender for task in result.results for standing in task.standings)
-    return {name: _look(slot) for slot, name in enumerate(_distinct(ranked))}
+    return {name: _look(slot) for slot, name in enumerate(_distinct((*raced, *ranked)))}
 
 
 def _distinct(names: Iterable[str]) -> list[str]:

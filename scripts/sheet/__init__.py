@@ -1,0 +1,1 @@
+"""The cheat-sheet, raced: the races behind docs/sheet.md, its claims, and the page."""

@@ -1,0 +1,596 @@
+"""Steps that a CUDA graph can record (``capturable=True``), played again from a tape on the CPU and, where there is a
+GPU, from a graph."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tape import taped
+from torch import Tensor
+
+import piste
+from piste.engines import triton
+from piste.optimizer import Optimizer
+
+Make = Callable[[list[torch.nn.Parameter]], Optimizer]
+
+REFUSED = {
+    "Muon": "whole matrices",
+    "NorMuon": "whole matrices",
+    "PSGDKron": "whole matrices",
+    "Prodigy": "on the host in every step",
+    "Ranger21": "on the host in every step",
+    "SOAP": "on the host in every step",
+    "ScheduleFreeAdamW": "on the host in every step",
+    "ScheduleFreeRAdam": "on the host in every step",
+    "ScheduleFreeSGD": "on the host in every step",
+    "Shampoo": "on the host in every step",
+}
+CLASSES = {
+    name: cls
+    for name, cls in vars(piste).items()
+    if isinstance(cls, type) and issubclass(cls, Optimizer) and cls is not Optimizer and name not in REFUSED
+}
+SHAPES = [(5, 7), (7,), (3, 2, 2, 2)]
+#: kernels take the same double numbers rounded to the same floats, so that their results are the same bits; in torch, a
+#: number in a tensor meets other kernels than one of Python's
+TOLERANCE = {"cpp": 0.0, "triton": 0.0, "reference": 2e-6, "foreach": 2e-6}
+INTERPRETED = pytest.mark.skipif(not triton.works_on(torch.device("cpu")), reason="Triton comes for Linux only")
+
+
+def parameters(shapes: list[tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
+    numbers = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(s, generator=numbers).to(dtype)) for s in shapes]
+
+
+def gradient(p: Tensor, step: int, number: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * number + step)
+    return torch.randn(p.shape, generator=generator).to(p)
+
+
+def give_gradients(params: list[torch.nn.Parameter], step: int) -> None:
+    """New gradients in the memory of those before, as a graph has them."""
+    for number, p in enumerate(params):
+        new = gradient(p, step, number)
+        p.grad = new if p.grad is None else p.grad.copy_(new)
+
+
+def set_rate(optimizer: Optimizer, factor: float) -> None:
+    """A schedule: the learning rate is ``factor`` times its first one, filled in where it is a tensor."""
+    for group in optimizer.param_groups:
+        new = float(group.setdefault("initial_lr", float(group["lr"]))) * factor
+        group["lr"] = group["lr"].fill_(new) if isinstance(group["lr"], Tensor) else new
+
+
+def eager(make: Make, steps: int) -> tuple[list[Tensor], Optimizer]:
+    params = parameters()
+    optimizer = make(params)
+    for step in range(steps):
+        set_rate(optimizer, 1 + step / 10)
+        give_gradients(params, step)
+        optimizer.step()
+    return [p.detach() for p in params], optimizer
+
+
+def replayed(make: Make, steps: int, patch: pytest.MonkeyPatch, **how: Any) -> tuple[list[Tensor], Optimizer]:
+    """One step to warm up, one to record, and the others from the tape."""
+    params = parameters()
+    optimizer = make(params)
+    give_gradients(params, 0)
+    optimizer.step()
+    set_rate(optimizer, 1.1)
+    give_gradients(params, 1)
+    with taped(patch, **how) as tape:
+        optimizer.step()
+    for step in range(2, steps):
+        set_rate(optimizer, 1 + step / 10)
+        give_gradients(params, step)
+        tape.play()
+    return [p.detach() for p in params], optimizer
+
+
+def assert_close(ours: list[Tensor], theirs: list[Tensor], tolerance: float) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def compare(name: str, engine: str, patch: pytest.MonkeyPatch, steps: int = 22, **options: Any) -> None:
+    rate = {"lr": 0.01} | options
+    now, _ = eager(lambda ps: getattr(piste, name)(ps, engine=engine, **rate), steps)
+    # kernels of before may send host numbers that have not changed; those that would change stand still on the tape
+    uploads = engine == "triton"
+    again, optimizer = replayed(
+        lambda ps: getattr(piste, name)(ps, engine=engine, capturable=True, **rate), steps, patch, uploads=uploads
+    )
+    assert_close(again, now, TOLERANCE[engine])
+    assert {state["step"].item() for state in optimizer.state.values()} == {steps}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Played again
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_a_step_plays_again_under_a_schedule(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty times from the tape: bias corrections, rectification, synchronisation and the learning rate move on."""
+    compare(name, "reference", monkeypatch)
+
+
+@pytest.mark.parametrize("engine", ["foreach", "cpp", pytest.param("triton", marks=INTERPRETED)])
+@pytest.mark.parametrize("name", ["RAdam", "Ranger"])
+@pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow) encountered:RuntimeWarning")
+def test_branches_play_again_on_every_engine(name: str, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compare(name, engine, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["foreach", "cpp", pytest.param("triton", marks=INTERPRETED)])
+@pytest.mark.parametrize("name", sorted(CLASSES.keys() - {"RAdam", "Ranger"}))
+@pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow) encountered:RuntimeWarning")
+def test_every_rule_plays_again_on_every_engine(name: str, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compare(name, engine, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"clip_norm": 0.5},
+        {"weight_decay": 0.1, "decoupled_weight_decay": True},
+        {"cautious": True, "maximize": True},
+        {"betas": (0.8, 0.9)},
+    ],
+    ids=str,
+)
+def test_options_play_again(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    compare("RAdam", "reference", monkeypatch, steps=12, **options)
+
+
+def test_a_step_with_numbers_from_the_host_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tape is able to fail: what Python knew when it was recorded stays."""
+    make = {False: lambda ps: piste.RAdam(ps, lr=0.01, engine="reference")}
+    now, _ = eager(make[False], 22)
+    again, _ = replayed(make[False], 22, monkeypatch)
+    assert max((a - b).abs().max() for a, b in zip(again, now, strict=True)) > 1e-3
+
+
+def test_waiting_for_the_device_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with taped(monkeypatch), pytest.raises(RuntimeError, match="cannot be recorded"):
+        torch.ones(()).item()
+
+
+def test_betas_play_again_as_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Momentum is cycled by piste's schedules, which fill tensors."""
+
+    def steps(*, recorded: bool) -> list[Tensor]:
+        params = parameters()
+        beta: Any = torch.tensor(0.9, dtype=torch.float64) if recorded else 0.9
+        optimizer = piste.AdamW(params, lr=0.01, betas=(beta, 0.99), engine="reference", capturable=recorded)
+        schedule = piste.schedules.one_cycle(optimizer, 10)
+        tape = None
+        for step in range(10):
+            give_gradients(params, step)
+            if step == 2 and recorded:
+                with taped(monkeypatch) as tape:
+                    optimizer.step()
+            elif tape is not None:
+                tape.play()
+            else:
+                optimizer.step()
+            schedule.step()
+        return [p.detach() for p in params]
+
+    assert_close(steps(recorded=True), steps(recorded=False), 2e-6)
+
+
+def test_torch_schedulers_fill_the_learning_rate() -> None:
+    (params,) = [parameters()]
+    optimizer = piste.AdamW(params, lr=0.1, capturable=True)
+    rate = optimizer.param_groups[0]["lr"]
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    give_gradients(params, 0)
+    optimizer.step()
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert 0.09 < rate.item() < 0.1
+
+
+def test_groups_with_numbers_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One has a tensor that the user keeps, one is not decayed, and their weights share kernels."""
+    kept = torch.tensor(0.02, dtype=torch.float64)
+
+    def make(*, capturable: bool) -> Make:
+        def of(ps: list[torch.nn.Parameter]) -> Optimizer:
+            groups = [{"params": ps[:2], "lr": kept.clone()}, {"params": ps[2:], "weight_decay": 0.0, "k": 5}]
+            return piste.Ranger(groups, lr=0.01, weight_decay=0.1, engine="cpp", capturable=capturable)
+
+        return of
+
+    assert_close(replayed(make(capturable=True), 15, monkeypatch)[0], eager(make(capturable=False), 15)[0], 0.0)
+
+
+def test_weights_count_their_own_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was frozen at first is ten steps younger, before and while the tape plays."""
+
+    def steps(*, recorded: bool) -> list[Tensor]:
+        params = parameters()
+        optimizer = piste.RAdam(params, lr=0.01, engine="cpp", capturable=recorded)
+        params[1].requires_grad_(False)
+        tape = None
+        for step in range(20):
+            params[1].requires_grad_(step > 9)
+            give_gradients(params, step)
+            if step <= 9:
+                params[1].grad = None
+            if step == 12 and recorded:
+                with taped(monkeypatch) as tape:
+                    optimizer.step()
+            elif tape is not None:
+                tape.play()
+            else:
+                optimizer.step()
+        assert [int(optimizer.state[p]["step"]) for p in params] == [20, 10, 20]
+        return [p.detach() for p in params]
+
+    assert_close(steps(recorded=True), steps(recorded=False), 0.0)
+
+
+def test_a_schedule_builds_nothing_new() -> None:
+    params = parameters()
+    optimizer = piste.Ranger(params, capturable=True, engine="reference")
+    give_gradients(params, 0)
+    optimizer.step()
+    plans, traces = piste.execution.plans_built(), piste.symbol.traces_made()
+    for step in range(1, 20):
+        set_rate(optimizer, 1 + step)
+        give_gradients(params, step)
+        optimizer.step()
+    assert (plans, traces) == (piste.execution.plans_built(), piste.symbol.traces_made())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Overflow
+
+
+@pytest.mark.parametrize(
+    ("name", "engine"), [("AdamW", "cpp"), ("AdamW", "foreach"), ("Ranger", "reference"), ("Lamb", "reference")]
+)
+def test_grad_scaler(name: str, engine: str) -> None:
+    """torch's own, in every detail the same as for a step that the host leads: scale, weights, states, step numbers."""
+
+    def train(*, capturable: bool) -> tuple[list[Tensor], list[int], float]:
+        params = parameters()
+        optimizer = getattr(piste, name)(params, lr=0.01, clip_norm=1.0, engine=engine, capturable=capturable)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=4)
+        for step in range(12):
+            for number, p in enumerate(params):
+                p.grad = scaler.scale(gradient(p, step, number))
+                if step in (3, 4, 8):
+                    p.grad.view(-1)[0] = torch.inf
+            before = [p.detach().clone() for p in params], copy.deepcopy(optimizer.state_dict()["state"])
+            scaler.step(optimizer)
+            scaler.update()
+            if capturable:
+                assert optimizer.last_step.skipped is (step in (3, 4, 8))
+            if step in (3, 4, 8):
+                assert all(map(torch.equal, params, before[0]))
+                torch.testing.assert_close(optimizer.state_dict()["state"], before[1], rtol=0, atol=0)
+        counts = [int(optimizer.state[p]["step"]) for p in params]
+        return [p.detach() for p in params], counts, scaler.get_scale()
+
+    (ours, our_counts, our_scale), (theirs, counts, scale) = train(capturable=True), train(capturable=False)
+    assert (our_counts, our_scale) == (counts, scale) == ([9] * 3, scale)
+    assert_close(ours, theirs, 2e-6)
+
+
+@pytest.mark.parametrize("engine", ["reference", "foreach"])
+def test_found_inf_is_heeded_on_the_tape(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = parameters()
+    optimizer = piste.Ranger(params, lr=0.01, engine=engine, capturable=True)
+    plain = piste.Ranger(twin := parameters(), lr=0.01, engine=engine)
+    scale, found = torch.tensor(4.0), torch.tensor(0.0)
+    optimizer.grad_scale, optimizer.found_inf = scale, found  # type: ignore[attr-defined]
+    tape = None
+    for step in range(14):
+        skipped = step in (0, 5, 6)
+        found.fill_(skipped)
+        scale.fill_(2.0 ** (step % 3))
+        for number, (p, q) in enumerate(zip(params, twin, strict=True)):
+            q.grad = gradient(q, step, number)
+            given = q.grad * scale if not skipped else q.grad * torch.nan
+            p.grad = given if p.grad is None else p.grad.copy_(given)
+        if step == 3:
+            with taped(monkeypatch) as tape:
+                optimizer.step()
+        elif tape is not None:
+            tape.play()
+        else:
+            optimizer.step()
+        if not skipped:
+            plain.step()
+    assert_close([p.detach() for p in params], [p.detach() for p in twin], TOLERANCE[engine])
+    assert {int(state["step"]) for state in optimizer.state.values()} == {11}
+
+
+@pytest.mark.parametrize("weights", ["kahan", "remainder"])
+def test_what_stands_beside_a_weight_is_left_alone(weights: str) -> None:
+    params = parameters(dtype=torch.bfloat16)
+    optimizer = piste.AdamW(params, lr=0.01, weights=weights, capturable=True)
+    for step in range(6):
+        give_gradients(params, step)
+        optimizer.found_inf = torch.tensor(float(step >= 3))  # type: ignore[attr-defined]
+        kept = copy.deepcopy(optimizer.state_dict()["state"]), [p.detach().clone() for p in params]
+        optimizer.step()
+        if step >= 3:
+            torch.testing.assert_close(optimizer.state_dict()["state"], kept[0], rtol=0, atol=0)
+            assert all(map(torch.equal, params, kept[1]))
+        elif step:
+            assert not torch.equal(params[0], kept[1][0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refused
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_optimizers_that_decide_on_the_host(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} got capturable=True.*{REFUSED[name]}.*; legal: False"):
+        getattr(piste, name)(parameters([(8, 8)]), capturable=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"engine": "compile"}, "engine='compile', which sends numbers"),
+        ({"nonfinite": "skip"}, "nonfinite='skip', which waits for the device"),
+        ({"state": "8bit"}, "state='8bit', whose thresholds"),
+    ],
+    ids=str,
+)
+def test_options_that_need_the_host(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        piste.AdamW(parameters(), capturable=True, **options)
+
+
+def test_wrappers_that_count_on_the_host() -> None:
+    for wrap in (piste.Lookahead, piste.SAM):
+        with pytest.raises(ValueError, match=rf"{wrap.__name__} got a AdamW with capturable=True"):
+            wrap(piste.AdamW(parameters(), capturable=True))
+    with pytest.raises(ValueError, match="Graft got a AdamW with capturable=True"):
+        piste.Graft(piste.SGD(ps := parameters()), piste.AdamW(ps, weight_decay=0.0, capturable=True))
+
+
+def test_a_missing_gradient() -> None:
+    """By name, before anything changes; a weight that is not trained may have none."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = piste.AdamW(model.named_parameters(), capturable=True)
+    before = [p.detach().clone() for p in model.parameters()]
+    model.weight.grad = torch.ones_like(model.weight)
+    with pytest.raises(ValueError, match=r"AdamW with capturable=True has no gradient for 1 weights \('bias'\)"):
+        optimizer.step()
+    assert all(map(torch.equal, model.parameters(), before))
+    assert not optimizer.state
+    model.bias.requires_grad_(False)
+    optimizer.step()
+    assert not torch.equal(model.weight, before[0])
+
+
+def test_a_refused_group_is_gone() -> None:
+    optimizer = piste.AdamW(parameters(), capturable=True)
+    with pytest.raises(ValueError, match="legal: 'plain', 'kahan', 'remainder'"):
+        optimizer.add_param_group({"params": parameters(dtype=torch.bfloat16), "weights": "stochastic"})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_recording_is_refused_before_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without capturable=True, and without a step before."""
+    monkeypatch.setattr("piste.optimizer.recording", lambda: True)
+    monkeypatch.setattr("piste.roster.recording", lambda: True)
+    params = parameters()
+    give_gradients(params, 0)
+    with pytest.raises(RuntimeError, match="AdamW is being recorded into a CUDA graph, which needs capturable=True"):
+        piste.AdamW(params).step()
+    with pytest.raises(RuntimeError, match="take one like it before the recording begins"):
+        piste.AdamW(params, capturable=True).step()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saved, copied, moved
+
+
+def test_state_dicts_say_nothing_of_it() -> None:
+    """Plain numbers, which either kind of optimizer loads and goes on from."""
+    params = parameters()
+    optimizer = piste.Ranger(params, lr=0.01, engine="cpp", capturable=True)
+    for step in range(7):
+        give_gradients(params, step)
+        optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert saved["param_groups"][0]["lr"] == 0.01
+    assert {entries["step"] for entries in saved["state"].values()} == {7}
+    start = [p.detach().clone() for p in params]
+    ends = []
+    for capturable in (True, False):
+        for p, q in zip(params, start, strict=True):
+            p.detach().copy_(q)
+        other = piste.Ranger(params, lr=0.5, engine="cpp", capturable=capturable)
+        other.load_state_dict(saved)
+        for step in range(7, 14):
+            give_gradients(params, step)
+            other.step()
+        ends.append([p.detach().clone() for p in params])
+        assert isinstance(other.param_groups[0]["lr"], Tensor) is capturable
+    assert_close(*ends, 0.0)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_copies_go_on_by_themselves(copied: Callable[[Any], Any]) -> None:
+    params = parameters()
+    optimizer = piste.RAdam(params, lr=0.01, engine="reference", capturable=True)
+    for step in range(3):
+        give_gradients(params, step)
+        optimizer.step()
+    other = copied(optimizer)
+    for step in range(3, 9):
+        give_gradients(params, step)
+        optimizer.step()
+        give_gradients(twins := [p for group in other.param_groups for p in group["params"]], step)
+        other.step()
+    assert_close([p.detach() for p in params], [p.detach() for p in twins], 0.0)
+
+
+def test_a_tape_goes_on_from_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is loaded goes into the tensors that the recorded step knows."""
+    params = parameters()
+    optimizer = piste.Ranger(params, lr=0.01, engine="reference", capturable=True)
+    saved: Any = None
+    for step in range(9):
+        if step == 5:
+            saved = copy.deepcopy(optimizer.state_dict()), [p.detach().clone() for p in params]
+        give_gradients(params, step)
+        if step == 3:
+            with taped(monkeypatch) as tape:
+                optimizer.step()
+        elif step > 3:
+            tape.play()
+        else:
+            optimizer.step()
+    end = [p.detach().clone() for p in params]
+    optimizer.load_state_dict(saved[0])
+    for p, q in zip(params, saved[1], strict=True):
+        p.detach().copy_(q)
+    for step in range(5, 9):
+        give_gradients(params, step)
+        tape.play()
+    assert_close([p.detach() for p in params], end, 0.0)
+    give_gradients(params, 9)
+    optimizer.step()
+    assert {int(state["step"]) for state in optimizer.state.values()} == {10}
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("engine", ["cpp", pytest.param("triton", marks=INTERPRETED)])
+@pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow) encountered:RuntimeWarning")
+def test_memory_that_moves_is_noticed(engine: str, capturable: bool) -> None:
+    """Gradients made anew, weights whose ``.data`` was exchanged, and models that were converted and back."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    twin = copy.deepcopy(model)
+    optimizer = piste.AdamW(model.parameters(), lr=0.01, engine=engine, capturable=capturable)
+    plain = piste.AdamW(twin.parameters(), lr=0.01, engine="reference")
+    held = []
+    for step in range(6):
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            p.grad, q.grad = gradient(p, step, 0), gradient(q, step, 0)
+        if step == 2:  # elsewhere, and the old memory is somebody else's
+            for p in model.parameters():
+                held.append(p.data)
+                p.data = p.data.clone()
+                held[-1].fill_(torch.nan)
+        if step == 4:
+            for p in model.parameters():
+                held.append(p.data)
+            model.to(torch.float64).to(torch.float32)
+        optimizer.step()
+        plain.step()
+        for p in model.parameters():
+            held.append(p.grad)
+            p.grad = None
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torch.compile
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
+def test_training_steps_that_are_compiled(inside: bool) -> None:
+    """With ``optimizer.step()`` outside of the compiled region, and inside, where the graph is broken."""
+
+    def train(*, compiled: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        optimizer = piste.Ranger(model.parameters(), lr=0.01)
+        inputs = torch.randn(16, 4)
+
+        def loss_of(x: Tensor) -> Tensor:
+            result: Tensor = model(x).square().mean()
+            return result
+
+        forward = torch.compile(loss_of, backend="aot_eager") if compiled and not inside else loss_of
+
+        def step() -> None:
+            optimizer.zero_grad()
+            forward(inputs).backward()
+            optimizer.step()
+
+        run = torch.compile(step, backend="aot_eager") if compiled and inside else step
+        for _ in range(8):
+            run()
+        return [p.detach() for p in model.parameters()]
+
+    assert_close(train(compiled=True), train(compiled=False), 1e-6)
+    torch.compiler.reset()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU
+
+
+def _on_gpu(*, engine: str, name: str, recorded: bool) -> list[Tensor]:
+    params = [torch.nn.Parameter(p.detach().cuda()) for p in parameters()]
+    optimizer = getattr(piste, name)(params, lr=0.01, engine=engine, capturable=recorded)
+    graph = torch.cuda.CUDAGraph() if recorded else None
+    side = torch.cuda.Stream()
+    for step in range(23):
+        set_rate(optimizer, 1 + step / 10)
+        give_gradients(params, step)
+        if graph is None or step < 2:
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                optimizer.step()
+            torch.cuda.current_stream().wait_stream(side)
+        else:
+            if step == 2:
+                with torch.cuda.graph(graph, stream=side):  # records, and runs nothing
+                    optimizer.step()
+            graph.replay()
+    torch.cuda.synchronize()
+    assert {int(state["step"]) for state in optimizer.state.values()} == {23}
+    return [p.detach() for p in params]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("engine", ["triton", "foreach"])
+@pytest.mark.parametrize("name", ["AdamW", "RAdam", "Ranger", "Lamb"])
+def test_a_cuda_graph_replays(name: str, engine: str) -> None:
+    """Recorded once after two steps on a side stream, and replayed 21 times under a schedule."""
+    both = (_on_gpu(engine=engine, name=name, recorded=recorded) for recorded in (True, False))
+    assert_close(*both, 2e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_gradients_are_let_go_of_early() -> None:
+    """On a side stream, and memory that is given to others at once."""
+    params = [torch.nn.Parameter(torch.zeros(1 << 20, device="cuda")) for _ in range(4)]
+    optimizer = piste.SGD(params, lr=1.0, momentum=0.0, engine="triton")
+    side = torch.cuda.Stream()
+    for _ in range(5):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for p in params:
+            torch.full_like(p, torch.nan)
+    torch.cuda.current_stream().wait_stream(side)
+    assert all(torch.equal(p, torch.full_like(p, -5.0)) for p in params)
