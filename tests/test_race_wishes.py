@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from test_race_protocol import bowl, plan_for, record_of
+from test_race_protocol import Lanes, bowl, plan_for, raced, record_of
 from test_race_sins import complete, evidence_of, only
 
 from piste.race import lints
@@ -16,7 +16,7 @@ from piste.race.contenders import ContenderError
 from piste.race.driver import Driver, State
 from piste.race.executors import Death, Event
 from piste.race.protocol import Plan
-from piste.race.record import FAILED, RunRecord
+from piste.race.record import FAILED, TIME, RunRecord
 from piste.race.settings import Settings
 from piste.race.store import Store
 from piste.race.study import with_optimizer
@@ -129,6 +129,23 @@ def test_an_optimizer_that_joins_gets_the_trials_and_seeds_of_the_others(tmp_pat
     assert len(worker.made) == len(set(worker.made))
     assert {run.key.seed for run in driver.records.values() if run.key.optimizer == "lion"} == {0, 1, 2}
     assert any("lion+one_cycle joined while the race was going on" in remark for remark in driver.plan.remarks)
+
+
+def test_who_joins_during_a_timing_pass_waits_for_its_end(tmp_path: Path) -> None:
+    plan, lanes, store = plan_for(trials=2, seeds=2, timing=1), Lanes(), Store(tmp_path / "race")
+    with store.writing():
+        for record in raced(plan, bowl)[0].values():
+            if record.key.phase != TIME:
+                store.add(record)
+        driver = Driver(
+            *(plan, store, Asking(), lanes, lambda: False),  # type: ignore[arg-type]
+            enlarged=lambda plan, name: with_optimizer(SETTINGS, plan, name)[1],
+        )
+        driver._submit()
+        driver._add(Add("lion"))
+        driver._submit()
+    assert driver.missing[0].key.optimizer == "lion"
+    assert [job.key.phase for job in lanes.jobs] == [TIME]
 
 
 @pytest.mark.parametrize(("name", "words"), [("lino", "did you mean lion"), ("adamw", "'adamw' is given twice")])
