@@ -113,6 +113,15 @@ def test_x_asks_before_it_stops_the_run_of_the_selected_contender() -> None:
     assert "sgd_momentum+one_cycle makes no run at the moment" in press(dashboard, state, "down", "x")
 
 
+def test_trials_of_a_pack_are_one_entry_and_its_others_are_said_to_begin_anew() -> None:
+    dashboard, state = Dashboard(), state_of()
+    ((job, step),) = state.running
+    one, other = (replace(job, key=replace(job.key, hyperparameters={"lr": lr}, packed=True)) for lr in (0.1, 0.2))
+    state.running = [(one, step), (other, step), (job, step)]
+    assert " 2%, 2 at 2%" in press(dashboard, state)
+    assert "Trials that are trained with it begin anew. y/n" in " ".join(press(dashboard, state, "j", "x").split())
+
+
 def test_a_takes_a_name_in_which_keys_are_letters() -> None:
     dashboard, state = Dashboard(), state_of()
     assert "add which optimizer? qsx" in press(dashboard, state, "a", *"qsxh", "backspace", "up")

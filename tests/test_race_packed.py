@@ -134,6 +134,7 @@ def test_records_of_packs_have_no_times_and_ids_of_their_own() -> None:
     ((one, other),) = both(TASK, "adamw", [1e-3])
     assert one.id != other.id
     assert RunRecord.from_json(one.to_json()).key.packed
+    assert '"packed"' not in other.to_json()  # which is as before there were packs
     times = ("step_seconds", "optimizer_seconds", "train_seconds", "evaluation_seconds", "compile_seconds")
     assert all(math.isnan(getattr(one.cost, name)) for name in times)
     assert all(map(math.isnan, one.curve.train_seconds))

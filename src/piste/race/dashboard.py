@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from rich.console import Console, Group, RenderableType
@@ -170,7 +171,8 @@ class Dashboard:
             return
         for job, step in state.running:
             if (job.key.task, job.key.contender) == self._selected:
-                words = f"stop {run_words(job, step)}? It counts as lost and is not made again. y/n"
+                others = " Trials that are trained with it begin anew." if job.key.packed else ""
+                words = f"stop {run_words(job, step)}? It counts as lost and is not made again.{others} y/n"
                 self._asked = words, Stop(job.key.id)
                 return
         self.message = f"{self._selected[1]} makes no run at the moment"
@@ -257,9 +259,7 @@ def _place(row: Row) -> Place:
 
 def _cells(row: Row, state: State, *, wide: bool, picked: bool) -> list[str | Text]:
     active = [(job, step) for job, step in state.running if (job.key.task, job.key.contender) == _place(row)]
-    now = ", ".join(
-        (f"lr {job.key.lr:g} " if wide else "") + f"{part_of(step, job.key.steps):.0%}" for job, step in active
-    )
+    now = _now([run for run in active if not run[0].key.packed], wide) + _now_packed(active)
     return [
         Text(("> " if picked else "") + row.contender.name, style="bold" if active else ""),
         f"{row.trials_made}/{row.trials}",
@@ -267,8 +267,18 @@ def _cells(row: Row, state: State, *, wide: bool, picked: bool) -> list[str | Te
         f"{row.confirmed}/{row.seeds}",
         number(row.score),
         Text(str(row.lost), style="yellow") if row.lost else "",
-        now,
+        ", ".join(now),
     ]
+
+
+def _now(active: Sequence[tuple[Run, int]], wide: bool) -> list[str]:
+    return [(f"lr {run.key.lr:g} " if wide else "") + f"{part_of(step, run.key.steps):.0%}" for run, step in active]
+
+
+def _now_packed(active: Sequence[tuple[Run, int]]) -> list[str]:
+    """Of those that are made together, which have come equally far."""
+    parts = Counter(part_of(step, run.key.steps) for run, step in active if run.key.packed)
+    return [f"{many} at {part:.0%}" for part, many in parts.items()]
 
 
 def _progress(state: State, width: int) -> RenderableType:
