@@ -1,4 +1,4 @@
-"""Keeps worker processes busy: looks at the tasks, measures contenders for a budget, makes the missing runs.
+"""Keeps worker processes busy until no run of a race is missing.
 
 It never runs a task's code itself; that happens in worker processes, so that whatever a task does ends a run and
 not the race.
@@ -12,29 +12,26 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import FrameType
 from typing import Protocol
 
 from piste.race import progress, record
-from piste.race.budget import Pace
 from piste.race.contenders import ContenderError
-from piste.race.executors import Death, Event, Executor
-from piste.race.inspection import TaskCard
-from piste.race.limits import Limits
+from piste.race.executors import Death, Executor
+from piste.race.limits import Limits, too_long
 from piste.race.packing import jobs, runs_of
-from piste.race.progress import Clock, Row, duration, part_of
-from piste.race.protocol import TUNE_SEED, Plan, next_runs
+from piste.race.progress import Clock, Row, part_of
+from piste.race.protocol import Plan, next_runs
 from piste.race.record import RunRecord, StudyResult
 from piste.race.script import Script
 from piste.race.store import Store, full_disk
 from piste.race.task import TaskError
 from piste.race.training import new_record
 from piste.race.wishes import STOPPED, Add, Stop, Wish
-from piste.race.worker import Apart, Inspect, Job, Pack, Packed, Progress, Refusal, Run
+from piste.race.worker import Apart, Job, Pack, Packed, Progress, Refusal, Run
 
 _POLL_SECONDS = 0.1
-_PROBE_STEPS = 12  # of which the first five are warm-up
 _GRACE_SECONDS = 10.0  # after a wish to stop, for runs that are nearly over
 
 
@@ -44,10 +41,6 @@ class InterruptedRaceError(Exception):
     def __init__(self, result: StudyResult | None = None) -> None:
         super().__init__("the race was asked to stop")
         self.result = result
-
-
-class WorkerError(Exception):
-    """Carries the traceback of a worker process, shown with ``--debug``."""
 
 
 @dataclass
@@ -187,7 +180,7 @@ class Driver:
             # One after the other they may take so long; a pack that takes longer is made again one by one.
             longest = len(runs) * self.limits.longest(self._expected(runs[0]))
             if first in self.begun and time.monotonic() - self.since[first] > longest:
-                self.executor.stop(job, _too_long(longest))
+                self.executor.stop(job, too_long(longest))
 
     def _wind_down(self) -> None:
         """Start nothing more, and wait a little for runs that are nearly over; the others will be made again."""
@@ -297,115 +290,9 @@ class Driver:
         return State(self.plan, self.rows, running, self.started, self.clock.left(self.plan, self.rows, done))
 
 
-def inspect_tasks(
-    references: Sequence[str],
-    device: str,
-    executor: Executor,
-    stopped: Callable[[], bool],
-    limits: Limits | None = None,
-    *,
-    pack: bool = False,
-) -> tuple[TaskCard, ...]:
-    """Have the workers load and try every task, and where ``pack`` says so, whether its trials can be packed."""
-    cards: dict[str, TaskCard] = {}
-    for event in _answers([Inspect(reference, device, pack) for reference in references], executor, stopped, limits):
-        if isinstance(event.answer, Refusal):
-            raise TaskError(event.answer.message) from WorkerError(event.answer.traceback)
-        if isinstance(event.answer, Death):
-            raise TaskError(
-                f"{event.job.reference}: {event.answer.reason} while the task was tried; what it printed is in "
-                f"{executor.logs}"
-            )
-        if isinstance(event.answer, TaskCard):
-            cards[event.job.reference] = event.answer
-    found = tuple(cards[reference] for reference in references)
-    for card in found:
-        same = [other.reference for other in found if other.name == card.name]
-        if len(same) > 1:
-            raise TaskError(f"tasks of one race need names of their own; {' and '.join(same)} are both {card.name!r}")
-    return found
-
-
-def measured_paces(
-    plan: Plan, executor: Executor, stopped: Callable[[], bool], limits: Limits | None = None
-) -> dict[tuple[str, str], Pace]:
-    """A few steps of every contender on every task, side by side as the runs will be."""
-    probes = [
-        Run(
-            card.reference,
-            contender,
-            # Of no machine: unlike timing passes, these are made everywhere.
-            replace(
-                plan.key(card, contender, {"lr": contender.lr_center}, TUNE_SEED, record.TIME, _PROBE_STEPS), machine=""
-            ),
-        )
-        for card in plan.cards
-        for contender in plan.contenders
-    ]
-    cards = {card.reference: card for card in plan.cards}
-    paces: dict[tuple[str, str], Pace] = {}
-    for event in _answers(probes, executor, stopped, limits):
-        if isinstance(event.answer, Refusal):
-            raise TaskError(event.answer.message)
-        if isinstance(event.answer, (RunRecord, Death)) and isinstance(event.job, Run):
-            card = cards[event.job.reference]
-            paces[card.reference, event.job.contender.name] = _pace(event.answer, card)
-    return paces
-
-
-def _answers(
-    jobs: Sequence[Job], executor: Executor, stopped: Callable[[], bool], limits: Limits | None
-) -> Iterator[Event]:
-    """Have all these jobs done; what ends each of them."""
-    waiting, unanswered = list(jobs), len(jobs)
-    overdue = _Overdue(executor, limits or Limits())
-    while unanswered:
-        while waiting and executor.idle:
-            executor.submit(waiting.pop(0))
-        for event in executor.events(_POLL_SECONDS):
-            overdue.note(event)
-            if not isinstance(event.answer, Progress):
-                unanswered -= 1
-                yield event
-        overdue.end()
-        if stopped():
-            raise InterruptedRaceError
-
-
-class _Overdue:
-    """Ends what takes too long before the race: a task may hang where it is only tried."""
-
-    def __init__(self, executor: Executor, limits: Limits) -> None:
-        self.executor = executor
-        self.longest = limits.longest(0.0)
-        self.since: dict[int, float] = {}
-
-    def note(self, event: Event) -> None:
-        if not isinstance(event.answer, Progress):
-            self.since.pop(id(event.job), None)
-        elif not event.answer.step or id(event.job) not in self.since:
-            self.since[id(event.job)] = time.monotonic()
-
-    def end(self) -> None:
-        for job in self.executor.jobs:
-            if time.monotonic() - self.since.get(id(job), math.inf) > self.longest:
-                self.executor.stop(job, _too_long(self.longest))
-
-
 def _lost(run: Run, death: Death) -> RunRecord:
     status = record.OUT_OF_MEMORY if death.out_of_memory else record.FAILED
     return new_record(run.key, status, death.reason, machine=death.machine)
-
-
-def _too_long(longest: float) -> str:
-    return f"took longer than {duration(longest)} (--timeout)"
-
-
-def _pace(answer: RunRecord | Death, card: TaskCard) -> Pace:
-    """Of a probe; where it was lost, as its runs will be, what the probe of the task says."""
-    if isinstance(answer, Death) or math.isnan(answer.cost.mean_step_seconds):
-        return Pace(0.0, card.step_seconds)
-    return Pace(answer.cost.compile_seconds, answer.cost.mean_step_seconds)
 
 
 @contextmanager

@@ -13,10 +13,11 @@ import torch
 from piste.race import environment, sampling
 from piste.race.budget import fitted
 from piste.race.contenders import Contender, ContenderError, make_contenders
-from piste.race.driver import Driver, InterruptedRaceError, State, View, inspect_tasks, measured_paces, stop_signals
+from piste.race.driver import Driver, InterruptedRaceError, State, View, stop_signals
 from piste.race.executors import LOCAL, Executor, make_executor, sizing
 from piste.race.inspection import TaskCard
 from piste.race.limits import Limits
+from piste.race.probes import inspect_tasks, measured_paces
 from piste.race.protocol import Plan
 from piste.race.record import StudyResult, fingerprint
 from piste.race.script import Script
