@@ -12,6 +12,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,11 @@ from piste.race.contenders import make_contenders
 from piste.race.executors import Death, ExecutorError, Local, files, host, is_place, make_executor, sizing
 from piste.race.executors.base import MOST_LOSSES, Losses
 from piste.race.inspection import TaskCard
-from piste.race.record import CONFIRM, TIME, RunKey, RunRecord, fingerprint
+from piste.race.record import CONFIRM, TIME, TUNE, RunKey, RunRecord, fingerprint
 from piste.race.settings import Settings
 from piste.race.store import Store
 from piste.race.terminal import PlainView
-from piste.race.worker import Inspect, Job, Progress, Refusal, Run, Started
+from piste.race.worker import Inspect, Job, Pack, Packed, Progress, Refusal, Run, Started
 
 TASK = """
 import time
@@ -520,6 +521,13 @@ def test_a_host_runs_a_task_that_its_machine_does_not_have(tmp_path: Path) -> No
         assert isinstance(card.answer, TaskCard)
         assert card.answer.reference == reference  # as the race knows it
         assert b"step" in card.printed
+        run = run_of(reference, TUNE, task_hash=card.answer.task_hash)
+        keys = tuple(replace(run.key, hyperparameters={"lr": lr}, packed=True) for lr in (0.01, 0.02))
+        packed = away.work(0, Pack(reference, run.contender, keys), sent)
+        while isinstance(packed.answer, Progress):
+            packed = away.work(0, Pack(reference, run.contender, keys), sent, begin=False)
+        assert isinstance(packed.answer, Packed)
+        assert [(made.key, made.status) for made in packed.answer.records] == [(key, "finished") for key in keys]
         away.stop(2, "enough")  # comes before the job is begun, or while it runs
         again = run_of(reference, task_hash=card.answer.task_hash)
         stopped = away.work(2, again, sent)
