@@ -15,6 +15,7 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import Ratio, ratio
+from benchmarks.overhead import clock
 from piste.race import record
 from piste.race.contenders import make_contenders
 from piste.race.data import training_batches
@@ -39,7 +40,7 @@ def product_seconds(task: Task) -> float:
         begun = time.perf_counter()
         a @ b
         taken.append(time.perf_counter() - begun)
-    return counted.get_total_flops() * min(taken) / (2 * 32 * _SIZE * _SIZE)
+    return float(counted.get_total_flops()) * min(taken) / (2 * 32 * _SIZE * _SIZE)
 
 
 def compare(name: str, optimizer: str, trials: int, steps: int, rounds: int) -> tuple[Ratio, float, float]:
@@ -75,11 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--trials", type=int, default=16, help="of a pack (default: 16)")
     parser.add_argument("--steps", type=int, default=60, help="of a run (default: 60)")
     parser.add_argument("--rounds", type=int, default=5, help="packs, in turn with runs alone (default: 5)")
+    parser.add_argument("--processor-time", action="store_true", help="for machines that others use at the same time")
     asked = parser.parse_args(arguments)
     torch.set_num_threads(1)
     console = Console(width=140)
     for name in asked.task or TASKS:
-        found, alone, products = compare(name, asked.optimizer, asked.trials, asked.steps, asked.rounds)
+        with clock(asked.processor_time):
+            found, alone, products = compare(name, asked.optimizer, asked.trials, asked.steps, asked.rounds)
         console.print(
             f"{name}, {asked.optimizer}, {asked.trials} trials: {found.median:.2f} times the runs a second (quartiles "
             f"{found.low:.2f} to {found.high:.2f}); {1 / alone:.1f} a second alone, of which products alone need "
