@@ -56,7 +56,7 @@ class RunKey:
         device: ``"cpu"``, ``"cuda:0"``, …
         versions: of python, torch and piste.
         machine: fingerprint of the machine, of timing passes alone: elsewhere they are other runs.
-        packed: trained together with other trials (``piste.race.packed``): equal to rounding, and without times.
+        packed: a trial for ``--pack``, made together with others where that works: equal to rounding, without times.
     """
 
     task: str
