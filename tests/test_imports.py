@@ -63,11 +63,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "groups": {"checks"},
     "routing": {"groups"},
     "wrappings": {"wrappers"},
-    "presets": {"checks", "optimizer", "optimizers", "schedules", "groups", "wrappings"},
-    "registry": {"checks", "presets", "optimizers", "wrappings", "schedules", "groups", "optimizer"},
+    "lr_priors": set(),
+    "preset": {"checks", "lr_priors", "optimizer", "optimizers", "schedules", "wrappings"},
+    "presets": {"lr_priors", "optimizers", "preset"},
+    "pedigree": {"optimizer", "optimizers"},
+    "registry": {
+        *("checks", "preset", "presets", "pedigree", "optimizers", "wrappings", "schedules", "groups", "optimizer"),
+    },
     "scripting": {"registry"},
     "memory": {"bucket", "matrices", "optimizer", "plan", "registry", "storage", "symbol"},
-    "advise": {"checks", "groups", "memory", "optimizer", "optimizers", "presets", "routing", "schedules", "wrappers"},
+    "advise": {
+        *("checks", "groups", "memory", "optimizer", "optimizers", "preset", "presets", "routing", "schedules"),
+        "wrappers",
+    },
 }
 LIBRARY_ENTRANCE = "__init__"
 RACE = {"race", "cli", "__main__", "integrations"}  # they stand on the library as any user does

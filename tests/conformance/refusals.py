@@ -11,7 +11,7 @@ import torch
 
 from conformance.matrix import promise
 from conformance.subjects import SMALL, Subject, assert_identical, frozen, train, weights_of
-from piste.presets import arguments_of
+from piste.preset import arguments_of
 
 ANY_ENGINE = ("reference",)  # refusals happen before an engine is chosen
 

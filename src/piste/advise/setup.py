@@ -17,7 +17,8 @@ from piste.advise.trace import Trace, own_length, trace
 from piste.checks import check_choice
 from piste.groups import ModelWeight, is_norm, model_weights, owned_by
 from piste.optimizer import Optimizer, Options
-from piste.presets import Preset, arguments_of, presets
+from piste.preset import Preset, arguments_of
+from piste.presets import presets
 from piste.wrappers import SAM, ModelEMA
 from piste.wrappers.base import Wrapper
 
