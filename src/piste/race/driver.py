@@ -102,6 +102,7 @@ class Driver:
         executor: the workers.
         stopped: whether it was asked to end.
         script: what is raced in the place of tasks.
+        limits: what a run may take.
         enlarged: the plan with one more optimizer, which is kept for ``--resume``; raises ``ContenderError``.
     """
 
@@ -286,7 +287,10 @@ class Driver:
 
     def _state(self) -> State:
         running = [(run, self.step[run.key.id]) for run in self._running()]
-        done = {(job.key.task, job.key.contender): part_of(step, job.key.steps) for job, step in running}
+        done: dict[tuple[str, str], float] = {}
+        for run, step in running:
+            place = run.key.task, run.key.contender
+            done[place] = done.get(place, 0.0) + part_of(step, run.key.steps)
         return State(self.plan, self.rows, running, self.started, self.clock.left(self.plan, self.rows, done))
 
 

@@ -77,7 +77,7 @@ class Clock:
         Args:
             plan: of the race.
             rows: as far as it is.
-            started: for each task and contender, what part of a run is being made.
+            started: for each task and contender, what is made of the runs that go on, in runs.
         """
         total = longest = alone = 0.0
         for row in rows:
