@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import queue
+import signal
 import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, Final
 
 from rich.console import Console
@@ -271,9 +272,19 @@ def served(console: Console, store: Store, view: View, port: int, stay: bool) ->
     try:
         yield Together(view, page)
         if stay:
-            console.print("the page is served until Ctrl-C", markup=False)
-            with suppress(KeyboardInterrupt):
-                threading.Event().wait()
+            _until_ctrl_c(console)
         patient = not stay
     finally:
         page.close(patient)
+
+
+def _until_ctrl_c(console: Console) -> None:
+    """Wait for it, or for a request to end. An exception raised by a signal gets lost where nobody can receive one."""
+    asked: queue.SimpleQueue[int] = queue.SimpleQueue()
+    before = {number: signal.signal(number, lambda n, _: asked.put(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        console.print("the page is served until Ctrl-C", markup=False)
+        asked.get()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
