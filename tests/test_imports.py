@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "capture": {"sharding", "symbol", "variants"},
     "rules": {"kronecker", "matrices", "whitening", "ops", "parts", "slots", "storage", "symbol"},
     "parts": {"ops", "slots", "storage"},
-    "engines": LANGUAGE | {"codecs", "storage"},
+    "engines": LANGUAGE | {"codecs", "device_numbers", "storage"},
     "roster": {
         *("symbol", "variants", "plan", "bucket", "codecs", "device_numbers", "exchange", "sharding", "storage"),
     },

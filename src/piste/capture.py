@@ -49,12 +49,6 @@ def check_group(owner: str, group: Mapping[str, Any], *, numbers_on_host: bool) 
             f"{owner} got capturable=True, and works out numbers of its groups on the host in every step (a schedule "
             "of its own, a running average, an estimate); legal: False"
         )
-    for name, legal in (("state", ("fp32",)), ("weights", ("plain", "kahan", "remainder"))):
-        if group[name] not in legal:
-            raise ValueError(
-                f"{owner} got capturable=True with {name}={group[name]!r}, whose thresholds of rounding move with a "
-                f"step number on the host; legal: {', '.join(map(repr, legal))}"
-            )
     for p in group["params"]:
         if is_sharded(p):
             raise ValueError(
