@@ -22,16 +22,14 @@ Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 Like = Callable[[], list[torch.nn.Parameter]]
 
 REFUSED = {
-    "Muon": "whole matrices",
-    "NorMuon": "whole matrices",
-    "PSGDKron": "whole matrices",
+    "PSGDKron": "a function of whole matrices that decides on the host",
     "Prodigy": "on the host in every step",
     "Ranger21": "on the host in every step",
-    "SOAP": "on the host in every step",
+    "SOAP": "a function of whole matrices that decides on the host",
     "ScheduleFreeAdamW": "on the host in every step",
     "ScheduleFreeRAdam": "on the host in every step",
     "ScheduleFreeSGD": "on the host in every step",
-    "Shampoo": "on the host in every step",
+    "Shampoo": "a function of whole matrices that decides on the host",
 }
 CLASSES = {
     name: cls

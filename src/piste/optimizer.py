@@ -351,9 +351,9 @@ class Optimizer(torch.optim.Optimizer):
     def _make_capturable(self, group: dict[str, Any]) -> None:
         """Put the numbers of a new group on the device; a group that cannot be recorded is refused and gone."""
         cls = type(self)
-        hooks = (cls.advance, cls.absorb)
         try:
-            capture.check_group(cls.__name__, group, numbers_on_host=hooks != (Optimizer.advance, Optimizer.absorb))
+            carries = cls.absorb is not Optimizer.absorb or bool(self.advance(group))
+            capture.check_group(cls.__name__, group, numbers_on_host=carries)
             capture.place_numbers(group)
             statics, hp = _split(group, self._hyper_defaults, self.shaping, device=True)
             for shape in {p.ndim: tuple(real(p).shape) for p in group["params"]}.values():
