@@ -54,7 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stable_embedding": set(),
     "wrappers": {
         *("optimizer", "execution", "roster", "checks", "checkpoint", "slots", "variants", "parts"),
-        *("batchnorm", "codecs", "sharding", "storage"),
+        *("batchnorm", "capture", "codecs", "device_numbers", "sharding", "storage"),
     },
     "optimizers": {
         *("optimizer", "rules", "parts", "slots", "storage", "checks", "groups", "kronecker", "routing", "whitening"),

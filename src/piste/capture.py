@@ -18,10 +18,12 @@ from piste.variants import Graph
 __all__ = [
     "check_engine",
     "check_group",
+    "loaded_in_place",
     "on_device",
     "place_numbers",
     "refuse_missing",
     "refuse_opaque",
+    "saved",
 ]
 
 #: what can be done about an optimizer that decides on the host
