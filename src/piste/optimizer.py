@@ -67,7 +67,8 @@ class EngineOptions(TypedDict, total=False):
       a recording, unless they are given as tensors. Branches on the step number are worked out both ways, and
       ``GradScaler``'s ``found_inf`` is heeded on the device. Every weight that is trained needs a gradient in every
       step. Not for steps that no graph records: they take longer then. Refused with the reason by optimizers whose
-      host decides in a step (Shampoo, SOAP, Muon, PSGDKron, Prodigy, Schedule-Free, Ranger21) and by all wrappers.
+      host decides in a step (Shampoo, SOAP, PSGDKron, Prodigy, Schedule-Free, Ranger21) and by all wrappers but
+      Lookahead.
     * ``foreach``, ``fused``: torch's names; ``foreach=True`` is ``engine="foreach"``, ``foreach=False`` is
       ``engine="reference"``, ``fused=True`` is ``engine="auto"``.
     """

@@ -158,7 +158,7 @@ def _per_weight(optimizer: torch.optim.Optimizer) -> list[dict[str, object]]:
     return list(optimizer.state_dict()["state"].values())
 
 
-@promise("weights keep their storage", gc=False)
+@promise("weights keep their storage", gc=False, costly=True)
 def storage_kept(subject: Subject, engine: str) -> None:
     """Written in place, so views, flat buffers and other holders of the memory see the new numbers."""
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
@@ -171,7 +171,7 @@ def storage_kept(subject: Subject, engine: str) -> None:
         assert_identical(flat, torch.cat([p.detach().flatten() for p in plain]))
 
 
-@promise("weights of several dtypes in one optimizer", not_for=ONE_ESTIMATE, gc=False)
+@promise("weights of several dtypes in one optimizer", not_for=ONE_ESTIMATE, gc=False, costly=True)
 def mixed_dtypes(subject: Subject, engine: str) -> None:
     """Each dtype moves as it does alone."""
     subject = subject.apart
@@ -186,8 +186,9 @@ def mixed_dtypes(subject: Subject, engine: str) -> None:
 
 
 @cache
-def _large(by_matrix: bool) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
-    """Weights, smaller ones for rules that multiply matrices, and three rows of gradients."""
+def _large(by_matrix: bool, interpreted: bool) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
+    """Weights, smaller ones for rules that multiply matrices and for interpreted tiles of a thousand elements, and three
+    rows of gradients."""
     generator = torch.Generator().manual_seed(42)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -196,6 +197,8 @@ def _large(by_matrix: bool) -> tuple[list[torch.Tensor], list[list[torch.Tensor]
     starts = [draw(3), draw(600_001), draw(40, 7), draw(1000, 700), draw(700, 900).t()]
     if by_matrix:
         starts = [draw(3), draw(6001), draw(40, 7), draw(100, 70), draw(70, 90).t()]
+    if interpreted:
+        starts = [draw(3), draw(2049), draw(40, 7), draw(30, 70), draw(35, 31).t()]
     return starts, [[draw(*w.shape) for w in starts] for _ in range(3)]
 
 
@@ -206,7 +209,7 @@ def large_weights(subject: Subject, engine: str) -> None:
     Against the reference, in float64. Among fourteen million results some come from a gradient that cancels to
     nearly zero before it is divided by its own root, which magnifies rounding a thousandfold; a seam would show whole.
     """
-    starts, rows = _large(subject.by_matrix)
+    starts, rows = _large(subject.by_matrix, engine == "triton")
     results = []
     for name in (engine, "reference"):
         params = [w.clone().requires_grad_() for w in starts]
