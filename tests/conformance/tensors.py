@@ -40,7 +40,7 @@ def zero_dimensional(subject: Subject, engine: str) -> None:
 def empty(subject: Subject, engine: str) -> None:
     """A weight without elements neither fails nor disturbs the others (a mean over nothing is NaN)."""
     shapes = [(0,), (0, 3), (3, 0), (2, 3)]
-    problem = random_problem(shapes, seed=32)
+    problem = random_problem(shapes, steps=7, seed=32)
     params, alone = weights_of(problem), weights_of(problem)[-1:]
     train(params, subject.make(params, engine, clip_norm=0.5), problem)
     train(
@@ -86,7 +86,7 @@ def _assert_layouts_agree(
     assert_weights(params, [p.detach().numpy() for p in plain], RTOL, ATOL)
 
 
-@promise("non-contiguous weights and gradients")
+@promise("non-contiguous weights and gradients", costly=True)
 def non_contiguous(subject: Subject, engine: str) -> None:
     problem = random_problem([(3, 4), (2, 3, 4), (5, 1)], seed=33)
     for gradients_as_weights in (True, False):
@@ -187,8 +187,8 @@ def mixed_dtypes(subject: Subject, engine: str) -> None:
 
 @cache
 def _large(by_matrix: bool, interpreted: bool) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
-    """Weights, smaller ones for rules that multiply matrices and for interpreted tiles of a thousand elements, and three
-    rows of gradients."""
+    """Weights, smaller ones for rules that multiply matrices or are interpreted in tiles of a thousand elements, and
+    three rows of gradients."""
     generator = torch.Generator().manual_seed(42)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -204,7 +204,8 @@ def _large(by_matrix: bool, interpreted: bool) -> tuple[list[torch.Tensor], list
 
 @promise("large weights, taken in pieces or whole", engines=("foreach", "cpp"), gc=False)
 def large_weights(subject: Subject, engine: str) -> None:
-    """Fast engines cut weights of half a million elements and more; the small neighbours and clipping see no seam.
+    """Fast engines cut weights of half a million elements and more, triton those of a thousand; the small neighbours and
+    clipping see no seam.
 
     Against the reference, in float64. Among fourteen million results some come from a gradient that cancels to
     nearly zero before it is divided by its own root, which magnifies rounding a thousandfold; a seam would show whole.

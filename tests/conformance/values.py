@@ -29,7 +29,6 @@ from conformance.subjects import (
     weights_of,
 )
 
-
 #: The interpreter has no cube root and takes a power and a step of Newton's method, which is another number in one case
 #: of a hundred; with the root of C++ in its place, all weights and states of both were the same to the last bit. What
 #: these rules do besides others hold to that.
