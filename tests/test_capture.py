@@ -303,6 +303,18 @@ def test_lookahead_plays_again(engine: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert_close(again, now, TOLERANCE[engine])
 
 
+@pytest.mark.parametrize("weights", ["stochastic", "kahan", "remainder"])
+def test_lookahead_of_weights_that_stand_for_more(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are written in every step: where nothing is to change, they stand for what they stood for."""
+    whole = []
+    for capturable in (False, True):
+        make = partial(lookahead, engine="cpp", weights=weights, capturable=capturable)
+        _, optimizer = trained(make, 12, monkeypatch, like=partial(coded_parameters, weights))
+        own = [p for group in optimizer.param_groups for p in group["params"]]
+        whole.append([optimizer.optimizer.full_precision(p) for p in own])  # type: ignore[attr-defined]
+    assert_close(*whole, 0.0)
+
+
 def test_lookahead_leaves_a_skipped_step_uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
     params, twins = parameters(), parameters()
     optimizer, plain = lookahead(params, engine="reference", capturable=True), lookahead(twins, engine="reference")

@@ -190,6 +190,9 @@ def test_every_recorded_step_has_its_own(events: list[Event], monkeypatch: pytes
         patch.setattr(triton_upload, "recording", lambda: True)
         one, other = (upload.send(0, lambda i=i: torch.tensor([i]), 0) for i in (1, 2))
     assert [piece.memory.item() for piece, _ in upload.recorded] == [one.item(), other.item()] == [1, 2]
+    made = len(events)
+    upload.send(0, lambda: torch.tensor([0]), 0)
+    assert len(events) == made + 1  # for the next recording, though nothing was sent
     events.clear()
     triton_upload.Upload(torch.device("cpu")).send(0, lambda: torch.tensor([0]), 0)
     assert len(events) == 1

@@ -204,8 +204,8 @@ def _large(by_matrix: bool, interpreted: bool) -> tuple[list[torch.Tensor], list
 
 @promise("large weights, taken in pieces or whole", engines=("foreach", "cpp"), gc=False)
 def large_weights(subject: Subject, engine: str) -> None:
-    """Fast engines cut weights of half a million elements and more, triton those of a thousand; the small neighbours and
-    clipping see no seam.
+    """Fast engines cut weights of half a million elements and more, triton of a thousand; small neighbours and clipping
+    see no seam.
 
     Against the reference, in float64. Among fourteen million results some come from a gradient that cancels to
     nearly zero before it is divided by its own root, which magnifies rounding a thousandfold; a seam would show whole.

@@ -83,9 +83,13 @@ class Upload:
         """
         if self.recordable and recording():
             return self._for_replays(numbers())
-        if stream == self.stream and known == self.known:
-            return self.there
-        host = numbers()
+        if stream != self.stream or known != self.known:
+            self._copy(numbers(), known, stream)
+        if self.recordable and (self.spare is None or self.spare.memory.shape != self.there.shape):
+            self.spare = _piece(self.there, self.device)
+        return self.there
+
+    def _copy(self, host: Tensor, known: Any, stream: int) -> None:
         if self.there.shape != host.shape or self.there.dtype != host.dtype or stream != self.stream:
             self.there = torch.empty(host.shape, dtype=host.dtype, device=self.device)
         piece = self._free(host)
@@ -95,9 +99,6 @@ class Upload:
             piece.taken.record()
         self.known, self.stream = known, stream
         self.times += 1
-        if self.recordable and (self.spare is None or self.spare.memory.shape != host.shape):
-            self.spare = _piece(host, self.device)
-        return self.there
 
     def _for_replays(self, host: Tensor) -> Tensor:
         """A table of the graph that is being recorded."""
