@@ -27,6 +27,7 @@ class Wrapper(torch.optim.Optimizer):
     """
 
     name: str  # prefix of this wrapper's entries in state dictionaries
+    recordable = False  # can its own part in a step be recorded where the step of the optimizer inside can?
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -37,9 +38,6 @@ class Wrapper(torch.optim.Optimizer):
         self.own: dict[Tensor, dict[str, Any]] = {}
         self._arithmetic: dict[Any, Arithmetic] = {}
         super().__setstate__({"defaults": optimizer.defaults})  # torch's hooks; its groups stay the inner one's
-
-    #: can its own part in a step be recorded where the step of the optimizer inside can?
-    recordable = False
 
     @property
     def capturable(self) -> bool:
