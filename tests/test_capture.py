@@ -161,8 +161,15 @@ CODED = [
     ("AdamW", "4bit", "kahan"),
     ("AdamW", "8bit", "remainder"),
 ]
-ON_ENGINES = [
-    pytest.param(*coded, engine, marks=[INTERPRETED, *([pytest.mark.slow] if i else [])] if engine == "triton" else [])
+ON_ENGINES = [  # of those that are built or interpreted, the fast tests have one
+    pytest.param(
+        *coded,
+        engine,
+        marks=[
+            *([pytest.mark.slow] if i and engine in ("cpp", "triton") else []),
+            *([INTERPRETED] if engine == "triton" else []),
+        ],
+    )
     for i, coded in enumerate(CODED)
     for engine in TOLERANCE
 ]
