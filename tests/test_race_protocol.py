@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import random
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +19,7 @@ from piste.race.contenders import make_contenders
 from piste.race.driver import Driver
 from piste.race.inspection import TaskCard
 from piste.race.power import seeds_needed
+from piste.race.progress import Ledger
 from piste.race.protocol import (
     MOST_EXTENSIONS,
     TIMED_STEPS,
@@ -239,6 +241,22 @@ def test_timing_passes_come_last_take_turns_and_belong_to_a_machine() -> None:
     assert {key.optimizer for _, _, key in next_runs(plan, one)} == {"sgd_momentum"}  # turns take two
     elsewhere = [key for _, _, key in next_runs(replace(plan, machine="m2"), records)]
     assert [key.phase for key in elsewhere] == 4 * [TIME]
+
+
+@pytest.mark.parametrize("more", [{"screens": 1}, {"sampler": "tpe"}])
+def test_what_is_kept_from_run_to_run_is_what_the_records_say(more: dict[str, object]) -> None:
+    """Whatever order runs end in, and whichever of them are lost: nothing of a race is seen too late."""
+    two = replace(CARD, reference="/two.py", name="two", task_hash="beef")
+    plan = replace(plan_for(trials=3, timing=1, seeds=2, **more), cards=(CARD, two))
+    records: dict[str, RunRecord] = {}
+    ledger, chance = Ledger(plan, records), random.Random(0)
+    while missing := ledger.next_runs():
+        key = chance.choice(missing)[2]
+        records[key.id] = record_of(key, math.inf if chance.random() < 0.2 else bowl(key))
+        ledger.changed(key)
+        anew = Ledger(plan, records)
+        assert (repr(ledger.rows), ledger.next_runs()) == (repr(anew.rows), anew.next_runs())  # nan is no equal of nan
+    assert {run.key.phase for run in records.values()} >= {TUNE, CONFIRM, TIME}
 
 
 def test_times_are_medians_of_passes_and_never_of_two_machines() -> None:

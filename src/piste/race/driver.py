@@ -16,14 +16,14 @@ from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Protocol
 
-from piste.race import progress, record
+from piste.race import record
 from piste.race.budget import Pace
 from piste.race.contenders import ContenderError
 from piste.race.executors import Death, Event, Executor
 from piste.race.inspection import TaskCard
 from piste.race.limits import Limits
-from piste.race.progress import Clock, Row, duration, part_of
-from piste.race.protocol import TUNE_SEED, Plan, next_runs
+from piste.race.progress import Clock, Ledger, Row, duration, part_of
+from piste.race.protocol import TUNE_SEED, Plan
 from piste.race.record import RunRecord, StudyResult
 from piste.race.script import Script
 from piste.race.store import Store, full_disk
@@ -136,6 +136,7 @@ class Driver:
         self.since: dict[str, float] = {}
         self.begun: set[str] = set()
         self.step: dict[str, int] = {}
+        self.ledger = Ledger(plan, self.records)
         self._look()
 
     def run(self) -> None:
@@ -158,17 +159,17 @@ class Driver:
     def _submit(self) -> bool:
         """Give idle workers what is missing; whether anything is being worked on."""
         busy = {job.key.id for job in self.executor.jobs if isinstance(job, Run)}
-        for run in self.missing:
+        for card, contender, key in self.missing:
             if not self.executor.idle:
                 break
-            if busy and run.key.phase == record.TIME:
+            if busy and key.phase == record.TIME:
                 break  # a timing pass is alone
-            if run.key.id not in busy:
-                self.executor.submit(run)
-                self.since[run.key.id] = time.monotonic()
-                self.step[run.key.id] = 0
-                self.begun.discard(run.key.id)
-                busy.add(run.key.id)
+            if key.id not in busy:
+                self.executor.submit(Run(card.reference, contender, key, self.script))
+                self.since[key.id] = time.monotonic()
+                self.step[key.id] = 0
+                self.begun.discard(key.id)
+                busy.add(key.id)
         return bool(busy or self.missing)  # without a worker for them, they wait for one
 
     def _end_overdue(self) -> None:
@@ -223,6 +224,7 @@ class Driver:
         self.records[key.id] = answer
         if key.phase in (record.TUNE, record.CONFIRM):
             self.clock.add(key.task, key.contender, time.monotonic() - self.since[key.id])
+        self.ledger.changed(key)
         self._look()
         self.view.finished(self._state(), answer)
 
@@ -241,15 +243,15 @@ class Driver:
             self.plan = self.enlarged(self.plan, wish.optimizer)
         except ContenderError as error:
             return f"not added: {error}"
+        self.ledger = Ledger(self.plan, self.records)
         self._look()
         names = " and ".join(contender.name for contender in self.plan.contenders[known:])
         return f"added: {names}; {self._state().total - before} more runs"
 
     def _look(self) -> None:
-        """Derive from the records what is there and what is missing; only a new record changes either."""
-        self.rows = progress.rows(self.plan, self.records)
-        missing = next_runs(self.plan, self.records)
-        self.missing = [Run(card.reference, who, key, self.script) for card, who, key in missing]
+        """What is there and what is missing; only a new record changes either."""
+        self.rows = self.ledger.rows
+        self.missing = self.ledger.next_runs()
 
     def _state(self) -> State:
         running = [(job, self.step[job.key.id]) for job in self._running()]
