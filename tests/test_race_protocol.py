@@ -384,6 +384,25 @@ def fit(plan: Plan, part: float) -> Plan:
     return found
 
 
+def test_a_script_is_never_shortened_and_its_first_runs_count() -> None:
+    card = replace(CARD, steps=0, step_seconds=0.0, evaluation_seconds=0.0)
+    plan = replace(plan_for(trials=4, seeds=4), cards=(card,))
+    paces = {(card.reference, contender.name): Pace(10.0, 0.0) for contender in plan.contenders}
+    room = 1.15
+    assert expected_seconds(plan, paces, 1) == pytest.approx(room * 10 * 2 * (4 + 1 + 4))
+    assert expected_seconds(plan, paces, 1, made=1) == pytest.approx(room * 10 * 2 * (3 + 1 + 4))
+
+    def fit_script(left: float) -> Plan:
+        return fitted(plan, left, left, paces, 1, lambda trials: plan.contenders, made=1)
+
+    smallest = room * 10 * 2 * (2 + 1 + 3)
+    least = fit_script(smallest + 1)
+    assert (least.trials, least.seeds, least.cards) == (3, 3, (card,))
+    assert "given up for it: 1 of 4 trials each, 1 of 4 seeds each." in least.remarks[0]
+    with pytest.raises(BudgetError, match="is too short"):
+        fit_script(smallest - 1)
+
+
 def test_a_budget_gives_up_trials_then_seeds_then_length_and_says_so() -> None:
     plan = plan_for(trials=12, seeds=5)
     whole = fit(plan, 1.0)
