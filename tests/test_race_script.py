@@ -277,10 +277,21 @@ def test_a_whole_race_of_a_script(tmp_path: Path) -> None:
     """Planned for a budget by its first runs, which are the race's own; nothing is run twice."""
     path = write(tmp_path)
     main = "from piste.cli import main; main()"
-    asked = [sys.executable, "-c", main, "race", "--script", str(path), "--optimizers", "sgd,torch.SGD", "--trials", "1"]
+    asked = [
+        sys.executable,
+        "-c",
+        main,
+        "race",
+        "--script",
+        str(path),
+        "--optimizers",
+        "sgd,torch.SGD",
+        "--trials",
+        "1",
+    ]
 
     def race(folder: str, *arguments: str, status: int = 0) -> str:
-        command = [*asked, "--seeds", "1", "--out", str(tmp_path / folder), *arguments, "--", "{seed}"]
+        command = [*asked, "--trials", "1", "--seeds", "1", "--out", str(tmp_path / folder), *arguments, "--", "{seed}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
         assert done.returncode == status, done.stdout + done.stderr
         return " ".join((done.stdout + done.stderr).split())

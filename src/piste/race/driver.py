@@ -20,7 +20,7 @@ from piste.race import record
 from piste.race.contenders import ContenderError
 from piste.race.executors import Death, Executor
 from piste.race.limits import Limits, too_long
-from piste.race.progress import Clock, Ledger, Row, part_of
+from piste.race.progress import Clock, Ledger, Row, duration, part_of
 from piste.race.protocol import Plan
 from piste.race.record import RunKey, RunRecord, StudyResult
 from piste.race.script import Script
@@ -28,10 +28,13 @@ from piste.race.store import Store, full_disk
 from piste.race.task import TaskError
 from piste.race.training import new_record
 from piste.race.wishes import STOPPED, Add, Stop, Wish
+from piste.race.words import count
 from piste.race.worker import Progress, Refusal, Run
 
 _POLL_SECONDS = 0.1
-_GRACE_SECONDS = 10.0  # after a wish to stop, for runs that are nearly over
+# After a wish to stop, runs are waited for that are over in so many seconds, or in such a part of what they have taken.
+_GRACE_SECONDS = 10.0
+_GRACE_PART = 0.1
 
 
 class InterruptedRaceError(Exception):
@@ -171,14 +174,21 @@ class Driver:
                 self.executor.stop(job, too_long(longest))
 
     def _wind_down(self) -> None:
-        """Start nothing more, and wait a little for runs that are nearly over; the others will be made again."""
-        deadline = time.monotonic() + _GRACE_SECONDS
-        self.view.said(f"stopping, once runs that are over within {_GRACE_SECONDS:g} s are; Ctrl-C again stops at once")
-        while any(self._seconds_to_go(job) < deadline - time.monotonic() for job in self._running()):
+        """Start nothing more, and wait for runs that are nearly over; the others will be made again."""
+        running = self._running()
+        awaited = {job.key.id: self._seconds_to_go(job) for job in running if self._is_nearly_over(job)}
+        deadline = time.monotonic() + max(_GRACE_SECONDS, 2 * max(awaited.values(), default=0.0))
+        self.view.said(_winding_down(list(awaited.values()), len(running) - len(awaited)))
+        while time.monotonic() < deadline and any(job.key.id in awaited for job in self._running()):
             for event in self.executor.events(_POLL_SECONDS):
                 assert isinstance(event.job, Run)
                 self._handle(event.job, event.answer)
             self.view.tick(self._state())
+
+    def _is_nearly_over(self, job: Run) -> bool:
+        """Whether breaking it off would lose more than waiting costs."""
+        gone = time.monotonic() - self.since[job.key.id]
+        return self._seconds_to_go(job) < max(_GRACE_SECONDS, _GRACE_PART * gone)
 
     def _running(self) -> list[Run]:
         return [job for job in self.executor.jobs if isinstance(job, Run)]
@@ -256,6 +266,15 @@ def lost(run: Run, death: Death) -> RunRecord:
     """What is written down of a run that ended with its worker."""
     status = record.OUT_OF_MEMORY if death.out_of_memory else record.FAILED
     return new_record(run.key, status, death.reason, machine=death.machine)
+
+
+def _winding_down(awaited: Sequence[float], others: int) -> str:
+    """What becomes of the runs that are going on, in one line."""
+    again = [f"{count(others, 'run')} will be made again when the race goes on"] if others else []
+    if not awaited:
+        return "; ".join(["stopping", *again])
+    nearly = f"stopping, once {count(len(awaited), 'run')} nearly over {'is' if len(awaited) == 1 else 'are'} finished"
+    return "; ".join([f"{nearly} (about {duration(max(awaited))})", *again, "Ctrl-C again stops at once"])
 
 
 @contextmanager

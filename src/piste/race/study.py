@@ -47,6 +47,9 @@ __all__ = [
 ]
 
 
+_JOINED = "joined while the race was going on"
+
+
 class DeviceError(ValueError):
     """The device does not exist here."""
 
@@ -97,6 +100,7 @@ def race(settings: Settings, store: Store, view: View, command: str, limits: Lim
         if settings.budget is not None:
             measured = partial(_measured, plan, script, executor, stopped, view, limits, store)
             plan = _planned_before(settings, plan, store) or _fitted(settings, plan, begun, executor.width, measured)
+        plan = _with_what_joined(settings, plan, store)
         created = environment.now()
         kept = {"settings": asdict(settings), "plan": plan.to_json()}
         about = {
@@ -140,8 +144,19 @@ def with_optimizer(settings: Settings, plan: Plan, optimizer: str) -> tuple[Sett
     racing = {contender.name for contender in plan.contenders}
     new = tuple(each for each in contenders_for(settings, plan.trials) if each.name not in racing)
     names = listing([contender.name for contender in new], 9)
-    remark = f"{names} joined while the race was going on, with the trials and seeds of all others."
+    remark = f"{names} {_JOINED}, with the trials and seeds of all others."
     return settings, replace(plan, contenders=plan.contenders + new, remarks=(*plan.remarks, remark))
+
+
+def _with_what_joined(settings: Settings, plan: Plan, store: Store) -> Plan:
+    """The plan with the remarks on optimizers that joined this same race before it was resumed."""
+    try:
+        same = replace(stored_settings(store), on=settings.on, workers=settings.workers) == settings
+        before = Plan.from_json(store.read_study()["plan"]).remarks if same else ()
+    except (StoreError, KeyError, TypeError):
+        return plan
+    joined = [remark for remark in before if _JOINED in remark and remark not in plan.remarks]
+    return replace(plan, remarks=(*plan.remarks, *joined))
 
 
 def contenders_for(settings: Settings, trials: int) -> tuple[Contender, ...]:
