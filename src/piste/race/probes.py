@@ -13,7 +13,6 @@ from piste.race.driver import InterruptedRaceError, lost
 from piste.race.executors import Death, Event, Executor
 from piste.race.inspection import TaskCard
 from piste.race.limits import Limits, too_long
-from piste.race.progress import duration
 from piste.race.protocol import TUNE_SEED, Plan, tuning
 from piste.race.record import RunRecord
 from piste.race.script import Script
@@ -88,7 +87,8 @@ def first_runs(
     script: Script,
     executor: Executor,
     stopped: Callable[[], bool],
-    longest: float,
+    limits: Limits,
+    left: float,
     keep: Callable[[RunRecord], None],
 ) -> list[tuple[RunRecord, float]]:
     """The first trial of every contender, and its seconds: how long runs of a script are, only a run can tell.
@@ -98,23 +98,29 @@ def first_runs(
         script: what is run.
         executor: the workers.
         stopped: whether the race was asked to end.
-        longest: seconds that one may take.
+        limits: what a run may take.
+        left: seconds of the budget.
         keep: called with each of them.
 
     Raises:
-        BudgetError: one took longer.
+        BudgetError: they take longer than that.
     """
     (card,) = plan.cards
     runs = [Run(card.reference, who, tuning(plan, card, who, {}).runs[0], script) for who in plan.contenders]
-    made = []
-    for event, seconds in _answers(runs, executor, stopped, longest):
+    made: list[tuple[RunRecord, float]] = []
+    deadline = time.monotonic() + left
+
+    def over() -> bool:
+        if time.monotonic() > deadline:
+            raise BudgetError(
+                f"the first runs of {card.name} did not end within the budget ({len(made)} of {len(runs)} did): "
+                "allow more time, name fewer optimizers, or let the script do less"
+            )
+        return stopped()
+
+    for event, seconds in _answers(runs, executor, over, limits.longest(None)):
         if isinstance(event.answer, Refusal):
             raise TaskError(event.answer.message)
-        if isinstance(event.answer, Death) and seconds > longest:
-            raise BudgetError(
-                f"a single run of {card.name} takes longer than the {duration(longest)} that are left for it; "
-                "allow more time, or let the script do less"
-            )
         if isinstance(event.job, Run) and isinstance(event.answer, (RunRecord, Death)):
             run = event.answer if isinstance(event.answer, RunRecord) else lost(event.job, event.answer)
             keep(run)

@@ -70,7 +70,7 @@ def race(settings: Settings, store: Store, view: View, command: str, limits: Lim
 
     Raises:
         ContenderError, TaskError, DeviceError, SettingsError, SamplerError, BudgetError: a setting is wrong, or cannot
-            be had here; nothing has been written.
+            be had here; nothing has been written, but for first runs of a script that has a budget.
         StoreError: the store cannot be used, or no longer; finished runs are kept.
         ExecutorError: workers cannot be started, or the cluster cannot be reached.
         InterruptedRaceError: Ctrl-C or a signal to end; finished runs are kept, and it brings their result.
@@ -261,7 +261,7 @@ def _measured(
             raise store.full(run.message)
         store.add(run)
 
-    runs = first_runs(plan, script, executor, stopped, min(left, limits.longest(None)), keep)
+    runs = first_runs(plan, script, executor, stopped, limits, left, keep)
     longest = max((seconds for run, seconds in runs if run.finished), default=math.nan)
     if math.isnan(longest):
         raise BudgetError(f"no first run of {script.path} finished, so nothing can be planned: {runs[0][0].message}")
