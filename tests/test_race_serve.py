@@ -222,7 +222,7 @@ def test_views_together_are_all_told_and_all_asked() -> None:
 
     views = Together(Told(), Told())  # type: ignore[arg-type]
     views.looking([])
-    views.measuring(1)
+    views.measuring("")
     views.begin(None, ())  # type: ignore[arg-type]
     views.finished(None, None)  # type: ignore[arg-type]
     views.tick(None)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Keeps worker processes busy: looks at the tasks, measures contenders for a budget, makes the missing runs.
+"""Keeps worker processes busy until no run of a race is missing.
 
 It never runs a task's code itself; that happens in worker processes, so that whatever a task does ends a run and
 not the race.
@@ -12,29 +12,29 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import FrameType
 from typing import Protocol
 
-from piste.race import progress, record
-from piste.race.budget import Pace
+from piste.race import record
 from piste.race.contenders import ContenderError
-from piste.race.executors import Death, Event, Executor
-from piste.race.inspection import TaskCard
-from piste.race.limits import Limits
-from piste.race.progress import Clock, Row, duration, part_of
-from piste.race.protocol import TUNE_SEED, Plan, next_runs
-from piste.race.record import RunRecord, StudyResult
+from piste.race.executors import Death, Executor
+from piste.race.limits import Limits, too_long
+from piste.race.progress import Clock, Ledger, Row, duration, part_of
+from piste.race.protocol import Plan
+from piste.race.record import RunKey, RunRecord, StudyResult
 from piste.race.script import Script
 from piste.race.store import Store, full_disk
 from piste.race.task import TaskError
 from piste.race.training import new_record
 from piste.race.wishes import STOPPED, Add, Stop, Wish
-from piste.race.worker import Inspect, Job, Progress, Refusal, Run
+from piste.race.words import count
+from piste.race.worker import Progress, Refusal, Run
 
 _POLL_SECONDS = 0.1
-_PROBE_STEPS = 12  # of which the first five are warm-up
-_GRACE_SECONDS = 10.0  # after a wish to stop, for runs that are nearly over
+# After a wish to stop, runs are waited for that are over in so many seconds, or in such a part of what they have taken.
+_GRACE_SECONDS = 10.0
+_GRACE_PART = 0.1
 
 
 class InterruptedRaceError(Exception):
@@ -43,10 +43,6 @@ class InterruptedRaceError(Exception):
     def __init__(self, result: StudyResult | None = None) -> None:
         super().__init__("the race was asked to stop")
         self.result = result
-
-
-class WorkerError(Exception):
-    """Carries the traceback of a worker process, shown with ``--debug``."""
 
 
 @dataclass
@@ -76,8 +72,8 @@ class View(Protocol):
     def looking(self, tasks: Sequence[str]) -> None:
         """The tasks are being inspected."""
 
-    def measuring(self, contenders: int) -> None:
-        """Contenders take a few steps, for the budget."""
+    def measuring(self, words: str) -> None:
+        """Something is measured for the budget, such as ``a few steps of 3 contenders``."""
 
     def begin(self, state: State, damaged: Sequence[str]) -> None:
         """The plan is made; the runs start."""
@@ -175,17 +171,24 @@ class Driver:
         for job in self._running():
             longest = self.limits.longest(self._expected(job))
             if job.key.id in self.begun and time.monotonic() - self.since[job.key.id] > longest:
-                self.executor.stop(job, _too_long(longest))
+                self.executor.stop(job, too_long(longest))
 
     def _wind_down(self) -> None:
-        """Start nothing more, and wait a little for runs that are nearly over; the others will be made again."""
-        deadline = time.monotonic() + _GRACE_SECONDS
-        self.view.said(f"stopping, once runs that are over within {_GRACE_SECONDS:g} s are; Ctrl-C again stops at once")
-        while any(self._seconds_to_go(job) < deadline - time.monotonic() for job in self._running()):
+        """Start nothing more, and wait for runs that are nearly over; the others will be made again."""
+        running = self._running()
+        awaited = {job.key.id: self._seconds_to_go(job) for job in running if self._is_nearly_over(job)}
+        deadline = time.monotonic() + max(_GRACE_SECONDS, 2 * max(awaited.values(), default=0.0))
+        self.view.said(_winding_down(list(awaited.values()), len(running) - len(awaited)))
+        while time.monotonic() < deadline and any(job.key.id in awaited for job in self._running()):
             for event in self.executor.events(_POLL_SECONDS):
                 assert isinstance(event.job, Run)
                 self._handle(event.job, event.answer)
             self.view.tick(self._state())
+
+    def _is_nearly_over(self, job: Run) -> bool:
+        """Whether breaking it off would lose more than waiting costs."""
+        gone = time.monotonic() - self.since[job.key.id]
+        return self._seconds_to_go(job) < max(_GRACE_SECONDS, _GRACE_PART * gone)
 
     def _running(self) -> list[Run]:
         return [job for job in self.executor.jobs if isinstance(job, Run)]
@@ -214,8 +217,7 @@ class Driver:
         if isinstance(answer, Refusal):
             raise TaskError(answer.message)
         if isinstance(answer, Death):
-            status = record.OUT_OF_MEMORY if answer.out_of_memory else record.FAILED
-            answer = new_record(key, status, answer.reason, machine=answer.machine)
+            answer = lost(job, answer)
         assert isinstance(answer, RunRecord)
         if full_disk(answer.message):
             raise self.store.full(answer.message)
@@ -223,7 +225,7 @@ class Driver:
         self.records[key.id] = answer
         if key.phase in (record.TUNE, record.CONFIRM):
             self.clock.add(key.task, key.contender, time.monotonic() - self.since[key.id])
-        self._look()
+        self._look(key)
         self.view.finished(self._state(), answer)
 
     def _stop(self, wish: Stop) -> str:
@@ -245,11 +247,14 @@ class Driver:
         names = " and ".join(contender.name for contender in self.plan.contenders[known:])
         return f"added: {names}; {self._state().total - before} more runs"
 
-    def _look(self) -> None:
-        """Derive from the records what is there and what is missing; only a new record changes either."""
-        self.rows = progress.rows(self.plan, self.records)
-        missing = next_runs(self.plan, self.records)
-        self.missing = [Run(card.reference, who, key, self.script) for card, who, key in missing]
+    def _look(self, changed: RunKey | None = None) -> None:
+        """What is there and what is missing, after a new record of this run or, without one, anew."""
+        if changed is None:
+            self.ledger = Ledger(self.plan, self.records)
+        else:
+            self.ledger.changed(changed)
+        self.rows = self.ledger.rows
+        self.missing = [Run(card.reference, who, key, self.script) for card, who, key in self.ledger.next_runs()]
 
     def _state(self) -> State:
         running = [(job, self.step[job.key.id]) for job in self._running()]
@@ -257,108 +262,19 @@ class Driver:
         return State(self.plan, self.rows, running, self.started, self.clock.left(self.plan, self.rows, done))
 
 
-def inspect_tasks(
-    references: Sequence[str],
-    device: str,
-    executor: Executor,
-    stopped: Callable[[], bool],
-    limits: Limits | None = None,
-) -> tuple[TaskCard, ...]:
-    """Have the workers load and try every task."""
-    cards: dict[str, TaskCard] = {}
-    for event in _answers([Inspect(reference, device) for reference in references], executor, stopped, limits):
-        if isinstance(event.answer, Refusal):
-            raise TaskError(event.answer.message) from WorkerError(event.answer.traceback)
-        if isinstance(event.answer, Death):
-            raise TaskError(
-                f"{event.job.reference}: {event.answer.reason} while the task was tried; what it printed is in "
-                f"{executor.logs}"
-            )
-        if isinstance(event.answer, TaskCard):
-            cards[event.job.reference] = event.answer
-    found = tuple(cards[reference] for reference in references)
-    for card in found:
-        same = [other.reference for other in found if other.name == card.name]
-        if len(same) > 1:
-            raise TaskError(f"tasks of one race need names of their own; {' and '.join(same)} are both {card.name!r}")
-    return found
+def lost(run: Run, death: Death) -> RunRecord:
+    """What is written down of a run that ended with its worker."""
+    status = record.OUT_OF_MEMORY if death.out_of_memory else record.FAILED
+    return new_record(run.key, status, death.reason, machine=death.machine)
 
 
-def measured_paces(
-    plan: Plan, executor: Executor, stopped: Callable[[], bool], limits: Limits | None = None
-) -> dict[tuple[str, str], Pace]:
-    """A few steps of every contender on every task, side by side as the runs will be."""
-    probes = [
-        Run(
-            card.reference,
-            contender,
-            # Of no machine: unlike timing passes, these are made everywhere.
-            replace(
-                plan.key(card, contender, {"lr": contender.lr_center}, TUNE_SEED, record.TIME, _PROBE_STEPS), machine=""
-            ),
-        )
-        for card in plan.cards
-        for contender in plan.contenders
-    ]
-    cards = {card.reference: card for card in plan.cards}
-    paces: dict[tuple[str, str], Pace] = {}
-    for event in _answers(probes, executor, stopped, limits):
-        if isinstance(event.answer, Refusal):
-            raise TaskError(event.answer.message)
-        if isinstance(event.answer, (RunRecord, Death)) and isinstance(event.job, Run):
-            card = cards[event.job.reference]
-            paces[card.reference, event.job.contender.name] = _pace(event.answer, card)
-    return paces
-
-
-def _answers(
-    jobs: Sequence[Job], executor: Executor, stopped: Callable[[], bool], limits: Limits | None
-) -> Iterator[Event]:
-    """Have all these jobs done; what ends each of them."""
-    waiting, unanswered = list(jobs), len(jobs)
-    overdue = _Overdue(executor, limits or Limits())
-    while unanswered:
-        while waiting and executor.idle:
-            executor.submit(waiting.pop(0))
-        for event in executor.events(_POLL_SECONDS):
-            overdue.note(event)
-            if not isinstance(event.answer, Progress):
-                unanswered -= 1
-                yield event
-        overdue.end()
-        if stopped():
-            raise InterruptedRaceError
-
-
-class _Overdue:
-    """Ends what takes too long before the race: a task may hang where it is only tried."""
-
-    def __init__(self, executor: Executor, limits: Limits) -> None:
-        self.executor = executor
-        self.longest = limits.longest(0.0)
-        self.since: dict[int, float] = {}
-
-    def note(self, event: Event) -> None:
-        if not isinstance(event.answer, Progress):
-            self.since.pop(id(event.job), None)
-        elif not event.answer.step or id(event.job) not in self.since:
-            self.since[id(event.job)] = time.monotonic()
-
-    def end(self) -> None:
-        for job in self.executor.jobs:
-            if time.monotonic() - self.since.get(id(job), math.inf) > self.longest:
-                self.executor.stop(job, _too_long(self.longest))
-
-
-def _too_long(longest: float) -> str:
-    return f"took longer than {duration(longest)} (--timeout)"
-
-
-def _pace(answer: RunRecord | Death, card: TaskCard) -> Pace:
-    """Of a probe; where it was lost, as its runs will be, what the probe of the task says."""
-    if isinstance(answer, Death) or math.isnan(answer.cost.mean_step_seconds):
-        return Pace(0.0, card.step_seconds)
-    return Pace(answer.cost.compile_seconds, answer.cost.mean_step_seconds)
+def _winding_down(awaited: Sequence[float], others: int) -> str:
+    """What becomes of the runs that are going on, in one line."""
+    again = [f"{count(others, 'run')} will be made again when the race goes on"] if others else []
+    if not awaited:
+        return "; ".join(["stopping", *again])
+    nearly = f"stopping, once {count(len(awaited), 'run')} nearly over {'is' if len(awaited) == 1 else 'are'} finished"
+    return "; ".join([f"{nearly} (about {duration(max(awaited))})", *again, "Ctrl-C again stops at once"])
 
 
 @contextmanager

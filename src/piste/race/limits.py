@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from piste.race.progress import duration
+
 # Nobody's run is ended because a machine is busy: what hangs, hangs for ever.
 LEAST_SECONDS = 600.0
 FACTOR = 20.0
@@ -28,3 +30,8 @@ class Limits:
         if self.seconds is not None:
             return self.seconds
         return math.inf if expected is None else max(LEAST_SECONDS, FACTOR * expected)
+
+
+def too_long(longest: float) -> str:
+    """Why a run was ended, in words."""
+    return f"took longer than {duration(longest)} (--timeout)"

@@ -87,9 +87,9 @@ class PageView:
         """The tasks are being inspected."""
         self._state = {**self._state, "words": f"looking at {listing(list(tasks))}"}
 
-    def measuring(self, contenders: int) -> None:
-        """Contenders take a few steps, for the budget."""
-        self._state = {**self._state, "words": "measuring a few steps of each contender"}
+    def measuring(self, words: str) -> None:
+        """Something is measured for the budget."""
+        self._state = {**self._state, "words": f"measuring {words}"}
 
     def begin(self, state: State, damaged: Sequence[str]) -> None:
         """The plan is made; the runs start."""
@@ -217,10 +217,10 @@ class Together:
         for view in self.views:
             view.looking(tasks)
 
-    def measuring(self, contenders: int) -> None:
-        """Contenders take a few steps, for the budget."""
+    def measuring(self, words: str) -> None:
+        """Something is measured for the budget."""
         for view in self.views:
-            view.measuring(contenders)
+            view.measuring(words)
 
     def begin(self, state: State, damaged: Sequence[str]) -> None:
         """The plan is made; the runs start."""
