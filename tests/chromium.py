@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-__all__ = ["chromium"]
+__all__ = ["browser_path", "chromium"]
 
 # Without these the browser itself, not the page, may call home.
 QUIET = [
@@ -31,12 +31,18 @@ def _missing(what: str) -> NoReturn:
     pytest.skip(f"{what} is missing: no page was opened in a browser")  # a developer's machine may have none
 
 
-@contextmanager
-def chromium() -> Iterator[Any]:
-    """Playwright's browser object, for the length of the block."""
+def browser_path() -> str:
+    """Where the browser is; without one, the end of this test."""
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if path is None:
         _missing("Chromium (Debian: apt-get install chromium)")
+    return path
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """Playwright's browser object, for the length of the block."""
+    path = browser_path()
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:

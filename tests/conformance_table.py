@@ -36,8 +36,8 @@ the registry, with and without gradient centralization where that can play a par
 round AdamW and `Graft` of Adam and SGD. A new optimizer joins the table by joining the registry.
 
 **R** kept on the reference engine · **F** on foreach · **N** on cpp (native code) · **T** on triton, interpreted on the
-CPU: with every optimizer where a promise lies in the kernels, else with {interpreted}, as each operation
-of a kernel is then a call of Python (`make test-gpu` runs all of it on a GPU) · **C** on compile, where it is tried
+CPU, where each operation of a kernel is a call of Python: with every optimizer, or with {interpreted} where
+that would take too long (`make test-gpu` runs all of it on a GPU) · **C** on compile, where it is tried
 (each shape costs seconds) · **✓** kept, and the engine plays no part · **✗** broken · — does not apply (see below the
 table).
 

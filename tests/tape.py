@@ -81,6 +81,34 @@ def _fill(fresh: list[Tensor], out: Any) -> None:
         old.copy_(value)
 
 
+class Steps:
+    """Takes the steps of an optimizer: one of them onto a tape, and those that follow from it.
+
+    Args:
+        optimizer: whose steps.
+        patch: of the test.
+        record: which step is recorded, counted from 0; None for none.
+        how: see :class:`Tape`.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, patch: pytest.MonkeyPatch, record: int | None, **how: bool
+    ) -> None:
+        self.optimizer, self.patch, self.record, self.how = optimizer, patch, record, how
+        self.taken = 0
+        self.tape: Tape | None = None
+
+    def __call__(self) -> None:
+        if self.tape is not None:
+            self.tape.play()
+        elif self.taken == self.record:
+            with taped(self.patch, **self.how) as self.tape:
+                self.optimizer.step()
+        else:
+            self.optimizer.step()
+        self.taken += 1
+
+
 class _Launcher:
     """A Triton kernel whose launches are noted."""
 

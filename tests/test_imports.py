@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "capture": {"sharding", "symbol", "variants"},
     "rules": {"kronecker", "matrices", "whitening", "ops", "parts", "slots", "storage", "symbol"},
     "parts": {"ops", "slots", "storage"},
-    "engines": LANGUAGE | {"codecs", "storage"},
+    "engines": LANGUAGE | {"codecs", "device_numbers", "storage"},
     "roster": {
         *("symbol", "variants", "plan", "bucket", "codecs", "device_numbers", "exchange", "sharding", "storage"),
     },
@@ -54,7 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stable_embedding": set(),
     "wrappers": {
         *("optimizer", "execution", "roster", "checks", "checkpoint", "slots", "variants", "parts"),
-        *("batchnorm", "codecs", "sharding", "storage"),
+        *("batchnorm", "capture", "codecs", "device_numbers", "sharding", "storage"),
     },
     "optimizers": {
         *("optimizer", "rules", "parts", "slots", "storage", "checks", "groups", "kronecker", "routing", "whitening"),

@@ -444,6 +444,7 @@ class Call:
     """A job of Slurm that has ended."""
 
     job_id = "7"
+    state = "COMPLETED"
 
     def __init__(self, result: Any) -> None:
         self.cancelled, self.said = False, result
@@ -458,6 +459,30 @@ class Call:
         if isinstance(self.said, Exception):
             raise self.said
         return self.said
+
+
+class Queued(Call):
+    """One that waits for three looks before it runs."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.states = ["PENDING", "PENDING", "RUNNING"]
+
+    def done(self) -> bool:
+        self.state = self.states.pop(0) if self.states else self.state
+        return False
+
+
+def test_time_in_slurms_queue_is_not_that_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("submitit")
+    from piste.race.executors.slurm import Slurm
+
+    monkeypatch.setattr(Slurm, "_call", lambda self, job: Queued())
+    with Slurm(1, tmp_path, cluster="local") as executor:
+        executor.submit(Inspect("digits", "cpu"))
+        heard = [[event.answer for event in executor.events(0)] for _ in range(6)]
+        executor.sent.clear()
+    assert heard == [[], [], [Progress(0)], [], [], []]
 
 
 def test_a_lost_job_of_slurm_is_sent_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

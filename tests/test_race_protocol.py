@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import random
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +19,7 @@ from piste.race.contenders import make_contenders
 from piste.race.driver import Driver
 from piste.race.inspection import TaskCard
 from piste.race.power import seeds_needed
+from piste.race.progress import Ledger
 from piste.race.protocol import (
     MOST_EXTENSIONS,
     TIMED_STEPS,
@@ -241,6 +243,22 @@ def test_timing_passes_come_last_take_turns_and_belong_to_a_machine() -> None:
     assert [key.phase for key in elsewhere] == 4 * [TIME]
 
 
+@pytest.mark.parametrize("more", [{"screens": 1}, {"sampler": "tpe"}])
+def test_what_is_kept_from_run_to_run_is_what_the_records_say(more: dict[str, object]) -> None:
+    """Whatever order runs end in, and whichever of them are lost: nothing of a race is seen too late."""
+    two = replace(CARD, reference="/two.py", name="two", task_hash="beef")
+    plan = replace(plan_for(trials=3, timing=1, seeds=2, **more), cards=(CARD, two))
+    records: dict[str, RunRecord] = {}
+    ledger, chance = Ledger(plan, records), random.Random(0)
+    while missing := ledger.next_runs():
+        key = chance.choice(missing)[2]
+        records[key.id] = record_of(key, math.inf if chance.random() < 0.2 else bowl(key))
+        ledger.changed(key)
+        anew = Ledger(plan, records)
+        assert (repr(ledger.rows), ledger.next_runs()) == (repr(anew.rows), anew.next_runs())  # nan is no equal of nan
+    assert {run.key.phase for run in records.values()} >= {TUNE, CONFIRM, TIME}
+
+
 def test_times_are_medians_of_passes_and_never_of_two_machines() -> None:
     plan = plan_for("adamw", timing=3)
     (tuned, *_) = trials_of(plan)
@@ -364,6 +382,25 @@ def fit(plan: Plan, part: float) -> Plan:
     found = fitted(plan, left, left, paces, 2, lambda trials: plan_for(trials=trials).contenders)
     assert expected_seconds(found, paces, 2) <= left
     return found
+
+
+def test_a_script_is_never_shortened_and_its_first_runs_count() -> None:
+    card = replace(CARD, steps=0, step_seconds=0.0, evaluation_seconds=0.0)
+    plan = replace(plan_for(trials=4, seeds=4), cards=(card,))
+    paces = {(card.reference, contender.name): Pace(10.0, 0.0) for contender in plan.contenders}
+    room = 1.15
+    assert expected_seconds(plan, paces, 1) == pytest.approx(room * 10 * 2 * (4 + 1 + 4))
+    assert expected_seconds(plan, paces, 1, made=1) == pytest.approx(room * 10 * 2 * (3 + 1 + 4))
+
+    def fit_script(left: float) -> Plan:
+        return fitted(plan, left, left, paces, 1, lambda trials: plan.contenders, made=1)
+
+    smallest = room * 10 * 2 * (2 + 1 + 3)
+    least = fit_script(smallest + 1)
+    assert (least.trials, least.seeds, least.cards) == (3, 3, (card,))
+    assert "given up for it: 1 of 4 trials each, 1 of 4 seeds each." in least.remarks[0]
+    with pytest.raises(BudgetError, match="is too short"):
+        fit_script(smallest - 1)
 
 
 def test_a_budget_gives_up_trials_then_seeds_then_length_and_says_so() -> None:

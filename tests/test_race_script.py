@@ -274,20 +274,43 @@ def test_a_script_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_whole_race_of_a_script(tmp_path: Path) -> None:
+    """Planned for a budget by its first runs, which are the race's own; nothing is run twice."""
     path = write(tmp_path)
     main = "from piste.cli import main; main()"
-    arguments = ["--script", str(path), "--optimizers", "sgd,torch.SGD", "--trials", "1", "--seeds", "1"]
-    command = [sys.executable, "-c", main, "race", *arguments, "--out", str(tmp_path / "out"), "--", "{seed}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "as long as the script says" in done.stdout
-    assert "The script's own schedule was used for all contenders" in " ".join(done.stdout.split())
+    asked = [
+        sys.executable,
+        "-c",
+        main,
+        "race",
+        "--script",
+        str(path),
+        "--optimizers",
+        "sgd,torch.SGD",
+        "--trials",
+        "1",
+    ]
+
+    def race(folder: str, *arguments: str, status: int = 0) -> str:
+        command = [*asked, "--trials", "1", "--seeds", "1", "--out", str(tmp_path / folder), *arguments, "--", "{seed}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+        assert done.returncode == status, done.stdout + done.stderr
+        return " ".join((done.stdout + done.stderr).split())
+
+    said = race("out", "--budget", "1h")
+    assert "as long as the script says" in said
+    assert "The script's own schedule was used for all contenders" in said
+    assert "measuring a first run of 2 contenders" in said
+    assert "2 of them are there already" in said
+    assert "Budget 60 min: nothing had to be given up for it." in said
     made = [json.loads(each.read_text()) for each in (tmp_path / "out" / "runs").glob("*.json")]
     assert sorted((m["key"]["optimizer"], m["key"]["phase"]) for m in made) == sorted(
         (name, phase) for name in ("sgd", "torch.SGD") for phase in (TUNE, CONFIRM)
     )
-    again = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-    assert "4 of them are there already" in again.stdout
+    again = race("out", "--budget", "1h")
+    assert "4 of them are there already" in again
+    assert "measuring" not in again
+    short = race("short", "--budget", "1s", status=2)
+    assert "the first runs of train did not end within the budget (0 of 2 did)" in short
 
 
 # Frameworks

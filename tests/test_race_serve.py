@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -221,7 +222,7 @@ def test_views_together_are_all_told_and_all_asked() -> None:
 
     views = Together(Told(), Told())  # type: ignore[arg-type]
     views.looking([])
-    views.measuring(1)
+    views.measuring("")
     views.begin(None, ())  # type: ignore[arg-type]
     views.finished(None, None)  # type: ignore[arg-type]
     views.tick(None)  # type: ignore[arg-type]
@@ -248,7 +249,7 @@ class Race:
         hostile = f'name="linear", metric=loss, metric_name={HOSTILE!r}'
         task.write_text(task.read_text().replace('name="linear"', hostile))
         small = ("--optimizers", "sgd,adamw", "--trials", "2", "--seeds", "2", "--timing", "1", "--serve")
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
         self.process = subprocess.Popen(
             command(folder, str(task), *small, *arguments),
             stdout=subprocess.PIPE,
@@ -262,7 +263,11 @@ class Race:
         self.link = self.output.split()[-1]
 
     def ended(self) -> str:
-        self.output += self.process.communicate(timeout=120)[0]
+        try:
+            self.output += self.process.communicate(timeout=120)[0]
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGABRT)  # has it say where its threads are
+            self.output += self.process.communicate(timeout=60)[0]
         assert self.process.returncode == 0, self.output
         return self.output
 

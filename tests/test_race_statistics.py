@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from piste.race.statistics import POWER, compare, detectable, holm, interval, paired_p_value, pairs, power
+from piste.race.statistics import POWER, compare, detectable, holm, interval, intervals, paired_p_value, pairs, power
 
 
 def _scores(generator: np.random.Generator, means: dict[str, float], seeds: int = 5) -> dict[str, list[float]]:
@@ -59,6 +59,14 @@ def test_intervals_cover() -> None:
         low, high = interval(generator.normal(1.0, 0.2, 5))
         held += low <= 1.0 <= high
     assert 0.90 * 300 <= held <= 0.99 * 300
+
+
+def test_intervals_of_many_are_those_of_each() -> None:
+    rows = np.random.default_rng(5).normal(size=(60, 20))  # more than are drawn at once
+    rows[7] = 2.5
+    expected = [interval(row) for row in rows]
+    np.testing.assert_allclose(intervals(list(rows)), expected, rtol=1e-14, atol=1e-15)  # sums in another order
+    assert expected[7] == (2.5, 2.5)
 
 
 def test_holm() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,13 +14,13 @@ from test_race_sins import complete, evidence_of, only
 
 from piste.race import lints
 from piste.race.contenders import ContenderError
-from piste.race.driver import Driver, State
+from piste.race.driver import Driver, InterruptedRaceError, State
 from piste.race.executors import Death, Event
 from piste.race.protocol import Plan
 from piste.race.record import FAILED, TIME, RunRecord
 from piste.race.settings import Settings
 from piste.race.store import Store
-from piste.race.study import with_optimizer
+from piste.race.study import _with_what_joined, with_optimizer
 from piste.race.wishes import STOPPED, Add, Stop, Wish, with_optimizers
 from piste.race.worker import Run
 
@@ -100,6 +101,49 @@ def raced_with(folder: Path, *asked: Callable[[State], Wish]) -> tuple[Driver, A
         driver = Driver(plan, store, view, worker, lambda: False, enlarged=enlarged)  # type: ignore[arg-type]
         driver.run()
     return driver, view, worker, store
+
+
+@pytest.mark.parametrize(
+    ("gone", "step", "finished", "words"),
+    [
+        (3.9, 50, True, "stopping, once 1 run nearly over is finished (about 0:04); Ctrl-C again stops at once"),
+        (1000.0, 95, True, "stopping, once 1 run nearly over is finished (about 0:53); Ctrl-C again stops at once"),
+        (1000.0, 50, False, "stopping; 1 run will be made again when the race goes on"),
+        (12.0, 0, False, "stopping; 1 run will be made again when the race goes on"),
+    ],
+)
+def test_who_wants_to_stop_waits_only_for_what_is_nearly_over(
+    tmp_path: Path, gone: float, step: int, finished: bool, words: str
+) -> None:
+    """Of a hundred steps of ten seconds, as the task promises; the first run has made so many in so many seconds."""
+    store, view, worker = Store(tmp_path / "race"), Asking(), Worker()
+    plan = plan_for(trials=2, seeds=2)
+    plan = replace(plan, cards=(replace(plan.cards[0], step_seconds=10.0),))
+
+    def stopped() -> bool:
+        (job,) = worker.jobs
+        driver.since[job.key.id] = time.monotonic() - gone
+        driver.step[job.key.id] = step
+        return True
+
+    with store.writing():
+        driver = Driver(plan, store, view, worker, stopped)  # type: ignore[arg-type]
+        with pytest.raises(InterruptedRaceError):
+            driver.run()
+    assert len(driver.records) == finished
+    assert view.heard == [words]
+
+
+def test_who_joined_is_still_told_when_the_race_is_resumed(tmp_path: Path) -> None:
+    store = Store(tmp_path / "race")
+    settings, grown = with_optimizer(SETTINGS, plan_for(trials=2), "lion")
+    with store.writing():
+        store.write_study({"settings": asdict(settings), "plan": grown.to_json()})
+    (remark,) = grown.remarks
+    resumed = plan_for("adamw,sgd_momentum,lion", trials=2)
+    assert _with_what_joined(replace(settings, workers=7), resumed, store).remarks == (remark,)
+    assert _with_what_joined(settings, grown, store).remarks == (remark,)
+    assert _with_what_joined(replace(settings, trials=3), resumed, store).remarks == ()
 
 
 def _names(plan: Plan) -> tuple[str, ...]:

@@ -175,11 +175,13 @@ def test_settings_are_drawn_where_more_than_the_rate_was_searched() -> None:
         trial.key.hyperparameters["weight_decay"] = 0.1 * place
     picture = settings(TASK, trials, looks_of(TASK), "id")
     assert picture is not None
-    first, middle, last = picture.figure.data
-    assert list(first.y) == [1.0, 0.0, 0.0]  # highest lr, no decay, best loss
-    assert list(middle.y) == pytest.approx([0.5, 0.5, 0.5])  # rates span a hundred: on a log scale
-    assert list(last.y) == [0.0, 1.0, 1.0]
-    assert (first.line.width, last.line.width) == (3, 1)
+    others, best = picture.figure.data
+    assert list(best.y) == [1.0, 0.0, 0.0, None]  # highest lr, no decay, best loss
+    assert list(others.y[:4]) == pytest.approx([0.5, 0.5, 0.5, None])  # rates span a hundred: on a log scale
+    assert list(others.y[4:]) == [0.0, 1.0, 1.0, None]
+    assert list(others.x) == 2 * [0, 1, 2, None]  # a gap after each trial
+    assert others.text[5] == "weight_decay 0.2"
+    assert (others.line.width, best.line.width) == (1, 3)
     assert list(picture.figure.layout.xaxis.ticktext)[2].startswith("loss<br>")
 
 

@@ -159,6 +159,66 @@ def test_python_waits_only_when_it_is_many_steps_ahead(events: list[Event]) -> N
     assert [event.waited for event in events] == [1] + [0] * (triton_upload.MOST_PIECES - 1)
 
 
+def test_what_a_recorded_step_sends_has_memory_of_its_own(events: list[Event], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay copies again, from and to where it did when it was recorded: nobody may write there. While a graph is
+    recorded, the device may not be asked for anything, nor for pinned memory."""
+    upload = triton_upload.Upload(torch.device("cpu"), recordable=True)
+    eager = upload.send("before", lambda: torch.tensor([0, 0]), 0)
+    made = len(events)
+    for event in events:
+        event.done = True
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_upload, "recording", lambda: True)
+        for name in ("query", "synchronize", "record"):
+            patch.setattr(Event, name, lambda self: pytest.fail("the device was asked for something"))
+        there = upload.send("before", lambda: torch.tensor([1, 1]), 0)
+    assert len(events) == made
+    for i in range(3 * triton_upload.MOST_PIECES):
+        for event in events:
+            event.done = True
+        assert upload.send(i, lambda i=i: torch.tensor([i, i]), 0) is eager
+    ((piece, table),) = upload.recorded
+    assert table is there is not eager
+    assert piece.memory.tolist() == there.tolist() == [1, 1]
+
+
+def test_every_recorded_step_has_its_own(events: list[Event], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also without a step between two of them, which would lay memory by; and none is laid by that nobody records."""
+    upload = triton_upload.Upload(torch.device("cpu"), recordable=True)
+    upload.send(0, lambda: torch.tensor([0]), 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_upload, "recording", lambda: True)
+        one, other = (upload.send(0, lambda i=i: torch.tensor([i]), 0) for i in (1, 2))
+    assert [piece.memory.item() for piece, _ in upload.recorded] == [one.item(), other.item()] == [1, 2]
+    made = len(events)
+    upload.send(0, lambda: torch.tensor([0]), 0)
+    assert len(events) == made + 1  # for the next recording, though nothing was sent
+    events.clear()
+    triton_upload.Upload(torch.device("cpu")).send(0, lambda: torch.tensor([0]), 0)
+    assert len(events) == 1
+
+
+def test_tables_of_a_recorded_step_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every pass, with the host numbers; steps outside of the graph, with other gradients, leave them alone."""
+    params = weights((3, 2), (4,))
+    optimizer = piste.Lamb(params, engine="triton", capturable=True)
+    optimizer.step()
+    with monkeypatch.context() as patch:
+        for module in ("piste.engines.triton", "piste.engines.triton_upload", "piste.optimizer", "piste.roster"):
+            patch.setattr(f"{module}.recording", lambda: True)
+        optimizer.step()
+    own = [one for one in kept(optimizer).values() if isinstance(one, triton_upload.Upload)]
+    assert len(own) > 1
+    recorded = [(table, table.clone()) for upload in own for _, table in upload.recorded]
+    assert len(recorded) == len(own)
+    held = [p.grad for p in params]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert held
+    assert all(torch.equal(table, before) for table, before in recorded)
+
+
 def test_another_stream_has_a_table_of_its_own() -> None:
     """Overwriting the one that kernels of the first stream may still read would need a wait."""
     upload = triton_upload.Upload(torch.device("cpu"))

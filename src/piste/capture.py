@@ -18,11 +18,16 @@ from piste.variants import Graph
 __all__ = [
     "check_engine",
     "check_group",
+    "loaded_in_place",
     "on_device",
     "place_numbers",
     "refuse_missing",
     "refuse_opaque",
+    "saved",
 ]
+
+#: what can be done about an optimizer that decides on the host
+INSTEAD = "legal: False, and a graph of the forward and the backward pass alone, with step() after each of its replays"
 
 #: the numbers of a group that are put on the device; others may be given as tensors
 PLACED = ("lr", "weight_decay")
@@ -47,14 +52,8 @@ def check_group(owner: str, group: Mapping[str, Any], *, numbers_on_host: bool) 
     if numbers_on_host:
         raise ValueError(
             f"{owner} got capturable=True, and works out numbers of its groups on the host in every step (a schedule "
-            "of its own, a running average, an estimate); legal: False"
+            f"of its own, a running average, an estimate); {INSTEAD}"
         )
-    for name, legal in (("state", ("fp32",)), ("weights", ("plain", "kahan", "remainder"))):
-        if group[name] not in legal:
-            raise ValueError(
-                f"{owner} got capturable=True with {name}={group[name]!r}, whose thresholds of rounding move with a "
-                f"step number on the host; legal: {', '.join(map(repr, legal))}"
-            )
     for p in group["params"]:
         if is_sharded(p):
             raise ValueError(
@@ -75,16 +74,18 @@ def check_group(owner: str, group: Mapping[str, Any], *, numbers_on_host: bool) 
 
 
 def refuse_opaque(owner: str, graph: Graph) -> None:
-    """Refuse a rule that calls functions of whole matrices."""
+    """Refuse a rule with functions of whole matrices that wait for the device, or take numbers of the step."""
     for sym in topological(graph.outputs.values()):
         if sym.op == "opaque":
-            function = getattr(sym.attr[0], "call", sym.attr[0])
-            while hasattr(function, "func"):
-                function = function.func
-            raise ValueError(
-                f"{owner} got capturable=True, and its rule calls {function.__name__!r}, a function of whole matrices "
-                "that decides on the host; legal: False"
-            )
+            work = sym.attr[0]
+            if not getattr(work, "recordable", False) or any(a.op == "number" for a in sym.args):
+                function = getattr(work, "call", work)
+                while hasattr(function, "func"):
+                    function = function.func
+                raise ValueError(
+                    f"{owner} got capturable=True, and its rule calls {function.__name__!r}, a function of whole "
+                    f"matrices that decides on the host; {INSTEAD}"
+                )
 
 
 def place_numbers(group: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -357,7 +357,9 @@ def decode(codec: Codec, codes: Tensor, rest: Tensor | None, shape: tuple[int, .
     return out
 
 
-def encode(codec: Codec, x: Tensor, codes: Tensor, rest: Tensor | None, *, step: int | None, phase: int = 0) -> None:
+def encode(
+    codec: Codec, x: Tensor, codes: Tensor, rest: Tensor | None, *, step: int | Tensor | None, phase: int = 0
+) -> None:
     """Store numbers.
 
     Args:
@@ -365,7 +367,8 @@ def encode(codec: Codec, x: Tensor, codes: Tensor, rest: Tensor | None, *, step:
         x: the numbers, of any floating dtype.
         codes: where their codes go, as :func:`fresh` made them.
         rest: where the rest goes.
-        step: the weight's own step number, which moves the thresholds; None rounds to the nearest.
+        step: the weight's own step number, which moves the thresholds, as a number or as a tensor of one number; None
+            rounds to the nearest.
         phase: where the thresholds of this weight begin, 16 bits.
     """
     if not x.numel():
@@ -398,8 +401,14 @@ def encode(codec: Codec, x: Tensor, codes: Tensor, rest: Tensor | None, *, step:
             place.copy_(value)
 
 
-def phase_at(step: int, phase: int) -> int:
-    """Where the thresholds of a weight begin in a step, 16 bits."""
+@overload
+def phase_at(step: int, phase: int) -> int: ...
+@overload
+def phase_at(step: Tensor, phase: int | Tensor) -> Tensor: ...
+@overload
+def phase_at(step: int | Tensor, phase: int) -> int | Tensor: ...
+def phase_at(step: int | Tensor, phase: int | Tensor) -> int | Tensor:
+    """Where the thresholds of a weight begin in a step, 16 bits; of many weights, for tensors of whole numbers."""
     return (step * GOLDEN + phase) & 0xFFFF
 
 

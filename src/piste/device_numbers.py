@@ -179,7 +179,8 @@ def _kept(bucket: Bucket, key: Any, numbers: Any, dtype: torch.dtype) -> Tensor:
 
 def stored_before(bucket: Bucket) -> Mapping[str, list[Tensor]]:
     """Copies of what is stored as codes: codes of a number that has not changed need not be the same codes."""
-    return {home: [x.clone() for x in bucket.homes[home]] for home in bucket.seats.encoded}
+    held = bucket.seats.encoded & bucket.seats.homes.keys()  # not every code has something beside it
+    return {home: [x.clone() for x in bucket.homes[home]] for home in held}
 
 
 def restored(bucket: Bucket, before: Mapping[str, list[Tensor]], skip: Tensor) -> None:

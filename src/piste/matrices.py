@@ -65,11 +65,13 @@ class Work:
         held: of the shape of a weight and the number of weights in a stack: how many numbers it holds at most besides
             what it takes and gives.
         renews: it works out anew what steps without it only use: roots, bases.
+        recordable: nothing in it waits for the device, so that a CUDA graph can record it.
     """
 
     call: Callable[..., Tensor]
     held: Callable[[Sequence[int], int], int]
     renews: bool = False
+    recordable: bool = False
 
     def __call__(self, *values: Any) -> Tensor:
         return self.call(*values)
@@ -201,7 +203,7 @@ def orthogonalizer(iteration: str, precision: str) -> Work:
         rows, columns = shape[0], prod(shape[1:])
         return count * 2 * (rows * columns + min(rows, columns) ** 2)
 
-    return Work(orthogonalize, held)
+    return Work(orthogonalize, held, recordable=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -67,7 +67,8 @@ class EngineOptions(TypedDict, total=False):
       a recording, unless they are given as tensors. Branches on the step number are worked out both ways, and
       ``GradScaler``'s ``found_inf`` is heeded on the device. Every weight that is trained needs a gradient in every
       step. Not for steps that no graph records: they take longer then. Refused with the reason by optimizers whose
-      host decides in a step (Shampoo, SOAP, Muon, PSGDKron, Prodigy, Schedule-Free, Ranger21) and by all wrappers.
+      host decides in a step (Shampoo, SOAP, PSGDKron, Prodigy, Schedule-Free, Ranger21) and by all wrappers but
+      Lookahead.
     * ``foreach``, ``fused``: torch's names; ``foreach=True`` is ``engine="foreach"``, ``foreach=False`` is
       ``engine="reference"``, ``fused=True`` is ``engine="auto"``.
     """
@@ -351,9 +352,9 @@ class Optimizer(torch.optim.Optimizer):
     def _make_capturable(self, group: dict[str, Any]) -> None:
         """Put the numbers of a new group on the device; a group that cannot be recorded is refused and gone."""
         cls = type(self)
-        hooks = (cls.advance, cls.absorb)
         try:
-            capture.check_group(cls.__name__, group, numbers_on_host=hooks != (Optimizer.advance, Optimizer.absorb))
+            carries = cls.absorb is not Optimizer.absorb or bool(self.advance(group))
+            capture.check_group(cls.__name__, group, numbers_on_host=carries)
             capture.place_numbers(group)
             statics, hp = _split(group, self._hyper_defaults, self.shaping, device=True)
             for shape in {p.ndim: tuple(real(p).shape) for p in group["params"]}.values():

@@ -55,7 +55,7 @@ def _steps(params: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimize
         optimizer.step()
 
 
-@promise("state in bf16, 8 and 4 bits: engines agree", not_for=NO_MOMENTS, gc=False)
+@promise("state in bf16, 8 and 4 bits: engines agree", not_for=NO_MOMENTS, gc=False, costly=True)
 def low_bits(subject: Subject, engine: str) -> None:
     """Held against the reference engine, and that against float32 state, as far as the format allows.
 
@@ -76,7 +76,7 @@ def low_bits(subject: Subject, engine: str) -> None:
             assert error <= more * (gap if engine == "reference" else 2e-3), (form, tuple(p.shape), error)
 
 
-@promise("codes and scales resume bitwise", not_for=NO_MOMENTS, gc=False)
+@promise("codes and scales resume bitwise", not_for=NO_MOMENTS, gc=False, costly=True)
 def low_bits_resume(subject: Subject, engine: str) -> None:
     """Saved, loaded and deep-copied in the middle; the thresholds of rounding go on where they were."""
     for form in LOW:
@@ -93,7 +93,7 @@ def low_bits_resume(subject: Subject, engine: str) -> None:
         assert_identical([p.detach() for p in copied], [p.detach() for p in straight])
 
 
-@promise("bfloat16 weights with remainder are float32 weights", gc=False)
+@promise("bfloat16 weights with remainder are float32 weights", gc=False, costly=True)
 def remainder(subject: Subject, engine: str) -> None:
     """Bit by bit what float32 weights become under the same gradients; the weights themselves are the nearest ones.
 
@@ -112,7 +112,7 @@ def remainder(subject: Subject, engine: str) -> None:
         assert not exact or ((p.float() - e).abs() <= e.abs() * 2.0**-8).all()
 
 
-@promise("stochastic and Kahan bfloat16 weights follow float32 ones", gc=False)
+@promise("stochastic and Kahan bfloat16 weights follow float32 ones", gc=False, costly=True)
 def bfloat16_weights(subject: Subject, engine: str) -> None:
     """Kahan to 16 bits; stochastic rounding without bias: over thousands of numbers the errors cancel."""
     full, optimizer = _made(subject, engine)

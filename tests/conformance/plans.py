@@ -52,8 +52,11 @@ def _assert_no_new_plan(subject: Subject, engine: str, steps: int) -> None:
 
 @promise("no new plan over 1,000 scheduled steps", compiled=True, gc=False)
 def no_recompiles(subject: Subject, engine: str) -> None:
-    """lr, betas, momentum, eps, alpha and weight decay move at every step; torch.compile compiles nothing either."""
-    _assert_no_new_plan(subject, engine, 1000)
+    """lr, betas, momentum, eps, alpha and weight decay move at every step; torch.compile compiles nothing either.
+
+    Kernels that are interpreted take 8 steps: that Triton compiles nothing in a thousand is for test_triton_host.py.
+    """
+    _assert_no_new_plan(subject, engine, 8 if engine == "triton" else 1000)
 
 
 @promise("300 layers waking one by one build no further plan", gc=False)
@@ -61,10 +64,10 @@ def late_layers(subject: Subject, engine: str) -> None:
     """Layer i wakes at step i: three hundred different step counts in one model, and still the same few plans.
 
     Sorting weights is no business of an engine. The reference goes weight by weight, and foreach has a column to fill
-    for each: 300 layers would cost them 45,000 single updates, so they get 30 and 100. Centralization leaves vectors
-    alone.
+    for each: 300 layers would cost them 45,000 single updates, so they get 30 and 100. So they would Triton's
+    interpreter, which runs a kernel for each: 12. Centralization leaves vectors alone.
     """
-    layers = {"reference": 30, "foreach": 100}.get(engine, 300)
+    layers = {"reference": 30, "foreach": 100, "triton": 12}.get(engine, 300)
     params = [torch.nn.Parameter(torch.zeros(2)) for _ in range(layers)]
     gradient = torch.ones(2)
     optimizer = subject.make(params, engine)

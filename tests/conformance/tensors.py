@@ -40,7 +40,7 @@ def zero_dimensional(subject: Subject, engine: str) -> None:
 def empty(subject: Subject, engine: str) -> None:
     """A weight without elements neither fails nor disturbs the others (a mean over nothing is NaN)."""
     shapes = [(0,), (0, 3), (3, 0), (2, 3)]
-    problem = random_problem(shapes, seed=32)
+    problem = random_problem(shapes, steps=7, seed=32)
     params, alone = weights_of(problem), weights_of(problem)[-1:]
     train(params, subject.make(params, engine, clip_norm=0.5), problem)
     train(
@@ -86,7 +86,7 @@ def _assert_layouts_agree(
     assert_weights(params, [p.detach().numpy() for p in plain], RTOL, ATOL)
 
 
-@promise("non-contiguous weights and gradients")
+@promise("non-contiguous weights and gradients", costly=True)
 def non_contiguous(subject: Subject, engine: str) -> None:
     problem = random_problem([(3, 4), (2, 3, 4), (5, 1)], seed=33)
     for gradients_as_weights in (True, False):
@@ -158,7 +158,7 @@ def _per_weight(optimizer: torch.optim.Optimizer) -> list[dict[str, object]]:
     return list(optimizer.state_dict()["state"].values())
 
 
-@promise("weights keep their storage", gc=False)
+@promise("weights keep their storage", gc=False, costly=True)
 def storage_kept(subject: Subject, engine: str) -> None:
     """Written in place, so views, flat buffers and other holders of the memory see the new numbers."""
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
@@ -171,7 +171,7 @@ def storage_kept(subject: Subject, engine: str) -> None:
         assert_identical(flat, torch.cat([p.detach().flatten() for p in plain]))
 
 
-@promise("weights of several dtypes in one optimizer", not_for=ONE_ESTIMATE, gc=False)
+@promise("weights of several dtypes in one optimizer", not_for=ONE_ESTIMATE, gc=False, costly=True)
 def mixed_dtypes(subject: Subject, engine: str) -> None:
     """Each dtype moves as it does alone."""
     subject = subject.apart
@@ -186,8 +186,9 @@ def mixed_dtypes(subject: Subject, engine: str) -> None:
 
 
 @cache
-def _large(by_matrix: bool) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
-    """Weights, smaller ones for rules that multiply matrices, and three rows of gradients."""
+def _large(by_matrix: bool, interpreted: bool) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
+    """Weights, smaller ones for rules that multiply matrices or are interpreted in tiles of a thousand elements, and
+    three rows of gradients."""
     generator = torch.Generator().manual_seed(42)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -196,17 +197,20 @@ def _large(by_matrix: bool) -> tuple[list[torch.Tensor], list[list[torch.Tensor]
     starts = [draw(3), draw(600_001), draw(40, 7), draw(1000, 700), draw(700, 900).t()]
     if by_matrix:
         starts = [draw(3), draw(6001), draw(40, 7), draw(100, 70), draw(70, 90).t()]
+    if interpreted:
+        starts = [draw(3), draw(2049), draw(40, 7), draw(30, 70), draw(35, 31).t()]
     return starts, [[draw(*w.shape) for w in starts] for _ in range(3)]
 
 
 @promise("large weights, taken in pieces or whole", engines=("foreach", "cpp"), gc=False)
 def large_weights(subject: Subject, engine: str) -> None:
-    """Fast engines cut weights of half a million elements and more; the small neighbours and clipping see no seam.
+    """Fast engines cut weights of half a million elements and more, triton of a thousand; small neighbours and clipping
+    see no seam.
 
     Against the reference, in float64. Among fourteen million results some come from a gradient that cancels to
     nearly zero before it is divided by its own root, which magnifies rounding a thousandfold; a seam would show whole.
     """
-    starts, rows = _large(subject.by_matrix)
+    starts, rows = _large(subject.by_matrix, engine == "triton")
     results = []
     for name in (engine, "reference"):
         params = [w.clone().requires_grad_() for w in starts]

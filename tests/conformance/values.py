@@ -29,8 +29,13 @@ from conformance.subjects import (
     weights_of,
 )
 
+#: The interpreter has no cube root and takes a power and a step of Newton's method, which is another number in one case
+#: of a hundred; with the root of C++ in its place, all weights and states of both were the same to the last bit. What
+#: these rules do besides others hold to that.
+CUBE_ROOTS = {"MADGRAD", "MirrorMADGRAD"}
 
-@promise("parity with the formulas", compiled=True, kernels=True)
+
+@promise("parity with the formulas", compiled=True)
 def parity(subject: Subject, engine: str) -> None:
     """Float64, 14 steps, every rank, late and missing gradients."""
     follow_formula(subject, engine, at_length(engine))
@@ -53,15 +58,14 @@ def follow_formula(subject: Subject, engine: str, problem: Problem) -> None:
     engines=tuple(e for e in ENGINES if e != "reference"),
     compiled=True,
     compiled_turned=True,
-    kernels=True,
 )
 def engines_agree(subject: Subject, engine: str) -> None:
     """Float32, against the reference. One float32 ulp is 1.2e-7; fourteen steps of a dozen operations stay within
     some tens of ulps of the largest number involved, and 2e-5 is the smallest bound that leaves room for division
-    by small roots. Triton and C++ say the same: where nothing is added up over a weight, and no cube
-    root is drawn (everybody has his own), to the last bit."""
+    by small roots. Triton and C++ say the same, to the last bit, where nothing is added up over a
+    weight and no cube root is drawn."""
     ours = follow_reference(subject, engine, at_length(engine))
-    if engine == "triton" and not subject.reduces and subject.name != "MADGRAD":
+    if engine == "triton" and not subject.reduces and subject.name not in CUBE_ROOTS:
         native, _ = trained(subject, "cpp", at_length(engine), torch.float32)
         assert_identical(*([p.detach() for p in params] for params in (ours, native)))
 
@@ -109,7 +113,7 @@ def maximize(subject: Subject, engine: str) -> None:
     assert_weights(up, [p.detach().numpy() for p in down], RTOL, ATOL)
 
 
-@promise("lr as a tensor", gc=False)
+@promise("lr as a tensor", gc=False, costly=True)
 def tensor_lr(subject: Subject, engine: str) -> None:
     """A one-element tensor gives what its number gives, and filling it in place changes the next step.
 
@@ -146,7 +150,7 @@ SCHEDULERS: list[Callable[[torch.optim.Optimizer], Any]] = [
 ]
 
 
-@promise("any torch scheduler, momentum cycling included", gc=False)
+@promise("any torch scheduler, momentum cycling included", gc=False, costly=True)
 def schedulers(subject: Subject, engine: str) -> None:
     """Whatever a scheduler writes into the groups is what the next step uses: checked against the formula."""
     scheduled = ("lr", "momentum", "betas")

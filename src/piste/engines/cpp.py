@@ -89,7 +89,7 @@ class Cpp(Native):
         return Built(text, {name: _kernel(library, name) for name in native}, hyper_names(plan))
 
     def launch(self, bucket: Bucket, table: Table, inputs: Any, step: Step) -> None:
-        columns = [*table.space(step.work.space, bucket.homes["p"]), *bucket.seats.groups, *bucket.steps]
+        columns = [*table.space(step.work.space, bucket.homes["p"]), *bucket.seats.groups, *_steps(bucket)]
         for argument in step.columns:
             columns += column(bucket, table, argument)
         columns += table.geometry
@@ -97,6 +97,11 @@ class Cpp(Native):
         hyper = [group.get(name, nan) for group in bucket.hp for name in inputs]
         threads = torch.get_num_threads() if os.getpid() == _PROCESS else 1
         step.kernel(len(bucket), threads, len(inputs), table.axes, _packed("q", columns), _packed("d", hyper))
+
+
+def _steps(bucket: Bucket) -> Sequence[int]:
+    """Step numbers; from a tensor where thresholds of rounding follow from them, for no graph records a CPU."""
+    return bucket.steps if bucket.clock is None or not bucket.seats.codecs else bucket.clock.tolist()
 
 
 def _packed(letter: str, numbers: Sequence[float]) -> bytes:

@@ -56,6 +56,7 @@ def _decoded(bucket: Bucket, home: str) -> list[Tensor]:
 
 def _encode(bucket: Bucket, home: str, numbers: Sequence[Tensor]) -> None:
     codec = bucket.seats.codecs[home]
-    each = zip(numbers, _tensors(bucket, home), bucket.steps, bucket.seats.phases, strict=True)
+    steps: Sequence[int | Tensor] = bucket.steps if bucket.clock is None else bucket.clock.unbind()
+    each = zip(numbers, _tensors(bucket, home), steps, bucket.seats.phases, strict=True)
     for x, (codes, rest), step, phase in each:
         encode(codec, x, codes, rest, step=step, phase=phase)

@@ -26,14 +26,16 @@ from torch import Tensor
 
 from piste.bucket import Bucket
 from piste.codecs import Codec, phase_at
+from piste.device_numbers import recording
 from piste.engines.kernel import Column, Pass, coded, host_numbers, single, spread
 from piste.engines.native import Built, Native, Step, native_passes, plain_homes
+from piste.engines.pass_text import PHASE
 from piste.engines.tables import Stacked, Table, column
 from piste.engines.triton_codecs import unit
 from piste.engines.triton_source import TILE, write
 from piste.engines.triton_tiles import Tiles, axes_of, result_tiles, weight_tiles
 from piste.engines.triton_upload import Upload, current_stream
-from piste.engines.triton_values import TYPES
+from piste.engines.triton_values import TYPES, Values
 from piste.plan import Plan
 from piste.symbol import ALL, Sym, compile_host
 
@@ -122,13 +124,13 @@ class Triton(Native):
         super().begin(bucket)
         held = bucket.seats.kept[self.name]
         if held is not None:
-            stream = bucket.seats.kept["triton.stream"] = current_stream(bucket.device)
+            if bucket.clock is None or not recording():  # maps of tiles are made by the steps before a recording
+                bucket.seats.kept["triton.stream"] = current_stream(bucket.device)
             _hold_gradients(bucket)
             numbers = [number for row in bucket.rows for number in held.kernels.inputs(row)]
-            upload = _once(bucket, "numbers", lambda: Upload(bucket.device))
             whole = partial(torch.tensor, numbers or [0.0], dtype=bucket.dtype, device="cpu")
-            host = upload.send(numbers, whole, stream)
-            bucket.seats.kept["triton.numbers"] = host
+            bucket.seats.kept["triton.numbers"] = _sent(bucket, "numbers", numbers, whole)
+            bucket.seats.kept["triton.thresholds"] = _thresholds(bucket)
 
     def launch(self, bucket: Bucket, table: Table, inputs: Any, step: Step) -> None:
         one, kernels = step.work, step.kernel
@@ -156,6 +158,20 @@ def _once(bucket: Bucket, key: Any, make: Callable[[], _Kept]) -> _Kept:
         kept["triton", key] = make()
     found: _Kept = kept["triton", key]
     return found
+
+
+def _sent(bucket: Bucket, key: Any, known: Any, numbers: Callable[[], Tensor]) -> Tensor:
+    """Numbers on the device; see :meth:`Upload.send`."""
+    upload = _once(bucket, key, lambda: Upload(bucket.device, recordable=bucket.clock is not None))
+    return upload.send(known, numbers, bucket.seats.kept["triton.stream"])
+
+
+def _thresholds(bucket: Bucket) -> Tensor | None:
+    """Where the thresholds of rounding stand, by weight, if the device counts the steps and something is in codes."""
+    if bucket.clock is None or not bucket.seats.codecs:
+        return None
+    phases = _once(bucket, "phases", lambda: torch.tensor(bucket.seats.phases, device=bucket.device))
+    return phase_at(bucket.clock, phases)
 
 
 def _tiles(bucket: Bucket, key: Any, make: Callable[..., Tiles], *given: Any) -> Tiles:
@@ -197,8 +213,12 @@ def _table(bucket: Bucket, table: Table, step: Step) -> tuple[Tensor, bool]:
         whole = [*table.space(space, bucket.homes["p"]), *changing, *axes]
         return torch.frombuffer(bytearray(struct.pack(f"{len(whole)}q", *whole)), dtype=torch.int64)
 
-    upload = _once(bucket, ("table", id(step.work)), lambda: Upload(bucket.device))
-    return upload.send(changing, numbers, bucket.seats.kept["triton.stream"]), aligned
+    given = _sent(bucket, ("table", id(step.work)), changing, numbers)
+    thresholds = bucket.seats.kept["triton.thresholds"]
+    if thresholds is not None and PHASE in step.columns:
+        place = Values.fixed_columns + step.columns.index(PHASE)
+        given[place * len(bucket) : (place + 1) * len(bucket)].copy_(thresholds)
+    return given, aligned
 
 
 def _stay(bucket: Bucket, argument: Column) -> None:

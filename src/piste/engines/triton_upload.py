@@ -3,6 +3,9 @@
 A copy out of ordinary memory would make Python wait for everything that the device has still to do. So numbers go
 through pinned memory, of which each table has a few pieces that take turns; an event tells when the device has taken
 what is in one. On a CPU the same is done with plain memory.
+
+A CUDA graph copies again in each of its replays, out of the memory that it was recorded with, and its kernels read
+where they read then. So what a recorded step sends has memory of its own at both ends, which nothing else ever uses.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from piste.device_numbers import recording
 
 __all__ = ["Upload", "current_stream"]
 
@@ -48,16 +53,24 @@ class Upload:
     A copy waits for the kernels that were launched before it on its stream, so that a table can be overwritten while
     they still run. For another stream that would not hold; there a new table is made.
 
+    Args:
+        device: where it is to be.
+        recordable: may a CUDA graph record what is sent? Then there is always a piece that no copy has used: while a
+            graph is recorded, nobody may ask the device whether it has done with one.
+
     Attributes:
         times: how often something was sent.
+        recorded: the memory that recorded graphs copy from and to.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, *, recordable: bool = False) -> None:
+        self.device, self.recordable = device, recordable
         self.stream = 0
         self.known: Any = None
         self.there = torch.empty(0, device="cpu")
         self.pieces: deque[Piece] = deque()
+        self.spare: Piece | None = None
+        self.recorded: list[tuple[Piece, Tensor]] = []
         self.times = 0
 
     def send(self, known: Any, numbers: Callable[[], Tensor], stream: int) -> Tensor:
@@ -68,9 +81,15 @@ class Upload:
             numbers: makes the table, in ordinary memory.
             stream: where the kernels that read it are launched, see :func:`current_stream`.
         """
-        if stream == self.stream and known == self.known:
-            return self.there
-        host = numbers()
+        if self.recordable and recording():
+            return self._for_replays(numbers())
+        if stream != self.stream or known != self.known:
+            self._copy(numbers(), known, stream)
+        if self.recordable and (self.spare is None or self.spare.memory.shape != self.there.shape):
+            self.spare = _piece(self.there, self.device)
+        return self.there
+
+    def _copy(self, host: Tensor, known: Any, stream: int) -> None:
         if self.there.shape != host.shape or self.there.dtype != host.dtype or stream != self.stream:
             self.there = torch.empty(host.shape, dtype=host.dtype, device=self.device)
         piece = self._free(host)
@@ -80,7 +99,16 @@ class Upload:
             piece.taken.record()
         self.known, self.stream = known, stream
         self.times += 1
-        return self.there
+
+    def _for_replays(self, host: Tensor) -> Tensor:
+        """A table of the graph that is being recorded."""
+        piece, self.spare = self.spare, None
+        if piece is None or piece.memory.shape != host.shape:
+            piece = _piece(host, self.device)
+        there = torch.empty(host.shape, dtype=host.dtype, device=self.device)
+        there.copy_(piece.memory.copy_(host), non_blocking=True)
+        self.recorded.append((piece, there))
+        return there
 
     def _free(self, like: Tensor) -> Piece:
         """A piece that the device has done with; the oldest where there are enough of them, after waiting for it."""

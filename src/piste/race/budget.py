@@ -29,7 +29,7 @@ class Pace:
     """How fast a contender trains on a task here.
 
     Args:
-        first_seconds: of its first step, what is compiled for it included.
+        first_seconds: of its first step, what is compiled for it included; of a whole run where a script makes it.
         step_seconds: of a later one.
     """
 
@@ -56,14 +56,21 @@ def parse_budget(text: str) -> float:
     return seconds
 
 
-def expected_seconds(plan: Plan, paces: Paces, workers: int) -> float:
-    """How long all runs of a race take that are known to come, with one extension for each contender."""
+def expected_seconds(plan: Plan, paces: Paces, workers: int, made: int = 0) -> float:
+    """How long all runs of a race take that are known to come, with one extension for each contender.
+
+    Args:
+        plan: the race.
+        paces: of every contender on every task.
+        workers: processes side by side.
+        made: trials of every contender that are there already.
+    """
     total = longest = alone = 0.0
     for card in plan.cards:
         for contender in plan.contenders:
             pace = paces[card.reference, contender.name]
             whole = _run_seconds(card, pace, plan.steps_of(card))
-            trials = plan.trials_each * whole
+            trials = max(0, plan.trials_each - made) * whole
             left = plan.trials_each
             if plan.screens:
                 trials = 0.0
@@ -78,10 +85,19 @@ def expected_seconds(plan: Plan, paces: Paces, workers: int) -> float:
     return ROOM * (max(total / workers, longest) + alone)
 
 
-def fitted(plan: Plan, seconds: float, left: float, paces: Paces, workers: int, contenders_for: ContendersFor) -> Plan:
+def fitted(
+    plan: Plan,
+    seconds: float,
+    left: float,
+    paces: Paces,
+    workers: int,
+    contenders_for: ContendersFor,
+    made: int = 0,
+) -> Plan:
     """The race that is nearest to the one asked for and fits, with a remark that says what was given up.
 
     Trials are given up first, then seeds, then the length of runs, because a shorter schedule answers another question.
+    How long a script's run is, is not the race's to say.
 
     Args:
         plan: as asked for.
@@ -90,12 +106,13 @@ def fitted(plan: Plan, seconds: float, left: float, paces: Paces, workers: int, 
         paces: of every contender on every task.
         workers: processes side by side.
         contenders_for: who races with so many trials, which decide what is searched.
+        made: trials of every contender that are there already.
 
     Raises:
         BudgetError: not even the smallest fits.
     """
     for smaller in _smaller(plan, contenders_for):
-        needed = expected_seconds(smaller, paces, workers)
+        needed = expected_seconds(smaller, paces, workers, made)
         if needed <= left:
             remark = f"Budget {duration(seconds)}: {_given_up(plan, smaller)} The plan takes about {duration(needed)}."
             return replace(smaller, remarks=(*plan.remarks, remark))
@@ -112,7 +129,8 @@ def _smaller(plan: Plan, contenders_for: ContendersFor) -> Iterator[Plan]:
     fewest_trials = min(plan.trials, FEWEST_TRIALS_TO_EXTEND)
     fewest_seeds = min(plan.seeds, FEWEST_SEEDS)
     part = 1
-    while part <= SHORTEST:
+    shortest = SHORTEST if all(plan.steps_of(card) for card in plan.cards) else 1
+    while part <= shortest:
         shorter = plan if part == 1 else _shortened(plan, part)
         for trials in range(plan.trials, fewest_trials - 1, -1):
             yield replace(shorter, trials=trials, contenders=contenders_for(trials))

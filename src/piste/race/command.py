@@ -73,7 +73,7 @@ def _explained(debug: bool, out: Path | None = None) -> Iterator[None]:
     except (InterruptedRaceError, KeyboardInterrupt):
         # Before the tasks have been tried there is nothing to resume.
         again = f"piste race --resume --out {shlex.quote(str(out))}" if out and Store(out).study.exists() else ""
-        words = f"all finished runs are kept. Go on with: {again}" if again else "nothing was run yet"
+        words = f"all finished runs are kept. Go on with: {again}" if again else "the race had not begun"
         click.echo(f"piste: stopped; {words}", err=True)
         sys.exit(130)
     except (*_WRONG, report.ExportError, StoreError, ExecutorError, OSError) as error:

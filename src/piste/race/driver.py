@@ -16,23 +16,26 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Protocol
 
-from piste.race import progress, record
+from piste.race import record
 from piste.race.contenders import ContenderError
 from piste.race.executors import Death, Executor
 from piste.race.limits import Limits, too_long
 from piste.race.packing import jobs, runs_of
-from piste.race.progress import Clock, Row, part_of
-from piste.race.protocol import Plan, next_runs
-from piste.race.record import RunRecord, StudyResult
+from piste.race.progress import Clock, Ledger, Row, duration, part_of
+from piste.race.protocol import Plan
+from piste.race.record import RunKey, RunRecord, StudyResult
 from piste.race.script import Script
 from piste.race.store import Store, full_disk
 from piste.race.task import TaskError
 from piste.race.training import new_record
 from piste.race.wishes import STOPPED, Add, Stop, Wish
+from piste.race.words import count
 from piste.race.worker import Apart, Job, Pack, Packed, Progress, Refusal, Run
 
 _POLL_SECONDS = 0.1
-_GRACE_SECONDS = 10.0  # after a wish to stop, for runs that are nearly over
+# After a wish to stop, runs are waited for that are over in so many seconds, or in such a part of what they have taken.
+_GRACE_SECONDS = 10.0
+_GRACE_PART = 0.1
 
 
 class InterruptedRaceError(Exception):
@@ -70,8 +73,8 @@ class View(Protocol):
     def looking(self, tasks: Sequence[str]) -> None:
         """The tasks are being inspected."""
 
-    def measuring(self, contenders: int) -> None:
-        """Contenders take a few steps, for the budget."""
+    def measuring(self, words: str) -> None:
+        """Something is measured for the budget, such as ``a few steps of 3 contenders``."""
 
     def begin(self, state: State, damaged: Sequence[str]) -> None:
         """The plan is made; the runs start."""
@@ -184,12 +187,19 @@ class Driver:
                 self.executor.stop(job, too_long(longest))
 
     def _wind_down(self) -> None:
-        """Start nothing more, and wait a little for runs that are nearly over; the others will be made again."""
-        deadline = time.monotonic() + _GRACE_SECONDS
-        self.view.said(f"stopping, once runs that are over within {_GRACE_SECONDS:g} s are; Ctrl-C again stops at once")
-        while any(self._seconds_to_go(job) < deadline - time.monotonic() for job in self.executor.jobs):
+        """Start nothing more, and wait for runs that are nearly over; the others will be made again."""
+        nearly = [job for job in self.executor.jobs if self._is_nearly_over(job)]
+        awaited = {run.key.id: self._seconds_to_go(job) for job in nearly for run in runs_of(job)}
+        deadline = time.monotonic() + max(_GRACE_SECONDS, 2 * max(awaited.values(), default=0.0))
+        self.view.said(_winding_down(list(awaited.values()), len(self._running()) - len(awaited)))
+        while time.monotonic() < deadline and any(run.key.id in awaited for run in self._running()):
             self._hear()
             self.view.tick(self._state())
+
+    def _is_nearly_over(self, job: Job) -> bool:
+        """Whether breaking it off would lose more than waiting costs."""
+        gone = time.monotonic() - self.since[runs_of(job)[0].key.id]
+        return self._seconds_to_go(job) < max(_GRACE_SECONDS, _GRACE_PART * gone)
 
     def _running(self) -> list[Run]:
         return [run for job in self.executor.jobs for run in runs_of(job)]
@@ -222,7 +232,7 @@ class Driver:
         elif isinstance(job, Pack):
             self._take_apart(runs, answer)
         elif isinstance(answer, Death):
-            self._keep(_lost(job, answer))
+            self._keep(lost(job, answer))
         else:
             assert isinstance(answer, RunRecord)
             self._keep(answer)
@@ -244,7 +254,7 @@ class Driver:
             self.alone.update(run.key.id for run in runs)
         death = Death(STOPPED, answer.machine if isinstance(answer, Death) else None)
         for run in unwanted:
-            self._keep(_lost(run, death), share=len(runs))
+            self._keep(lost(run, death), share=len(runs))
 
     def _keep(self, made: RunRecord, share: int = 1) -> None:
         """Store a record, of a run that shared its worker with so many."""
@@ -255,7 +265,7 @@ class Driver:
         self.records[key.id] = made
         if key.phase in (record.TUNE, record.CONFIRM):
             self.clock.add(key.task, key.contender, (time.monotonic() - self.since[key.id]) / share)
-        self._look()
+        self._look(key)
         self.view.finished(self._state(), made)
 
     def _stop(self, wish: Stop) -> str:
@@ -279,11 +289,14 @@ class Driver:
         names = " and ".join(contender.name for contender in self.plan.contenders[known:])
         return f"added: {names}; {self._state().total - before} more runs"
 
-    def _look(self) -> None:
-        """Derive from the records what is there and what is missing; only a new record changes either."""
-        self.rows = progress.rows(self.plan, self.records)
-        missing = next_runs(self.plan, self.records)
-        self.missing = [Run(card.reference, who, key, self.script) for card, who, key in missing]
+    def _look(self, changed: RunKey | None = None) -> None:
+        """What is there and what is missing, after a new record of this run or, without one, anew."""
+        if changed is None:
+            self.ledger = Ledger(self.plan, self.records)
+        else:
+            self.ledger.changed(changed)
+        self.rows = self.ledger.rows
+        self.missing = [Run(card.reference, who, key, self.script) for card, who, key in self.ledger.next_runs()]
 
     def _state(self) -> State:
         running = [(run, self.step[run.key.id]) for run in self._running()]
@@ -294,9 +307,19 @@ class Driver:
         return State(self.plan, self.rows, running, self.started, self.clock.left(self.plan, self.rows, done))
 
 
-def _lost(run: Run, death: Death) -> RunRecord:
+def lost(run: Run, death: Death) -> RunRecord:
+    """What is written down of a run that ended with its worker."""
     status = record.OUT_OF_MEMORY if death.out_of_memory else record.FAILED
     return new_record(run.key, status, death.reason, machine=death.machine)
+
+
+def _winding_down(awaited: Sequence[float], others: int) -> str:
+    """What becomes of the runs that are going on, in one line."""
+    again = [f"{count(others, 'run')} will be made again when the race goes on"] if others else []
+    if not awaited:
+        return "; ".join(["stopping", *again])
+    nearly = f"stopping, once {count(len(awaited), 'run')} nearly over {'is' if len(awaited) == 1 else 'are'} finished"
+    return "; ".join([f"{nearly} (about {duration(max(awaited))})", *again, "Ctrl-C again stops at once"])
 
 
 @contextmanager

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 
 import piste
@@ -45,12 +46,12 @@ class Evidence:
     missing: int
     workers: int
 
-    @property
+    @cached_property
     def confirmed(self) -> list[RunRecord]:
         """Runs that were scored."""
         return [run for run in self.used if run.key.phase == CONFIRM]
 
-    @property
+    @cached_property
     def tuned(self) -> list[RunRecord]:
         """Runs that chose settings."""
         return [run for run in self.used if run.key.phase == TUNE]
@@ -59,6 +60,15 @@ class Evidence:
     def optimizers(self) -> list[str]:
         """Every optimizer that races, once."""
         return list(dict.fromkeys(contender.optimizer for contender in self.plan.contenders))
+
+    @cached_property
+    def searches(self) -> list[tuple[str, dict[str, Tuning]]]:
+        """Of each task, how far the searches of all contenders came."""
+        plan = self.plan
+        return [
+            (card.name, {who.name: tuning(plan, card, who, self.records) for who in plan.contenders})
+            for card in plan.cards
+        ]
 
 
 # Tuning --------------------------------------------------------------------------------------------------------------
@@ -90,7 +100,8 @@ def unequal_budgets(evidence: Evidence) -> str:
             steps = _by_contender(of_phase, lambda run: run.key.steps)
             if len(set(map(frozenset, steps.values()))) > 1:
                 return f"{card.name}: {what} were not all of equally many steps."
-        counts = [len(_of(evidence.tuned, card.name, contender.name)) for contender in evidence.plan.contenders]
+        by_name = Counter(run.key.contender for run in runs if run.key.phase == TUNE)
+        counts = [by_name[contender.name] for contender in evidence.plan.contenders]
         # every dimension may be extended
         slack = MOST_EXTENSIONS * max(1 + len(contender.space) for contender in evidence.plan.contenders)
         if not evidence.missing and max(counts, default=0) - min(counts, default=0) > slack:
@@ -101,7 +112,7 @@ def unequal_budgets(evidence: Evidence) -> str:
 def best_at_edge(evidence: Evidence) -> str:
     """The best setting is the last one that was tried: a better one may lie beyond."""
     lines = []
-    for card, found in searches(evidence):
+    for card, found in evidence.searches:
         at_edge = {name: state for name, state in found.items() if state.edge}
         if at_edge:
             lines.append(f"{card}: {_still_at_edge(at_edge)}; {_beyond(evidence.plan)}.")
@@ -282,15 +293,6 @@ def _setting(name: str, setting: str) -> Any:
 # The search for a learning rate --------------------------------------------------------------------------------------
 
 
-def searches(evidence: Evidence) -> list[tuple[str, dict[str, Tuning]]]:
-    """Of each task, how far the searches of all contenders came."""
-    plan = evidence.plan
-    return [
-        (card.name, {who.name: tuning(plan, card, who, evidence.records) for who in plan.contenders})
-        for card in plan.cards
-    ]
-
-
 def _still_at_edge(found: dict[str, Tuning]) -> str:
     most = max(state.extensions for state in found.values())
     reach = f" after {count(most, 'extension')} of the range" if most else ""
@@ -311,10 +313,6 @@ def _by_contender(runs: Iterable[RunRecord], read: Callable[[RunRecord], Any]) -
     for run in runs:
         found[run.key.contender].add(read(run))
     return dict(found)
-
-
-def _of(runs: Iterable[RunRecord], task: str, contender: str) -> list[RunRecord]:
-    return [run for run in runs if (run.key.task, run.key.contender) == (task, contender)]
 
 
 def _spread(values: list[float]) -> float:

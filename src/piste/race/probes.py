@@ -1,4 +1,4 @@
-"""Before a race: every task is tried, and contenders take a few steps where a budget has to be met."""
+"""Before a race: every task is tried, and contenders are measured where a budget has to be met."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from piste.race import record
-from piste.race.budget import Pace
-from piste.race.driver import InterruptedRaceError
+from piste.race.budget import BudgetError, Pace
+from piste.race.driver import InterruptedRaceError, lost
 from piste.race.executors import Death, Event, Executor
 from piste.race.inspection import TaskCard
 from piste.race.limits import Limits, too_long
-from piste.race.protocol import TUNE_SEED, Plan
+from piste.race.protocol import TUNE_SEED, Plan, tuning
 from piste.race.record import RunRecord
+from piste.race.script import Script
 from piste.race.task import TaskError
 from piste.race.worker import Inspect, Job, Progress, Refusal, Run
 
@@ -37,7 +38,9 @@ def inspect_tasks(
 ) -> tuple[TaskCard, ...]:
     """Have the workers load and try every task, and where ``pack`` says so, whether its trials can be packed."""
     cards: dict[str, TaskCard] = {}
-    for event in _answers([Inspect(reference, device, pack) for reference in references], executor, stopped, limits):
+    longest = (limits or Limits()).longest(0.0)
+    looks = [Inspect(reference, device, pack) for reference in references]
+    for event, _ in _answers(looks, executor, stopped, longest):
         if isinstance(event.answer, Refusal):
             raise TaskError(event.answer.message) from WorkerError(event.answer.traceback)
         if isinstance(event.answer, Death):
@@ -73,7 +76,7 @@ def measured_paces(
     ]
     cards = {card.reference: card for card in plan.cards}
     paces: dict[tuple[str, str], Pace] = {}
-    for event in _answers(probes, executor, stopped, limits):
+    for event, _ in _answers(probes, executor, stopped, (limits or Limits()).longest(0.0)):
         if isinstance(event.answer, Refusal):
             raise TaskError(event.answer.message)
         if isinstance(event.answer, (RunRecord, Death)) and isinstance(event.job, Run):
@@ -82,20 +85,66 @@ def measured_paces(
     return paces
 
 
+def first_runs(
+    plan: Plan,
+    script: Script,
+    executor: Executor,
+    stopped: Callable[[], bool],
+    limits: Limits,
+    left: float,
+    keep: Callable[[RunRecord], None],
+) -> list[tuple[RunRecord, float]]:
+    """The first trial of every contender, and its seconds: how long runs of a script are, only a run can tell.
+
+    Args:
+        plan: of the race; its first trials are these, however many trials it has.
+        script: what is run.
+        executor: the workers.
+        stopped: whether the race was asked to end.
+        limits: what a run may take.
+        left: seconds of the budget.
+        keep: called with each of them.
+
+    Raises:
+        BudgetError: they take longer than that.
+    """
+    (card,) = plan.cards
+    runs = [Run(card.reference, who, tuning(plan, card, who, {}).runs[0], script) for who in plan.contenders]
+    made: list[tuple[RunRecord, float]] = []
+    deadline = time.monotonic() + left
+
+    def over() -> bool:
+        if time.monotonic() > deadline:
+            raise BudgetError(
+                f"the first runs of {card.name} did not end within the budget ({len(made)} of {len(runs)} did): "
+                "allow more time, name fewer optimizers, or let the script do less"
+            )
+        return stopped()
+
+    for event, seconds in _answers(runs, executor, over, limits.longest(None)):
+        if isinstance(event.answer, Refusal):
+            raise TaskError(event.answer.message)
+        if isinstance(event.job, Run) and isinstance(event.answer, (RunRecord, Death)):
+            run = event.answer if isinstance(event.answer, RunRecord) else lost(event.job, event.answer)
+            keep(run)
+            made.append((run, seconds))
+    return made
+
+
 def _answers(
-    jobs: Sequence[Job], executor: Executor, stopped: Callable[[], bool], limits: Limits | None
-) -> Iterator[Event]:
-    """Have all these jobs done; what ends each of them."""
+    jobs: Sequence[Job], executor: Executor, stopped: Callable[[], bool], longest: float
+) -> Iterator[tuple[Event, float]]:
+    """Have all these jobs done, each in ``longest`` seconds; what ends each of them, and its seconds."""
     waiting, unanswered = list(jobs), len(jobs)
-    overdue = _Overdue(executor, limits or Limits())
+    overdue = _Overdue(executor, longest)
     while unanswered:
         while waiting and executor.idle:
             executor.submit(waiting.pop(0))
         for event in executor.events(_POLL_SECONDS):
-            overdue.note(event)
+            seconds = overdue.note(event)
             if not isinstance(event.answer, Progress):
                 unanswered -= 1
-                yield event
+                yield event, seconds
         overdue.end()
         if stopped():
             raise InterruptedRaceError
@@ -104,16 +153,19 @@ def _answers(
 class _Overdue:
     """Ends what takes too long before the race: a task may hang where it is only tried."""
 
-    def __init__(self, executor: Executor, limits: Limits) -> None:
+    def __init__(self, executor: Executor, longest: float) -> None:
         self.executor = executor
-        self.longest = limits.longest(0.0)
+        self.longest = longest
         self.since: dict[int, float] = {}
 
-    def note(self, event: Event) -> None:
+    def note(self, event: Event) -> float:
+        """Seconds since the job began."""
+        now = time.monotonic()
         if not isinstance(event.answer, Progress):
-            self.since.pop(id(event.job), None)
-        elif not event.answer.step or id(event.job) not in self.since:
-            self.since[id(event.job)] = time.monotonic()
+            return now - self.since.pop(id(event.job), now)
+        if not event.answer.step or id(event.job) not in self.since:
+            self.since[id(event.job)] = now
+        return now - self.since[id(event.job)]
 
     def end(self) -> None:
         for job in self.executor.jobs:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from piste.race.contenders import Contender
 from piste.race.inspection import TaskCard
-from piste.race.protocol import TIMED_STEPS, Plan, Records, best_trial, confirmations, timings, tuning
-from piste.race.record import RunKey, RunRecord
+from piste.race.protocol import TIMED_STEPS, Asked, Lane, Plan, Records, best_trial, lane, lanes, next_of
+from piste.race.record import RunKey
 
 # Runs side by side slow each other down, and the probe of the task ran almost alone.
 _CROWDING = 1.3
@@ -92,33 +92,57 @@ class Clock:
 
 def rows(plan: Plan, records: Records) -> list[Row]:
     """The state of every contender on every task."""
-    return [_row(plan, card, contender, records) for card in plan.cards for contender in plan.contenders]
+    return Ledger(plan, records).rows
 
 
-def _row(plan: Plan, card: TaskCard, contender: Contender, records: Records) -> Row:
-    state = tuning(plan, card, contender, records)
+class Ledger:
+    """How far a race is, kept from run to run: what one says concerns one contender on one task.
+
+    Args:
+        plan: of the race.
+        records: by id; whoever adds one says so by ``changed``.
+    """
+
+    def __init__(self, plan: Plan, records: Records) -> None:
+        self.plan, self.records = plan, records
+        self.lanes = {(each.card.name, each.contender.name): each for each in lanes(plan, records)}
+        self._rows = {place: _row(plan, each, records) for place, each in self.lanes.items()}
+
+    @property
+    def rows(self) -> list[Row]:
+        """The state of every contender on every task."""
+        return list(self._rows.values())
+
+    def next_runs(self) -> list[Asked]:
+        """The runs that can be made now, in the order to make them."""
+        return next_of(self.lanes.values(), self.records)
+
+    def changed(self, key: RunKey) -> None:
+        """A record of this run has come."""
+        place = key.task, key.contender
+        old = self.lanes[place]
+        self.lanes[place] = lane(self.plan, old.card, old.contender, self.records)
+        self._rows[place] = _row(self.plan, self.lanes[place], self.records)
+
+
+def _row(plan: Plan, known: Lane, records: Records) -> Row:
+    state, card = known.search, known.card
     trials = [records[key.id] for key in state.runs if key.id in records]
-    confirmed: list[RunRecord] = []
-    keys: list[RunKey] = []
-    passes: list[RunKey] = []
-    if state.best is not None:
-        keys = confirmations(plan, card, contender, state.best.key.hyperparameters)
-        passes = timings(plan, card, contender, state.best.key.hyperparameters)
-        confirmed = [records[key.id] for key in keys if key.id in records]
+    confirmed = [records[key.id] for key in known.confirmations if key.id in records]
     best = state.best or best_trial(card, trials)
     scores = [run.test_metric for run in confirmed if run.finished and run.test_metric is not None]
     return Row(
         card=card,
-        contender=contender,
+        contender=known.contender,
         trials_made=len(trials),
         trials=len(state.runs) + state.unknown,
         confirmed=len(confirmed),
-        seeds=plan.seeds if state.missing or state.unknown else len(keys),
+        seeds=plan.seeds if state.missing or state.unknown else len(known.confirmations),
         lr=None if best is None else best.key.lr,
         score=statistics.fmean(scores) if scores else math.nan if best is None else best.curve.valid_metric[-1],
         lost=sum(not run.finished for run in (*trials, *confirmed)),
-        timed=sum(key.id in records for key in passes),
-        timings=len(passes),
+        timed=sum(key.id in records for key in known.timings),
+        timings=len(known.timings),
     )
 
 

@@ -12,8 +12,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from typing import Any
 
 from piste.race import sampling
@@ -188,43 +190,90 @@ def timings(plan: Plan, card: TaskCard, contender: Contender, best: Mapping[str,
     return [plan.key(card, contender, best, round_, TIME, steps) for round_ in range(plan.timing)]
 
 
-def keys_so_far(plan: Plan, records: Records) -> Iterator[tuple[TaskCard, Contender, RunKey]]:
+Asked = tuple[TaskCard, Contender, RunKey]
+
+
+@dataclass(frozen=True)
+class Lane:
+    """The runs of one contender on one task that the plan asks for, as far as the records decide them.
+
+    Args:
+        card, contender: which.
+        search: how far it is.
+        confirmations, timings: of the setting that was found; none before.
+        missing: those of search and confirmation that have not been made, each behind what decides its turn.
+    """
+
+    card: TaskCard
+    contender: Contender
+    search: Tuning
+    confirmations: list[RunKey]
+    timings: list[RunKey]
+    missing: list[tuple[tuple[int, int], Asked]]
+
+
+def lane(plan: Plan, card: TaskCard, contender: Contender, records: Records) -> Lane:
+    """Where one contender stands on one task; no record of another one or of another task changes it."""
+    search = tuning(plan, card, contender, records)
+    confirmed: list[RunKey] = []
+    passes: list[RunKey] = []
+    if search.best is not None:
+        confirmed = confirmations(plan, card, contender, search.best.key.hyperparameters)
+        passes = timings(plan, card, contender, search.best.key.hyperparameters)
+    missing = [turn for turn in _turns(card, contender, search.runs + confirmed) if turn[1][2].id not in records]
+    return Lane(card, contender, search, confirmed, passes, missing)
+
+
+def lanes(plan: Plan, records: Records) -> list[Lane]:
+    """Every contender on every task."""
+    return [lane(plan, card, contender, records) for card in plan.cards for contender in plan.contenders]
+
+
+def keys_so_far(plan: Plan, records: Records) -> Iterator[Asked]:
     """Every run the plan asks for, as far as the records decide it."""
-    for card in plan.cards:
-        passes: list[tuple[Contender, RunKey]] = []
-        settled = True
-        for contender in plan.contenders:
-            state = tuning(plan, card, contender, records)
-            keys = state.runs
-            if state.best is not None:
-                best = state.best.key.hyperparameters
-                confirmed = confirmations(plan, card, contender, best)
-                keys = keys + confirmed
-                settled = settled and all(key.id in records for key in confirmed)
-                passes += [(contender, key) for key in timings(plan, card, contender, best)]
-            settled = settled and not state.missing
-            for key in keys:
-                yield card, contender, key
-        # Turns can only be taken once everyone is there, and the machine is idle once nothing else is to be run.
-        if settled:
-            for contender, key in passes:
-                yield card, contender, key
+    for each_card in _by_card(lanes(plan, records)):
+        for each in each_card:
+            for key in each.search.runs + each.confirmations:
+                yield each.card, each.contender, key
+        for _, asked in _passes(each_card):
+            yield asked
 
 
-def next_runs(plan: Plan, records: Records) -> list[tuple[TaskCard, Contender, RunKey]]:
+def next_runs(plan: Plan, records: Records) -> list[Asked]:
+    """The runs that can be made now, in the order to make them."""
+    return next_of(lanes(plan, records), records)
+
+
+def next_of(known: Iterable[Lane], records: Records) -> list[Asked]:
     """The runs that can be made now, in the order to make them.
 
     Contenders take turns, so that what an idle or a busy machine does to the timings falls on all alike; trials come
     before confirmations, of which more become known meanwhile, and timing passes last.
     """
-    missing: list[tuple[tuple[int, int], tuple[TaskCard, Contender, RunKey]]] = []
-    turns: dict[tuple[str, str, str], int] = {}
-    for card, contender, key in keys_so_far(plan, records):
-        lane = (card.reference, contender.name, key.phase)
-        turns[lane] = turns.get(lane, -1) + 1
-        if key.id not in records:
-            missing.append(((_ORDER.index(key.phase), turns[lane]), (card, contender, key)))
-    return [run for _, run in sorted(missing, key=lambda entry: entry[0])]
+    missing: list[tuple[tuple[int, int], Asked]] = []
+    for each_card in _by_card(known):
+        missing += (turn for each in each_card for turn in each.missing)
+        missing += (turn for turn in _passes(each_card) if turn[1][2].id not in records)
+    return [asked for _, asked in sorted(missing, key=lambda turn: turn[0])]
+
+
+def _by_card(known: Iterable[Lane]) -> list[list[Lane]]:
+    return [list(group) for _, group in groupby(known, key=lambda each: each.card.reference)]
+
+
+def _passes(known: list[Lane]) -> list[tuple[tuple[int, int], Asked]]:
+    """Timing passes of one task: turns can only be taken once everyone is there, and nothing else is to be run."""
+    if any(each.missing for each in known):
+        return []
+    return [turn for each in known for turn in _turns(each.card, each.contender, each.timings)]
+
+
+def _turns(card: TaskCard, contender: Contender, keys: Iterable[RunKey]) -> Iterator[tuple[tuple[int, int], Asked]]:
+    """Each run behind its phase and its place in that."""
+    place: Counter[str] = Counter()
+    for key in keys:
+        yield (_ORDER.index(key.phase), place[key.phase]), (card, contender, key)
+        place[key.phase] += 1
 
 
 def best_trial(card: TaskCard, trials: list[RunRecord]) -> RunRecord | None:

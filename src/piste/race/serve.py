@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import queue
+import signal
 import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, Final
 
 from rich.console import Console
@@ -86,9 +87,9 @@ class PageView:
         """The tasks are being inspected."""
         self._state = {**self._state, "words": f"looking at {listing(list(tasks))}"}
 
-    def measuring(self, contenders: int) -> None:
-        """Contenders take a few steps, for the budget."""
-        self._state = {**self._state, "words": "measuring a few steps of each contender"}
+    def measuring(self, words: str) -> None:
+        """Something is measured for the budget."""
+        self._state = {**self._state, "words": f"measuring {words}"}
 
     def begin(self, state: State, damaged: Sequence[str]) -> None:
         """The plan is made; the runs start."""
@@ -216,10 +217,10 @@ class Together:
         for view in self.views:
             view.looking(tasks)
 
-    def measuring(self, contenders: int) -> None:
-        """Contenders take a few steps, for the budget."""
+    def measuring(self, words: str) -> None:
+        """Something is measured for the budget."""
         for view in self.views:
-            view.measuring(contenders)
+            view.measuring(words)
 
     def begin(self, state: State, damaged: Sequence[str]) -> None:
         """The plan is made; the runs start."""
@@ -271,9 +272,19 @@ def served(console: Console, store: Store, view: View, port: int, stay: bool) ->
     try:
         yield Together(view, page)
         if stay:
-            console.print("the page is served until Ctrl-C", markup=False)
-            with suppress(KeyboardInterrupt):
-                threading.Event().wait()
+            _until_ctrl_c(console)
         patient = not stay
     finally:
         page.close(patient)
+
+
+def _until_ctrl_c(console: Console) -> None:
+    """Wait for it, or for a request to end. An exception raised by a signal gets lost where nobody can receive one."""
+    asked: queue.SimpleQueue[int] = queue.SimpleQueue()
+    before = {number: signal.signal(number, lambda n, _: asked.put(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        console.print("the page is served until Ctrl-C", markup=False)
+        asked.get()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

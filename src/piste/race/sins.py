@@ -77,7 +77,7 @@ def notes(evidence: Evidence, findings: Iterable[Finding]) -> list[str]:
 def _extensions(evidence: Evidence) -> list[str]:
     """Where the search was extended with success: a line a task."""
     lines = []
-    for card, found in lints.searches(evidence):
+    for card, found in evidence.searches:
         extended = {name: state for name, state in found.items() if state.extensions and not state.edge}
         if extended:
             lines.append(f"{card}: {_extended(extended)}.")

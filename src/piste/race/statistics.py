@@ -24,6 +24,7 @@ LEVEL: Final = 0.95
 POWER: Final = 0.8  # with which a difference that is there should be found
 _RESAMPLES = 9999
 _BOOTSTRAP_SEED = 20
+_MOST_RESAMPLED = 2**22  # numbers in memory at once
 
 Scores = Mapping[str, Sequence[float]]
 
@@ -82,7 +83,12 @@ def compare(scores: Scores, higher_is_better: bool) -> dict[str, Comparison]:
     order = sorted(columns, key=lambda name: sign * float(columns[name].mean()))
     leader = order[0]
     p_values = _corrected_p_values(columns)
-    return {name: _beside(columns[name], columns[leader], p_values.get(frozenset((name, leader)))) for name in order}
+    own = [columns[name] for name in order]
+    bounds = intervals([*own, *(column - columns[leader] for column in own)])
+    return {
+        name: _beside(column, columns[leader], bound, behind, p_values.get(frozenset((name, leader))))
+        for name, column, bound, behind in zip(order, own, bounds, bounds[len(order) :], strict=False)
+    }
 
 
 def pairs(scores: Scores, higher_is_better: bool) -> dict[tuple[str, str], Pair]:
@@ -144,22 +150,31 @@ def interval(values: Sequence[float] | NDArray[np.float64]) -> tuple[float, floa
     quantile stands where Student's belongs. Both are put right by asking the bootstrap for more extreme percentiles
     (the expanded percentile interval of Hesterberg 2015, "What teachers should know about the bootstrap").
     """
-    data = np.asarray(values, dtype=float)
-    count = len(data)
+    return intervals([values])[0]
+
+
+def intervals(rows: Sequence[Sequence[float] | NDArray[np.float64]]) -> list[tuple[float, float]]:
+    """The ``interval`` of each of several means over equally many values, all from the same draws."""
+    data = np.asarray(rows, dtype=float)
+    count = data.shape[1]
     if count < 2:
-        return math.nan, math.nan
-    if np.ptp(data) == 0:
-        return float(data[0]), float(data[0])
+        return [(math.nan, math.nan)] * len(data)
     quantile = math.sqrt(count / (count - 1)) * float(stats.t.ppf((1 + LEVEL) / 2, count - 1))
-    found = stats.bootstrap(
-        (data,),
-        np.mean,
-        n_resamples=_RESAMPLES,
-        confidence_level=1 - 2 * float(stats.norm.sf(quantile)),
-        method="percentile",
-        random_state=_BOOTSTRAP_SEED,
-    ).confidence_interval
-    return float(found.low), float(found.high)
+    found = np.repeat(data[:, :1], 2, axis=1)
+    spread = np.flatnonzero(np.ptp(data, axis=1))
+    step = max(1, _MOST_RESAMPLED // (_RESAMPLES * count))
+    for some in (spread[at : at + step] for at in range(0, len(spread), step)):
+        bounds = stats.bootstrap(
+            (data[some],),
+            np.mean,
+            n_resamples=_RESAMPLES,
+            confidence_level=1 - 2 * float(stats.norm.sf(quantile)),
+            method="percentile",
+            axis=1,
+            random_state=_BOOTSTRAP_SEED,
+        ).confidence_interval
+        found[some] = np.stack((bounds.low, bounds.high), axis=1)
+    return [(float(low), float(high)) for low, high in found]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -236,20 +251,22 @@ def _resolution(values: NDArray[np.float64]) -> float:
     return float(real.min()) if len(real) else 0.0
 
 
-def _beside(own: NDArray[np.float64], leader: NDArray[np.float64], p: float | None) -> Comparison:
-    low, high = interval(own)
-    if own is leader:
-        return Comparison(float(own.mean()), low, high, 0.0, 0.0, 0.0, math.nan, True)
-    differences = own - leader
-    difference_low, difference_high = interval(differences)
-    excludes_zero = difference_low > 0 or difference_high < 0
+def _beside(
+    own: NDArray[np.float64],
+    leader: NDArray[np.float64],
+    bounds: tuple[float, float],
+    difference_bounds: tuple[float, float],
+    p: float | None,
+) -> Comparison:
+    is_leader = own is leader
+    low, high = difference_bounds
     return Comparison(
         mean=float(own.mean()),
-        low=low,
-        high=high,
-        difference=float(differences.mean()),
-        difference_low=difference_low,
-        difference_high=difference_high,
+        low=bounds[0],
+        high=bounds[1],
+        difference=float((own - leader).mean()),
+        difference_low=0.0 if is_leader else low,
+        difference_high=0.0 if is_leader else high,
         p=math.nan if p is None else p,
-        tied=p is None or p >= 1 - LEVEL or not excludes_zero,
+        tied=is_leader or p is None or p >= 1 - LEVEL or not (low > 0 or high < 0),
     )

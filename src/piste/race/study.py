@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from piste.race import environment, sampling
-from piste.race.budget import fitted
+from piste.race.budget import BudgetError, Pace, Paces, fitted
 from piste.race.contenders import Contender, ContenderError, make_contenders
 from piste.race.driver import Driver, InterruptedRaceError, State, View, stop_signals
 from piste.race.executors import LOCAL, Executor, make_executor, sizing
 from piste.race.inspection import TaskCard
 from piste.race.limits import Limits
-from piste.race.probes import inspect_tasks, measured_paces
+from piste.race.probes import first_runs, inspect_tasks, measured_paces
 from piste.race.protocol import Plan
-from piste.race.record import StudyResult, fingerprint
+from piste.race.record import RunRecord, StudyResult, fingerprint
 from piste.race.script import Script
 from piste.race.settings import Settings
 from piste.race.space import parse_sweep
 from piste.race.standings import study_result
-from piste.race.store import Store, StoreError
+from piste.race.store import Store, StoreError, full_disk
 from piste.race.task import BUILT_IN, split_reference
 from piste.race.wishes import with_optimizers
-from piste.race.words import listing
+from piste.race.words import count, listing
 
 __all__ = [
     "DeviceError",
@@ -43,6 +45,9 @@ __all__ = [
     "title",
     "with_optimizer",
 ]
+
+
+_JOINED = "joined while the race was going on"
 
 
 class DeviceError(ValueError):
@@ -65,7 +70,7 @@ def race(settings: Settings, store: Store, view: View, command: str, limits: Lim
 
     Raises:
         ContenderError, TaskError, DeviceError, SettingsError, SamplerError, BudgetError: a setting is wrong, or cannot
-            be had here; nothing has been written.
+            be had here; nothing has been written, but for first runs of a script that has a budget.
         StoreError: the store cannot be used, or no longer; finished runs are kept.
         ExecutorError: workers cannot be started, or the cluster cannot be reached.
         InterruptedRaceError: Ctrl-C or a signal to end; finished runs are kept, and it brings their result.
@@ -93,9 +98,9 @@ def race(settings: Settings, store: Store, view: View, command: str, limits: Lim
             executor.fit(sizing.together([card.peak_bytes for card in cards]))
         plan = _plan(settings, cards, contenders, device, executor.machine)
         if settings.budget is not None:
-            plan = _planned_before(settings, plan, store) or _fitted(
-                settings, plan, begun, executor, stopped, view, limits
-            )
+            measured = partial(_measured, plan, script, executor, stopped, view, limits, store)
+            plan = _planned_before(settings, plan, store) or _fitted(settings, plan, begun, executor.width, measured)
+        plan = _with_what_joined(settings, plan, store)
         created = environment.now()
         kept = {"settings": asdict(settings), "plan": plan.to_json()}
         about = {
@@ -139,8 +144,19 @@ def with_optimizer(settings: Settings, plan: Plan, optimizer: str) -> tuple[Sett
     racing = {contender.name for contender in plan.contenders}
     new = tuple(each for each in contenders_for(settings, plan.trials) if each.name not in racing)
     names = listing([contender.name for contender in new], 9)
-    remark = f"{names} joined while the race was going on, with the trials and seeds of all others."
+    remark = f"{names} {_JOINED}, with the trials and seeds of all others."
     return settings, replace(plan, contenders=plan.contenders + new, remarks=(*plan.remarks, remark))
+
+
+def _with_what_joined(settings: Settings, plan: Plan, store: Store) -> Plan:
+    """The plan with the remarks on optimizers that joined this same race before it was resumed."""
+    try:
+        same = replace(stored_settings(store), on=settings.on, workers=settings.workers) == settings
+        before = Plan.from_json(store.read_study()["plan"]).remarks if same else ()
+    except (StoreError, KeyError, TypeError):
+        return plan
+    joined = [remark for remark in before if _JOINED in remark and remark not in plan.remarks]
+    return replace(plan, remarks=(*plan.remarks, *joined))
 
 
 def contenders_for(settings: Settings, trials: int) -> tuple[Contender, ...]:
@@ -175,7 +191,6 @@ def _refuse_contradictions(settings: Settings) -> None:
             ("--steps", settings.steps is not None),
             ("--schedules", bool(settings.schedules)),
             ("--screens", settings.screens > 0),
-            ("--budget", settings.budget is not None),
             ("--pack", settings.pack),
         ):
             if given:
@@ -221,20 +236,49 @@ def _plan(
 
 
 def _fitted(
-    settings: Settings,
+    settings: Settings, plan: Plan, begun: float, workers: int, measured: Callable[[float], tuple[Paces, int]]
+) -> Plan:
+    """The race that fits into the budget."""
+    assert settings.budget is not None
+    end = begun + settings.budget
+    paces, made = measured(end - time.monotonic())
+    left = end - time.monotonic()
+    return fitted(plan, settings.budget, left, paces, workers, partial(contenders_for, settings), made)
+
+
+def _measured(
     plan: Plan,
-    begun: float,
+    script: Script | None,
     executor: Executor,
     stopped: Callable[[], bool],
     view: View,
     limits: Limits,
-) -> Plan:
-    """The race that fits into the budget, by what a few steps of every contender take here."""
-    view.measuring(len(plan.contenders))
-    paces = measured_paces(plan, executor, stopped, limits)
-    assert settings.budget is not None
-    left = settings.budget - (time.monotonic() - begun)
-    return fitted(plan, settings.budget, left, paces, executor.width, lambda trials: contenders_for(settings, trials))
+    store: Store,
+    left: float,
+) -> tuple[Paces, int]:
+    """How fast contenders are here, and how many trials of each were made to learn it.
+
+    A few steps of every contender say so of a task. How long a script is, a whole run has to tell; it is the first one
+    that the race would have made, and is kept.
+    """
+    contenders = count(len(plan.contenders), "contender")
+    if script is None:
+        view.measuring(f"a few steps of {contenders}")
+        return measured_paces(plan, executor, stopped, limits), 0
+    view.measuring(f"a first run of {contenders}")
+
+    def keep(run: RunRecord) -> None:
+        if full_disk(run.message):
+            raise store.full(run.message)
+        store.add(run)
+
+    runs = first_runs(plan, script, executor, stopped, limits, left, keep)
+    longest = max((seconds for run, seconds in runs if run.finished), default=math.nan)
+    if math.isnan(longest):
+        raise BudgetError(f"no first run of {script.path} finished, so nothing can be planned: {runs[0][0].message}")
+    # One that was lost says little of the others at other rates.
+    seconds_of = {run.key.contender: seconds if run.finished else max(seconds, longest) for run, seconds in runs}
+    return {(script.path, name): Pace(seconds, 0.0) for name, seconds in seconds_of.items()}, 1
 
 
 def _planned_before(settings: Settings, plan: Plan, store: Store) -> Plan | None:

@@ -36,11 +36,6 @@ def chosen(hyperparameters: Mapping[str, float]) -> str:
     return " ".join(f"{name} {value:g}" for name, value in hyperparameters.items())
 
 
-def measuring_line(contenders: int) -> str:
-    """Why nothing is to be seen yet."""
-    return f"measuring a few steps of {count(contenders, 'contender')} …"
-
-
 class PlainView:
     """One line for every run, for logs and pipes."""
 
@@ -51,9 +46,9 @@ class PlainView:
         """The tasks are being inspected."""
         self._say(f"looking at {' and '.join(tasks)} …")
 
-    def measuring(self, contenders: int) -> None:
-        """Contenders take a few steps, for the budget."""
-        self._say(measuring_line(contenders))
+    def measuring(self, words: str) -> None:
+        """Something is measured for the budget."""
+        self._say(f"measuring {words} …")
 
     def begin(self, state: State, damaged: Sequence[str]) -> None:
         """The plan is made; the runs start."""
@@ -106,9 +101,9 @@ class LiveView:
         self.status.update(f"looking at {escape(' and '.join(tasks))}")
         self.status.start()
 
-    def measuring(self, contenders: int) -> None:
-        """Contenders take a few steps, for the budget."""
-        self.status.update(measuring_line(contenders))
+    def measuring(self, words: str) -> None:
+        """Something is measured for the budget."""
+        self.status.update(f"measuring {words} …")
 
     def begin(self, state: State, damaged: Sequence[str]) -> None:
         """The plan is made; the runs start."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from piste import execution
+from piste.device_numbers import Counters, recording
 from piste.execution import Member, Roster
 from piste.slots import Part, Pipeline, program, update
 from piste.storage import PLAIN, Formats, companion, keep_rest, weight_codec
@@ -46,12 +47,16 @@ class Arithmetic:
 
     Args:
         part: an ``update``, or an ``after``.
+        capturable: may a CUDA graph record it? Then runs are counted on the device.
     """
 
-    def __init__(self, part: Part) -> None:
+    def __init__(self, part: Part, *, capturable: bool = False) -> None:
         self.pipeline = Pipeline(part) if part.slot == "update" else Pipeline(stay, after=(part,))
-        self._variants: dict[int, Variants] = {}
+        self.capturable = capturable
+        self._variants: dict[tuple[int, bool], Variants] = {}
+        self._skippable = False
         self._roster = Roster([])
+        self._recorded: list[Any] = []  # what recorded runs refer to, for as long as somebody may replay them
         self._groups: list[int] = []
         self._formats: list[Formats] = []
 
@@ -64,6 +69,7 @@ class Arithmetic:
         engine: str,
         formats: Sequence[Formats] | None = None,
         gradients: Sequence[Tensor] | None = None,
+        skip: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Run the part once.
 
@@ -75,23 +81,33 @@ class Arithmetic:
             engine: as :func:`piste.execution.engine_for` takes it.
             formats: for each weight, how it is stored, from :func:`formats_of`.
             gradients: for each weight, what the part sees as ``g``; the weight itself for parts that see none.
+            skip: on the device, whether nothing is to change (not 0); for what is ``capturable``.
 
         Returns:
             The totals that the part asked for, by name.
         """
         formats = [PLAIN] * len(weights) if formats is None else list(formats)
-        if not self._current(weights, states, groups) or formats != self._formats:
-            self._groups, self._formats = list(groups), formats
-            self._roster = Roster(
-                [
-                    Member(p, group, state, self.pipeline.states, self._program(p.ndim), form)
-                    for p, state, group, form in zip(weights, states, groups, formats, strict=True)
-                ]
-            )
+        setting = formats, skip is not None
+        if not self._current(weights, states, groups) or setting != (self._formats, self._skippable):
+            self._groups, (self._formats, self._skippable) = list(groups), setting
+            members = [
+                Member(p, group, state, self.pipeline.states, self._program(p.ndim), form)
+                for p, state, group, form in zip(weights, states, groups, formats, strict=True)
+            ]
+            self._roster = Roster(members, self._counters(weights))
         step = self._roster.sort(list(weights if gradients is None else gradients), hp)
-        totals = execution.run(step.buckets, execution.engine_for(engine))
-        step.finish()
+        totals = execution.run(step.buckets, execution.engine_for(engine), skip=skip)
+        step.finish(skip)
+        if recording():
+            self._recorded.append((step.counters, step.clocks, [bucket.seats for bucket in step.buckets]))
         return totals
+
+    def _counters(self, weights: Sequence[Tensor]) -> Counters | None:
+        """The counts on the device; those that are there go on as long as the weights are the same."""
+        if not self.capturable:
+            return None
+        known = self._roster.counters
+        return known if known is not None and known.serves(weights) else Counters(weights)
 
     def _current(self, weights: Sequence[Tensor], states: Sequence[dict[str, Any]], groups: Sequence[int]) -> bool:
         roster = self._roster
@@ -100,9 +116,12 @@ class Arithmetic:
             and all(map(operator.is_, weights, (m.p for m in roster.members)))
             and all(map(operator.is_, states, roster.states))
             and list(groups) == self._groups
+            and (roster.counters is None or roster.counters.serves(weights))
         )
 
     def _program(self, ndim: int) -> Variants:
-        if ndim not in self._variants:
-            self._variants[ndim] = program(self.pipeline, {}, ndim)
-        return self._variants[ndim]
+        key = ndim, self._skippable
+        if key not in self._variants:
+            device = frozenset[str]() if self.capturable else None
+            self._variants[key] = program(self.pipeline, {}, ndim, device=device, skippable=self._skippable)
+        return self._variants[key]

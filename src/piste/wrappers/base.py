@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from piste.capture import loaded_in_place
 from piste.checkpoint import after_loading, before_loading, check_tensor, weights_by_id
+from piste.device_numbers import recording
 from piste.roster import real
 from piste.slots import Part
 from piste.storage import State
@@ -25,6 +27,7 @@ class Wrapper(torch.optim.Optimizer):
     """
 
     name: str  # prefix of this wrapper's entries in state dictionaries
+    recordable = False  # can its own part in a step be recorded where the step of the optimizer inside can?
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -36,8 +39,13 @@ class Wrapper(torch.optim.Optimizer):
         self._arithmetic: dict[Any, Arithmetic] = {}
         super().__setstate__({"defaults": optimizer.defaults})  # torch's hooks; its groups stay the inner one's
 
+    @property
+    def capturable(self) -> bool:
+        """Can a CUDA graph record its steps? The optimizer inside decides, which may be refused here."""
+        return bool(getattr(self.optimizer, "capturable", False))
+
     def _refuse_capturable(self, optimizer: torch.optim.Optimizer) -> None:
-        if getattr(optimizer, "capturable", False):
+        if getattr(optimizer, "capturable", False) and not self.recordable:
             raise ValueError(
                 f"{type(self).__name__} got a {type(optimizer).__name__} with capturable=True, and would count and "
                 "decide on the host round it; legal: capturable=False"
@@ -85,6 +93,12 @@ class Wrapper(torch.optim.Optimizer):
 
         GradScaler leaves its findings on the optimizer it was given, which is this wrapper: they are handed on.
         """
+        if recording() and not self.capturable:
+            raise RuntimeError(
+                f"a step of {type(self).__name__} is being recorded into a CUDA graph, but it counts and decides on "
+                "the host; record the forward and the backward pass alone, or Lookahead round an optimizer of piste "
+                "with capturable=True"
+            )
         optimizer = self.optimizer if optimizer is None else optimizer
         handed = [name for name in ("grad_scale", "found_inf") if hasattr(self, name)]
         for name in handed:
@@ -94,6 +108,8 @@ class Wrapper(torch.optim.Optimizer):
         finally:
             for name in handed:
                 delattr(optimizer, name)
+        if self.capturable:  # whether it was taken is known on the device alone
+            return loss, True
         found = getattr(self, "found_inf", None)
         last = getattr(optimizer, "last_step", None)
         return loss, not ((found is not None and bool(found.item())) or (last is not None and last.skipped))
@@ -108,9 +124,12 @@ class Wrapper(torch.optim.Optimizer):
         gradients: Sequence[Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Run a part of the wrapper's own on weights; see :meth:`piste.wrappers.arithmetic.Arithmetic.run`."""
-        arithmetic = self._arithmetic.setdefault(part.function, Arithmetic(part))
+        if part.function not in self._arithmetic:
+            self._arithmetic[part.function] = Arithmetic(part, capturable=self.capturable)
         formats = formats_of(self.optimizer, weights, states)
-        return arithmetic.run(weights, states, groups, hp, self.engine_name, formats, gradients)
+        skip = getattr(self, "found_inf", None) if self.capturable else None
+        run = self._arithmetic[part.function].run
+        return run(weights, states, groups, hp, self.engine_name, formats, gradients, skip)
 
     @property
     def engine_name(self) -> str:
@@ -144,6 +163,8 @@ class Wrapper(torch.optim.Optimizer):
         for weight, entries in self.own.items():
             if weight in numbers:
                 own = {f"{self.name}.{key}": value for key, value in entries.items() if key in saved}
+                if "step" in entries:  # it may be counted on the device
+                    own[f"{self.name}.step"] = int(entries["step"])
                 state.setdefault(numbers[weight], {}).update(own)
         return {**packed, "state": state}
 
@@ -165,6 +186,9 @@ class Wrapper(torch.optim.Optimizer):
             if number in weights:
                 own[weights[number][0]] = self._checked(mine, *weights[number])
         self.optimizer.load_state_dict({**state_dict, "state": inner})
+        if self.capturable:
+            with torch.no_grad():
+                loaded_in_place(self.own, (), own, ())
         self.own = own
 
     def _checked(self, entries: Mapping[str, Any], weight: Tensor, name: str) -> dict[str, Any]:

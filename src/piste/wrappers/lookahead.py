@@ -28,7 +28,8 @@ class Lookahead(Wrapper):
     **When to use**: to steady an optimizer that is run at a high learning rate. **When not**: around Ranger, which has
     it already; when a copy of all weights does not fit. Evaluate after a multiple of k steps.
 
-    State: 4 bytes per parameter on top of the inner optimizer's.
+    State: 4 bytes per parameter on top of the inner optimizer's. Round an optimizer with ``capturable=True``, a CUDA
+    graph can record its steps; every step reads the slow weights then.
 
     Args:
         optimizer: any ``torch.optim.Optimizer``. Its groups are shared, so schedulers may be given either.
@@ -51,6 +52,7 @@ class Lookahead(Wrapper):
     """
 
     name = "lookahead"
+    recordable = True
 
     def __init__(self, optimizer: torch.optim.Optimizer, k: int = 6, alpha: float = 0.5) -> None:
         check_hyperparameters("Lookahead", {"k": k, "alpha": alpha}, ("k", "alpha"))

@@ -16,7 +16,7 @@ from piste.race import environment
 from piste.race.executors.base import MOST_LOSSES, Death, Event, ExecutorError, Losses, wanted_machine
 from piste.race.executors.host import Told, once
 from piste.race.words import single_line
-from piste.race.worker import Job
+from piste.race.worker import Job, Progress
 
 _POLL_SECONDS = 0.1
 _STOP_SECONDS = 10.0
@@ -30,10 +30,11 @@ class _Sent:
     job: Job
     call: Any
     stopped: str = ""
+    begun: bool = False  # it left the queue, and that was said
 
 
 class Slurm:
-    """Jobs of Slurm; see ``base.Executor``. How far a run is cannot be seen.
+    """Jobs of Slurm; see ``base.Executor``. How far a run is cannot be seen, only that it has left the queue.
 
     Args:
         workers: jobs that are queued or run at the same time.
@@ -105,7 +106,7 @@ class Slurm:
                 sent.call.cancel(check=False)
 
     def events(self, timeout: float) -> Iterator[Event]:
-        """What has ended within ``timeout`` seconds.
+        """What has begun or ended within ``timeout`` seconds.
 
         Raises:
             ExecutorError: a worker cannot start on a node.
@@ -118,6 +119,11 @@ class Slurm:
             event = self._heard(sent)
             if event is not None:
                 yield event
+        for sent in list(self.sent):
+            # Time in the queue is none of a run's; submitit asks Slurm for it now and then.
+            if not sent.begun and sent.call.state == "RUNNING":
+                sent.begun = True
+                yield Event(sent.job, Progress(0))
 
     def _call(self, job: Job | None) -> Any:
         executor = submitit.AutoExecutor(self.folder, cluster=self.cluster)

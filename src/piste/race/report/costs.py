@@ -11,7 +11,7 @@ import plotly.graph_objects as go  # type: ignore[import-untyped]
 from piste.race import words
 from piste.race.record import Standing, TaskResult
 
-from .figure import BASIN_HEIGHT, Option, Picture, Series, Switch, blank, rounded
+from .figure import BASIN_HEIGHT, Option, Picture, Series, Switch, above_row, blank, rounded
 from .palette import Look
 
 
@@ -138,6 +138,7 @@ def breakdown(task: TaskResult, looks: Mapping[str, Look], identifier: str) -> P
     longest = max((standing.cost.mean_step_seconds for standing in timed), default=0.0)
     factor, unit = (1e6, "µs") if longest < 1e-3 else (1e3, "ms") if longest < 1 else (1.0, "s")
     figure = blank(height=max(200, 84 + 54 * len(timed)))
+    labels = []
     for row, standing in enumerate(timed):
         look = looks[standing.contender]
         rest = standing.cost.mean_step_seconds - standing.cost.mean_optimizer_seconds
@@ -154,11 +155,10 @@ def breakdown(task: TaskResult, looks: Mapping[str, Look], identifier: str) -> P
             )  # fmt: skip
         share = words.percent(standing.cost.mean_optimizer_seconds / standing.cost.mean_step_seconds)
         taken = words.duration(standing.cost.mean_step_seconds)
-        figure.add_annotation(
-            text=f"{words.label(standing.contender)} · {taken}, optimizer {share}",
-            xref="paper", x=0, xanchor="left", y=-row, yanchor="bottom", yshift=10, showarrow=False, font={"size": 12},
-        )  # fmt: skip
+        text = f"{words.label(standing.contender)} · {taken}, optimizer {share}"
+        labels.append(above_row(row, text, yshift=10))
     figure.update_layout(
+        annotations=labels,
         barmode="stack",
         margin={"l": 12, "t": 12},
         xaxis={"title": {"text": f"{unit} a step"}, "rangemode": "tozero"},

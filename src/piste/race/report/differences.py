@@ -11,7 +11,7 @@ import plotly.graph_objects as go  # type: ignore[import-untyped]
 from piste.race import words
 from piste.race.record import Standing, TaskResult
 
-from .figure import BASIN_HEIGHT, Picture, blank
+from .figure import BASIN_HEIGHT, Picture, above_row, blank
 from .palette import Look
 
 
@@ -19,13 +19,13 @@ def differences(task: TaskResult, looks: dict[str, Look], identifier: str) -> Pi
     """Forest plot: how far each contender is behind the leader, over common seeds, with its interval."""
     standings = task.standings
     figure = blank(height=max(BASIN_HEIGHT, 84 + 54 * len(standings)))
+    labels = []
     for row, standing in enumerate(standings):
         figure.add_trace(_difference_trace(standing, -row, looks[standing.contender], leader=row == 0))
-        figure.add_annotation(
-            text=_difference_label(standing, leader=row == 0),
-            xref="paper", x=0, xanchor="left", y=-row, yanchor="bottom", yshift=9, showarrow=False,
-            font={"size": 12}, bgcolor="var(--card)", borderpad=1,
-        )  # fmt: skip
+        labels.append(
+            above_row(row, _difference_label(standing, leader=row == 0), yshift=9, bgcolor="var(--card)", borderpad=1)
+        )
+    figure.update_layout(annotations=labels)  # at once: plotly looks at all of them again for each that is added
     figure.add_vline(x=0, line={"color": "var(--muted)", "width": 1, "dash": "dot"})
     ends = [0.0] + [
         end for s in standings for end in (s.difference, s.difference_low, s.difference_high) if math.isfinite(end)

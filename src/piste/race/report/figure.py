@@ -112,6 +112,12 @@ def titled(text: str) -> dict[str, Any]:
     return {"xaxis": {"title": {"text": text}, "rangemode": "tozero"}}
 
 
+def above_row(row: int, text: str, **more: Any) -> dict[str, Any]:
+    """An annotation at the left end of a row of bars, above it; rows are numbered downwards."""
+    place = {"xref": "paper", "x": 0, "xanchor": "left", "y": -row, "yanchor": "bottom"}
+    return {"text": text, **place, "showarrow": False, "font": {"size": 12}, **more}
+
+
 def time_unit(longest: float) -> tuple[float, str]:
     if longest > 7200:
         return 1 / 3600, "hours"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import plotly.graph_objects as go  # type: ignore[import-untyped]
+import plotly.io as pio  # type: ignore[import-untyped]
 
 from piste.race.record import StudyResult
 
@@ -78,21 +79,29 @@ def _parquet(result: StudyResult, page: Page, folder: Path) -> list[Path]:
 
 
 def _svg(result: StudyResult, page: Page, folder: Path) -> list[Path]:
-    paths = []
     (folder / "svg").mkdir(parents=True, exist_ok=True)
-    for picture in pictures_of(page):
-        path = folder / "svg" / f"{picture.id}.svg"
-        drawn = go.Figure(_painted(picture.figure.to_plotly_json()))
-        drawn.update_layout(showlegend=True)
-        try:
-            drawn.write_image(path, format="svg", width=_SVG_WIDTH, height=picture.figure.layout.height + _KEY_HEIGHT)
-        except (ValueError, ImportError, RuntimeError) as error:
-            raise ExportError(
-                "SVG needs kaleido and a Chrome or Chromium: pip install kaleido "
-                f"(without it, every picture of report.html has a link to save it); {str(error).splitlines()[0]}"
-            ) from error
-        paths.append(path)
-    return paths
+    drawn = {folder / "svg" / f"{picture.id}.svg": _drawn(picture) for picture in pictures_of(page)}
+    try:
+        # all at once: a browser is started for each call
+        pio.write_images(
+            list(drawn.values()),
+            list(drawn),
+            format="svg",
+            width=_SVG_WIDTH,
+            height=[figure.layout.height + _KEY_HEIGHT for figure in drawn.values()],
+        )
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise ExportError(
+            "SVG needs kaleido and a Chrome or Chromium: pip install 'piste[svg]' "
+            f"(without it, every picture of report.html has a link to save it); {str(error).splitlines()[0]}"
+        ) from error
+    return list(drawn)
+
+
+def _drawn(picture: Picture) -> go.Figure:
+    figure = go.Figure(_painted(picture.figure.to_plotly_json()))
+    figure.update_layout(showlegend=True)
+    return figure
 
 
 def _painted(value: Any) -> Any:

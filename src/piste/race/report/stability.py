@@ -83,25 +83,31 @@ def settings(task: TaskResult, runs: Sequence[RunRecord], looks: Mapping[str, Lo
     columns = {name: [run.key.hyperparameters.get(name, math.nan) for run in made] for name in varied}
     columns[task.metric_name] = final_scores(made, worst)
     scaled = {name: _scaled(values) for name, values in columns.items()}
+    texts = [[f"{words.label(name)} {words.short(value)}" for value in values] for name, values in columns.items()]
     figure = blank(height=BASIN_HEIGHT)
-    place = 0
+    first = 0
     for name, group in trials.items():
         look = looks[name]
-        best = (max if task.higher_is_better else min)(final_scores(group, worst))
-        for run in group:
-            [score] = final_scores([run], worst)
+        scores = final_scores(group, worst)
+        best = (max if task.higher_is_better else min)(scores)
+        for thick in (False, True):
+            places = [first + place for place, score in enumerate(scores) if (score == best) == thick]
+            if not places:
+                continue
+            # One trace for many lines, with a gap between two: a page of thousands of traces would not open.
             figure.add_trace(
                 go.Scatter(
                     name=words.label(name), meta=look.slot, mode="lines+markers", showlegend=False,
-                    x=[*range(len(scaled))], y=[rounded(values[place]) for values in scaled.values()],
-                    opacity=1.0 if score == best else 0.3,
-                    line={"color": look.colour, "width": 3 if score == best else 1, "dash": look.dash},
+                    x=[*range(len(scaled)), None] * len(places),
+                    y=[y for place in places for y in (*(rounded(values[place]) for values in scaled.values()), None)],
+                    opacity=1.0 if thick else 0.3,
+                    line={"color": look.colour, "width": 3 if thick else 1, "dash": look.dash},
                     marker={"symbol": look.marker, "size": 6, "color": look.colour},
-                    text=[f"{words.label(each)} {words.short(values[place])}" for each, values in columns.items()],
+                    text=[text for place in places for text in (*(column[place] for column in texts), "")],
                     hovertemplate="%{text}",
                 )
             )  # fmt: skip
-            place += 1
+        first += len(group)
     figure.update_layout(
         xaxis={
             "tickvals": [*range(len(columns))],
