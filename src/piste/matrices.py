@@ -66,12 +66,14 @@ class Work:
             what it takes and gives.
         renews: it works out anew what steps without it only use: roots, bases.
         recordable: nothing in it waits for the device, so that a CUDA graph can record it.
+        blocks: what cuts weights into the blocks of which it sees each alone (:class:`piste.shares.Blocks`), if any.
     """
 
     call: Callable[..., Tensor]
     held: Callable[[Sequence[int], int], int]
     renews: bool = False
     recordable: bool = False
+    blocks: Any = None
 
     def __call__(self, *values: Any) -> Tensor:
         return self.call(*values)
