@@ -269,10 +269,8 @@ def _expected(member: Member, state: State) -> tuple[tuple[int, ...], torch.dtyp
 
 def _stakes(entries: Sequence[tuple[Member, Sequence[int]]]) -> tuple[list[Stake], list[Box]]:
     """Who keeps which part of these matrices, of members and shapes; and where each is in what its owner keeps."""
-    found = [
-        pair for i, (m, shape) in enumerate(entries) if m.share is not None for pair in m.share.matrix_stakes(i, shape)
-    ]
-    return [stake for stake, _ in found], [box for _, box in found]
+    pairs = [m.share.matrix_stakes(i, shape) for i, (m, shape) in enumerate(entries) if m.share is not None]
+    return [stake for same in pairs for stake, _ in same], [box for same in pairs for _, box in same]
 
 
 def _settle(members: Sequence[Member]) -> None:
@@ -287,8 +285,8 @@ def _settle(members: Sequence[Member]) -> None:
         elif m.share.mine is None:
             m.state[name] = kept.new_empty(0) if kept.numel() else kept
         elif m.share.cut is not None and tuple(kept.shape) == _expected(m, state)[0]:
-            own = [stake.box for stake, _ in m.share.matrix_stakes(0, kept.shape) if stake.owner == m.share.team.rank]
-            m.state[name] = torch.cat([kept[box] for box in own])
+            stakes, _ = _stakes([(m, kept.shape)])
+            m.state[name] = torch.cat([kept[box] for _, owner, box in stakes if owner == m.share.team.rank])
     for (team, spread, _), entries in parted.items():
         kept = [m.state[name] for m, name in entries]
         stakes, _ = _stakes([(m, x.shape) for (m, _), x in zip(entries, kept, strict=True)])

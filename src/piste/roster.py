@@ -24,8 +24,8 @@ from piste.bucket import Bucket, Seats, beside
 from piste.codecs import STRIDE, Codec
 from piste.device_numbers import Clock, Counters, recording
 from piste.plan import Plan, build
-from piste.shares import Share
 from piste.sharding import first_element, is_sharded, local, matching, spread_of
+from piste.shares import Share
 from piste.storage import PLAIN, Formats, State, codec_for, companion, compute_dtype, keep_rest, stored, weight_codec
 from piste.symbol import Row
 from piste.variants import Graph, Variants
