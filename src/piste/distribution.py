@@ -8,7 +8,6 @@ in blocks, is divided among several. Everything that goes element by element sta
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -51,24 +50,20 @@ def check_distribute(owner: str, wish: Any) -> Any:
     return group
 
 
-def dealt(costs: Sequence[float], loads: list[float], of: Sequence[int] | None = None) -> list[int]:
+def dealt(costs: Sequence[float], loads: list[float]) -> list[int]:
     """An owner for each piece of work: the largest first, each to whoever has the least so far.
 
     Args:
         costs: of the pieces.
         loads: what each process has to do already; brought up to date.
-        of: what each is a piece of: those of one thing go to different processes, of which there have to be enough.
 
     >>> from piste.distribution import dealt
     >>> dealt([5, 3, 3, 2, 1], [0.0, 0.0])
     [0, 1, 1, 0, 1]
     """
     owners = [0] * len(costs)
-    taken: dict[int, set[int]] = {}
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        busy = taken.setdefault(i if of is None else of[i], set())
-        owners[i] = min((r for r in range(len(loads)) if r not in busy), key=loads.__getitem__)
-        busy.add(owners[i])
+        owners[i] = loads.index(min(loads))
         loads[owners[i]] += costs[i]
     return owners
 
@@ -81,38 +76,58 @@ class Job(NamedTuple):
     blocks: Blocks | None = None
 
 
-def divided(jobs: Sequence[Job], loads: list[float]) -> list[tuple[tuple[int, ...], Cut | None]]:
-    """The owner of each weight, or the owners of its parts: it has parts where it is more than an even share of all.
+#: the owner of a weight; or the owners of its parts, and these
+Dealt = tuple[tuple[int, ...], "Cut | None"]
+
+
+def divided(jobs: Sequence[Job], loads: list[float]) -> list[Dealt]:
+    """Who works on what. Weights that are more than an even share of all the work are divided, where blocks allow it.
+
+    Those that stay whole are dealt out first; the others fill up what that leaves uneven.
 
     Args:
         jobs: the weights.
         loads: what each process has to do already; brought up to date.
     """
     share = (sum(job.cost for job in jobs) + sum(loads)) / len(loads)
-    cuts = [_cut(job, share, len(loads)) for job in jobs]
-    costs: list[float] = []
-    of: list[int] = []
-    for i, (job, cut) in enumerate(zip(jobs, cuts, strict=True)):
-        edges = (0, 1) if cut is None else cut.edges
-        costs += [job.cost * (stop - start) / edges[-1] for start, stop in pairwise(edges)]
-        of += [i] * (len(edges) - 1)
-    owners: list[list[int]] = [[] for _ in jobs]
-    for i, owner in zip(of, dealt(costs, loads, of), strict=True):
-        owners[i].append(owner)
-    return list(zip(map(tuple, owners), cuts, strict=True))
+    cuts = [job.blocks.edges(job.shape) if job.blocks is not None and job.cost > share else None for job in jobs]
+    whole = [i for i, cut in enumerate(cuts) if cut is None]
+    found: dict[int, Dealt] = {
+        i: ((owner,), None) for i, owner in zip(whole, dealt([jobs[i].cost for i in whole], loads), strict=True)
+    }
+    for i, cut in enumerate(cuts):
+        if cut is not None:
+            found[i] = _poured(jobs[i], *cut, loads)
+    return [found[i] for i in range(len(jobs))]
 
 
-def _cut(job: Job, share: float, most: int) -> Cut | None:
-    """As few parts as make each no more than an even share, as far as blocks allow."""
-    found = None if job.blocks is None or job.cost <= share else job.blocks.edges(job.shape)
-    if found is None or job.blocks is None:
-        return None
-    axis, edges = found
-    blocks = len(edges) - 1
-    parts = min(most, blocks, math.ceil(job.cost / share))
-    if parts == 1:
-        return None
-    return Cut(job.blocks, job.shape, axis, tuple(edges[blocks * i // parts] for i in range(parts + 1)))
+def _poured(job: Job, axis: int, edges: tuple[int, ...], loads: list[float]) -> Dealt:
+    """A weight given out so that what processes have to do comes to one level, as far as whole blocks allow."""
+    owners: list[int] = []
+    ends = [0]
+    reached = 0.0
+    for rank, room in enumerate(_rooms(loads, job.cost)):
+        reached += room
+        end = round((len(edges) - 1) * reached / job.cost)
+        if end > ends[-1]:
+            owners.append(rank)
+            ends.append(end)
+    at = tuple(edges[end] for end in ends)
+    for owner, (start, stop) in zip(owners, pairwise(at), strict=True):
+        loads[owner] += job.cost * (stop - start) / edges[-1]
+    assert job.blocks is not None
+    return tuple(owners), Cut(job.blocks, job.shape, axis, at) if len(owners) > 1 else None
+
+
+def _rooms(loads: Sequence[float], amount: float) -> list[float]:
+    """What each process takes of an amount of work that raises those with the least to one level."""
+    rising = sorted(loads)
+    level = 0.0
+    for count in range(1, len(rising) + 1):
+        level = (amount + sum(rising[:count])) / count
+        if count == len(rising) or level <= rising[count]:
+            break
+    return [max(0.0, level - load) for load in loads]
 
 
 class Sharing:
