@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import argparse
 import math
+import multiprocessing
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -129,18 +132,22 @@ def figure(hill: Hill, walks: dict[str, tuple[float, np.ndarray]]) -> go.Figure:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Draw all hills."""
+    """Draw the hills."""
     parser = argparse.ArgumentParser(prog="python -m scripts.gallery", description=__doc__)
     parser.add_argument("--out", type=Path, default=PAGE, help="the folder for the pictures")
+    parser.add_argument("--hill", choices=[h.height.__name__ for h in HILLS], action="append", help="(default: all)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: as many as cores)")
     asked = parser.parse_args(arguments)
-    torch.set_num_threads(1)
     names = sorted((info.name for info in OPTIMIZERS), key=str.lower)
     console = Console()
-    for hill in HILLS:
-        walks = {name: best_walk(name, hill) for name in track(names, hill.name, console=console)}
-        picture = asked.out / f"{hill.height.__name__}.png"
-        photograph(figure(hill, walks), picture)
-        console.print(f"wrote {picture}")
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(asked.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for hill in (h for h in HILLS if h.height.__name__ in (asked.hill or [h.height.__name__])):
+            found = pool.imap(partial(best_walk, hill=hill), names)
+            walks = dict(zip(names, track(found, hill.name, len(names), console=console), strict=True))
+            picture = asked.out / f"{hill.height.__name__}.png"
+            photograph(figure(hill, walks), picture)
+            console.print(f"wrote {picture}")
 
 
 if __name__ == "__main__":

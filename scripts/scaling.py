@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from piste.costs import flops
-from piste.distribution import dealt
+from piste.distribution import Job, divided
 from piste.kronecker import Kronecker, kronecker, rebasing, rooting
 from piste.matrices import orthogonalizer
 
@@ -50,6 +50,7 @@ class Family(NamedTuple):
         sent: how many come back.
         light: how many more of both, where it is sharded, for what each process else works out for itself.
         hidden_only: are embeddings and heads left to AdamW?
+        blocks: how weights fall into blocks that different processes can work on, if they do.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Family(NamedTuple):
     sent: int = 0
     light: tuple[int, int] = (0, 0)
     hidden_only: bool = False
+    blocks: Kronecker | None = None
 
 
 def _each(number: float) -> Callable[[Shape], float]:
@@ -95,6 +97,7 @@ def shampoo(every: int = 10, how: Kronecker = SHAMPOO, *, graft: bool = True) ->
         sent=1,
         # lengths of blocks, of the magnitude and of the step, which is here already
         light=(1, 2) if graft and how.block else (0, 0),
+        blocks=how,
     )
 
 
@@ -149,11 +152,14 @@ def cost(family: Family, weights: Sequence[Weight], devices: int, *, sharded: bo
     """
     mine = [w for w in weights if w.hidden or not family.hidden_only]
     others = [w for w in weights if not w.hidden and family.hidden_only]
-    loads, held, sizes = ([0.0] * devices for _ in range(3))
-    work = [family.work(w) for w in mine]
-    for owner, w in zip(dealt(work, loads), mine, strict=True):
-        held[owner] += family.matrices(w.shape)
-        sizes[owner] += 4.0 * prod(w.shape) if family.sent else 0.0
+    loads, held, sizes, work = ([0.0] * devices for _ in range(4))
+    jobs = [Job(w.shape, family.work(w), family.blocks) for w in mine]
+    for (owners, cut), w in zip(divided(jobs, loads), mine, strict=True):
+        shapes = [w.shape] if cut is None else [tuple(s.stop - s.start for s in box) for box in cut.boxes]
+        for owner, shape in zip(owners, shapes, strict=True):
+            held[owner] += family.matrices(shape)
+            work[owner] += family.work(w._replace(shape=shape))
+            sizes[owner] += 4.0 * prod(shape) if family.sent else 0.0
     spread = sum(family.state(w.shape) for w in mine) + sum(ADAMW.state(w.shape) for w in others)
     elsewhere, total = (devices - 1) / devices, sum(sizes)
     if sharded:
@@ -164,7 +170,7 @@ def cost(family: Family, weights: Sequence[Weight], devices: int, *, sharded: bo
         traffic = family.sent * max(sizes) * (devices - 1)  # all gather as many bytes from each as the most one has
     else:
         traffic = family.sent * 2 * total * elsewhere  # few owners: a sum with zeros, which goes round twice
-    return Cost(spread / (devices if sharded else 1) + max(held), max(loads), traffic)
+    return Cost(spread / (devices if sharded else 1) + max(held), max(work), traffic)
 
 
 def transformer(layers: int, width: int, words: int = 32_768) -> list[Weight]:

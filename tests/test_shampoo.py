@@ -33,6 +33,7 @@ from piste.matrices import (
     outer,
     root_by_eigen,
     root_by_newton,
+    triangular_products,
 )
 
 PROBLEM = random_problem([(), (5,), (6, 4), (7, 3), (6, 2, 3, 3), (1, 7), (2, 3, 4)], seed=8, steps=9)
@@ -404,6 +405,16 @@ def test_symmetric_products(n: int) -> None:
     before = rows @ rows.mT + torch.eye(n)
     found = outer(rows, before.clone().view(1, 2, n, n), beta=0.75, alpha=0.5)[0]
     torch.testing.assert_close(found, 0.75 * before + 0.5 * rows @ rows.mT, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [7, 384, 401])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_triangular_products(n: int, transposed: bool) -> None:
+    """Below and above the size from which on zeros are left out; of what is given as a transpose, too."""
+    upper = torch.randn(2, n, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64).triu()
+    x = torch.randn(2, 30, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64).mT
+    expected = (upper.mT if transposed else upper) @ x
+    torch.testing.assert_close(triangular_products(upper, x, transposed=transposed), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_decomposition_that_is_wrong_shows_in_its_residual() -> None:

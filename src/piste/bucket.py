@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from piste.codecs import Codec
-from piste.exchange import Team
+from piste.exchange import Stake, Team
 from piste.plan import Plan
 from piste.sharding import Spread
 from piste.storage import companion
@@ -41,7 +41,7 @@ class Seats(NamedTuple):
         phases: for each weight, where the thresholds of rounding begin.
         spread: how its weights lie on processes; None where they are all here.
         team: the processes that share the work of whole matrices; None where each does all of it.
-        owners: by weight, which of them works on it and keeps its matrices.
+        stakes: which of them works on which weight, or which part of it, and keeps its matrices.
         kept: what an engine derives from these tensors, under a key of its own. It lasts while they are the same
             objects and no weight has moved.
     """
@@ -57,7 +57,7 @@ class Seats(NamedTuple):
     phases: list[int]
     spread: Spread | None
     team: Team | None
-    owners: list[int]
+    stakes: list[Stake]
     kept: dict[Any, Any]
 
     @property

@@ -2,27 +2,30 @@
 
 Rules know nothing of it. Every weight whose rule calls functions of whole matrices gets an owner among the processes
 that share it, so that what each has to do in a step comes out even; the owner calls the functions and keeps the
-matrices (factors, roots, bases). Everything that goes element by element stays where it was.
+matrices (factors, roots, bases). A weight that is more than a process's share of the work, and that the functions see
+in blocks, is divided among several. Everything that goes element by element stays where it was.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from piste.costs import flops
-from piste.exchange import Exchange, Team, gathered_flat
-from piste.roster import Member, Share, real
+from piste.exchange import Box, Exchange, Stake, Team, gathered_flat
+from piste.roster import Member, real
 from piste.sharding import Spread, is_sharded, joined, local, spread_of, together
+from piste.shares import Blocks, Cut, Share
 from piste.storage import State, allocate, compute_dtype
 from piste.symbol import FULL, HOST, MATRIX, Row, Sym, compile_host, topological
 from piste.variants import Graph
 
-__all__ = ["Sharing", "check_distribute", "dealt", "whole_matrices"]
+__all__ = ["Job", "Sharing", "check_distribute", "dealt", "divided", "whole_matrices"]
 
 #: steps over which costs are averaged: far from the first, and as many as most renewals are apart
 _PROBED = range(1000, 1100)
@@ -65,6 +68,68 @@ def dealt(costs: Sequence[float], loads: list[float]) -> list[int]:
     return owners
 
 
+class Job(NamedTuple):
+    """The work on one weight: its shape, its cost, and what sees it in blocks, if anything does."""
+
+    shape: tuple[int, ...]
+    cost: float
+    blocks: Blocks | None = None
+
+
+#: the owner of a weight; or the owners of its parts, and these
+Dealt = tuple[tuple[int, ...], "Cut | None"]
+
+
+def divided(jobs: Sequence[Job], loads: list[float]) -> list[Dealt]:
+    """Who works on what. Weights that are more than an even share of all the work are divided, where blocks allow it.
+
+    Those that stay whole are dealt out first; the others fill up what that leaves uneven.
+
+    Args:
+        jobs: the weights.
+        loads: what each process has to do already; brought up to date.
+    """
+    share = (sum(job.cost for job in jobs) + sum(loads)) / len(loads)
+    cuts = [job.blocks.edges(job.shape) if job.blocks is not None and job.cost > share else None for job in jobs]
+    whole = [i for i, cut in enumerate(cuts) if cut is None]
+    found: dict[int, Dealt] = {
+        i: ((owner,), None) for i, owner in zip(whole, dealt([jobs[i].cost for i in whole], loads), strict=True)
+    }
+    for i, cut in enumerate(cuts):
+        if cut is not None:
+            found[i] = _poured(jobs[i], *cut, loads)
+    return [found[i] for i in range(len(jobs))]
+
+
+def _poured(job: Job, axis: int, edges: tuple[int, ...], loads: list[float]) -> Dealt:
+    """A weight given out so that what processes have to do comes to one level, as far as whole blocks allow."""
+    owners: list[int] = []
+    ends = [0]
+    reached = 0.0
+    for rank, room in enumerate(_rooms(loads, job.cost)):
+        reached += room
+        end = round((len(edges) - 1) * reached / job.cost)
+        if end > ends[-1]:
+            owners.append(rank)
+            ends.append(end)
+    at = tuple(edges[end] for end in ends)
+    for owner, (start, stop) in zip(owners, pairwise(at), strict=True):
+        loads[owner] += job.cost * (stop - start) / edges[-1]
+    assert job.blocks is not None
+    return tuple(owners), Cut(job.blocks, job.shape, axis, at) if len(owners) > 1 else None
+
+
+def _rooms(loads: Sequence[float], amount: float) -> list[float]:
+    """What each process takes of an amount of work that raises those with the least to one level."""
+    rising = sorted(loads)
+    level = 0.0
+    for count in range(1, len(rising) + 1):
+        level = (amount + sum(rising[:count])) / count
+        if count == len(rising) or level <= rising[count]:
+            break
+    return [max(0.0, level - load) for load in loads]
+
+
 class Sharing:
     """The owners of one optimizer's weights. Once dealt out a weight stays with its owner.
 
@@ -82,21 +147,21 @@ class Sharing:
     def deal(self, members: Sequence[Member], hp: Sequence[Mapping[str, float]]) -> list[Member]:
         """The members with their shares, and with what a checkpoint brought where it belongs."""
         fresh = [m for m in members if m.p not in self.shares]
-        costs: dict[Any, float | None] = {}
+        jobs: dict[Any, Job | None] = {}
         teams = [self._team(m.p) for m in fresh]
-        known: list[float | None] = []
+        known: list[Job | None] = []
         for m, team in zip(fresh, teams, strict=True):
             key = m.group, id(m.variants), m.p.shape
-            if team is not None and key not in costs:
-                costs[key] = _cost(m, hp[m.group])
-            known.append(None if team is None else costs[key])
+            if team is not None and key not in jobs:
+                jobs[key] = _job(m, hp[m.group])
+            known.append(None if team is None else jobs[key])
         for team in dict.fromkeys(t for t in teams if t is not None):
-            work = [i for i, t in enumerate(teams) if t is team and known[i] is not None]
+            work = [(m.p, job) for m, t, job in zip(fresh, teams, known, strict=True) if t is team and job is not None]
             if work and team.mesh is None:
-                _agree(team, [fresh[i].p for i in work])
+                _agree(team, [p for p, _ in work])
             loads = self._loads.setdefault(id(team.group), [0.0] * team.size)
-            owners = dealt([known[i] or 0.0 for i in work], loads)
-            self.shares |= {fresh[i].p: Share(team, owner) for i, owner in zip(work, owners, strict=True)}
+            parts = divided([job for _, job in work], loads)
+            self.shares |= {p: Share(team, *part) for (p, _), part in zip(work, parts, strict=True)}
         found = [m._replace(share=self.shares.get(m.p)) for m in members]
         _settle(found)
         return found
@@ -127,10 +192,10 @@ def _team_of(mesh: Any) -> Team | None:
     return Team(everybody, mesh) if mesh.size() == torch.distributed.get_world_size() else None
 
 
-def _cost(member: Member, hp: Mapping[str, float]) -> float | None:
+def _job(member: Member, hp: Mapping[str, float]) -> Job | None:
     """Operations that functions of whole matrices take in a step on a weight, on average; None if it needs none."""
     shape = tuple(real(member.p).shape)
-    states = any(s.kind_of(member.p.ndim) == MATRIX for s in member.states.values())
+    states = [s for s in member.states.values() if s.kind_of(member.p.ndim) == MATRIX]
     first = member.variants.graph(Row(hp, member.state.get("step", 0) + 1), shape)
     if not member.p.numel() or not (states or _opaques(first)):
         return None
@@ -139,7 +204,18 @@ def _cost(member: Member, hp: Mapping[str, float]) -> float | None:
         return None
     last = dict(zip(graphs, _PROBED, strict=True))
     per_graph = {g: _graph_cost(g, Row(hp, t, shape)) for g, t in last.items()}
-    return sum(per_graph[g] for g in graphs) / len(graphs)
+    cost = sum(per_graph[g] for g in graphs) / len(graphs)
+    # all that is called, and all that is kept, has to belong to the same blocks
+    calls = [sym.attr[0] for graph in {first, *graphs} for sym in _opaques(graph)]
+    blocks = {id(found): found for found in (_blocks(x) for x in (*calls, *(s.start for s in states)))}
+    (only, *others) = blocks.values()
+    return Job(shape, cost, None if others else only)
+
+
+def _blocks(function: Any) -> Blocks | None:
+    """What cuts weights into the blocks of which a function sees each alone; None if it sees weights."""
+    found = getattr(function, "blocks", None) or getattr(function, "__self__", None)
+    return found if hasattr(found, "edges") and hasattr(found, "places") else None
 
 
 def _opaques(graph: Graph) -> list[Sym]:
@@ -206,25 +282,37 @@ def _expected(member: Member, state: State) -> tuple[tuple[int, ...], torch.dtyp
     return tuple(there.shape), state.dtype or compute_dtype(member.p.dtype)
 
 
+def _stakes(entries: Sequence[tuple[Member, Sequence[int]]]) -> tuple[list[Stake], list[Box]]:
+    """Who keeps which part of these matrices, of members and shapes; and where each is in what its owner keeps."""
+    pairs = [m.share.matrix_stakes(i, shape) for i, (m, shape) in enumerate(entries) if m.share is not None]
+    return [stake for same in pairs for stake, _ in same], [box for same in pairs for _, box in same]
+
+
 def _settle(members: Sequence[Member]) -> None:
     """Bring whole matrices, as checkpoints hold them, to their owners, and nobody else."""
     parted: dict[Any, list[tuple[Member, str]]] = {}
-    for m, name, _ in _matrices(members):
+    for m, name, state in _matrices(members):
         kept = m.state[name]
         if m.share is None:
             m.state[name] = kept.full_tensor() if is_sharded(kept) else kept
         elif is_sharded(kept):
             parted.setdefault((m.share.team, spread_of(kept), kept.dtype), []).append((m, name))
-        elif not m.share.mine and kept.numel():
-            m.state[name] = kept.new_empty(0)
+        elif m.share.mine is None:
+            m.state[name] = kept.new_empty(0) if kept.numel() else kept
+        elif m.share.cut is not None and tuple(kept.shape) == _expected(m, state)[0]:
+            stakes, _ = _stakes([(m, kept.shape)])
+            m.state[name] = torch.cat([kept[box] for _, owner, box in stakes if owner == m.share.team.rank])
     for (team, spread, _), entries in parted.items():
         kept = [m.state[name] for m, name in entries]
-        owners = [m.share.owner for m, _ in entries if m.share is not None]
-        exchange = Exchange(team, spread, [x.shape for x in kept], owners, "the first step from a checkpoint")
+        stakes, _ = _stakes([(m, x.shape) for (m, _), x in zip(entries, kept, strict=True)])
+        exchange = Exchange(team, spread, [x.shape for x in kept], stakes, "the first step from a checkpoint")
         (wholes,) = exchange.to_owners([[local(x) for x in kept]])
-        there = dict(zip(exchange.mine, wholes, strict=True))
+        there: dict[int, list[Tensor]] = {}
+        for i, whole in zip(exchange.mine, wholes, strict=True):
+            there.setdefault(stakes[i].weight, []).append(whole)
         for i, (m, name) in enumerate(entries):
-            m.state[name] = there.get(i, local(kept[i]).new_empty(0))
+            own = there.get(i, [local(kept[i]).new_empty(0)])
+            m.state[name] = torch.cat(own) if len(own) > 1 else own[0]
 
 
 def whole_matrices(members: Sequence[Member]) -> dict[Tensor, dict[str, Tensor]]:
@@ -244,12 +332,12 @@ def whole_matrices(members: Sequence[Member]) -> dict[Tensor, dict[str, Tensor]]
             alike.setdefault((m.share.team, dtype, parted), []).append((m, name, shape))
     for (team, _, parted), entries in alike.items():
         spread = Spread(team.mesh, (Shard(0),) * team.mesh.ndim) if parted else None
-        owners = [m.share.owner for m, _, _ in entries if m.share is not None]
+        stakes, boxes = _stakes([(m, shape) for m, _, shape in entries])
         shapes = [shape for _, _, shape in entries]
-        exchange = Exchange(team, spread, shapes, owners, "state_dict() of an optimizer that shares its work")
-        like = entries[0][0].state[entries[0][1]]
-        own = [entries[i][0].state[entries[i][1]] for i in exchange.mine]
-        (parts,) = exchange.from_owners([own], like).wait()
+        exchange = Exchange(team, spread, shapes, stakes, "state_dict() of an optimizer that shares its work")
+        kept = [m.state[name] for m, name, _ in entries]
+        own = [kept[stakes[i].weight][boxes[i]] for i in exchange.mine]
+        (parts,) = exchange.from_owners([own], kept[0]).wait()
         for (m, name, shape), part in zip(entries, parts, strict=True):
             found.setdefault(m.p, {})[name] = part.clone() if spread is None else joined(part, spread, shape)
     return found

@@ -200,6 +200,45 @@ class Kronecker:
         """That of a weight of this shape."""
         return _layout(self, tuple(shape))
 
+    def edges(self, shape: Sequence[int]) -> tuple[int, tuple[int, ...]] | None:
+        """The first axis of a weight on which there are several blocks, and where on it blocks begin and end.
+
+        A part between two edges has, as a weight of its own, the same blocks, exponents and factors. None where there
+        is no such axis, or where which axes have factors depends on how long they are.
+        """
+        if self.block is None or self.longest is not None or self.one_sided:
+            return None
+        axes = self.layout(shape).shape
+        first = next((i for i, n in enumerate(axes) if n > self.block), None)
+        if first is None:
+            return None
+        n, before = axes[first], prod(axes[:first])
+        axis = next((i for i, m in enumerate(shape) if m == n and prod(shape[:i]) == before), None)
+        if axis is None:  # neighbours were merged into it
+            return None
+        edges = [*range(0, n, self.block), n]
+
+        def alike(rows: int) -> bool:
+            part = (*shape[:axis], rows, *shape[axis + 1 :])
+            return self.layout(part).shape == (*axes[:first], rows, *axes[first + 1 :])
+
+        if not alike(n - edges[-2]):  # a short rest would be merged with the next axis
+            del edges[-2]
+        return (axis, tuple(edges)) if alike(self.block) else None
+
+    def places(self, shape: Sequence[int], rows: slice) -> list[slice]:
+        """Where the factors of a part between two of those edges are among all, in the order of the part's own."""
+        layout = self.layout(shape)
+        first = next(i for i, n in enumerate(layout.shape) if self.block is not None and n > self.block)
+        found: list[slice] = []
+        for alike in layout.kinds:
+            box, size = alike.box[first], alike.shape[first]
+            low, high = ((min(max(at, box.start), box.stop) - box.start) // size for at in (rows.start, rows.stop))
+            for axis, start in alike.starts.items():
+                each = prod(alike.counts[first + 1 :]) * alike.shape[axis] ** 2
+                found.append(slice(start + low * each, start + high * each))
+        return [place for place in found if place.start < place.stop]
+
     def zeros(self, weight: Tensor) -> Tensor:
         """Factors of zero for a weight."""
         return torch.zeros(self.layout(weight.shape).total, device=weight.device)
@@ -383,7 +422,7 @@ def rooting(how: Kronecker, method: str, relative: bool) -> Work:
 
         return _renewed(how, flat, old, shape, "inverse roots", renew)
 
-    return Work(roots, partial(_held, how, 10 if method == "newton" else 3), renews=True)
+    return Work(roots, partial(_held, how, 10 if method == "newton" else 3), renews=True, blocks=how)
 
 
 @cache
@@ -405,7 +444,7 @@ def rebasing(how: Kronecker, method: str) -> Work:
     def bases(flat: Tensor, old: Tensor, *shape: float) -> Tensor:
         return _renewed(how, flat, old, shape, "eigenbases", renew)
 
-    return Work(bases, partial(_held, how, 3), renews=True)
+    return Work(bases, partial(_held, how, 3), renews=True, blocks=how)
 
 
 def _rising(stack: Tensor, old: Tensor) -> tuple[Tensor, int]:

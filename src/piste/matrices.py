@@ -38,6 +38,8 @@ __all__ = [
     "root_by_eigen",
     "root_by_newton",
     "symmetric_product",
+    "symmetric_products",
+    "triangular_products",
 ]
 
 #: odd polynomials ``a x + b x^3 + c x^5`` of singular values, one triple for each iteration; the last one repeats
@@ -66,12 +68,14 @@ class Work:
             what it takes and gives.
         renews: it works out anew what steps without it only use: roots, bases.
         recordable: nothing in it waits for the device, so that a CUDA graph can record it.
+        blocks: what cuts weights into the blocks of which it sees each alone (:class:`piste.shares.Blocks`), if any.
     """
 
     call: Callable[..., Tensor]
     held: Callable[[Sequence[int], int], int]
     renews: bool = False
     recordable: bool = False
+    blocks: Any = None
 
     def __call__(self, *values: Any) -> Tensor:
         return self.call(*values)
@@ -83,7 +87,7 @@ class Work:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Products that are symmetric
+# Products that are symmetric, or of triangular matrices
 
 #: columns that are worked out at once; below three times as many, a whole product is as fast
 _PANEL = 128
@@ -108,7 +112,7 @@ def symmetric_product(
     return out
 
 
-def _symmetric_products(
+def symmetric_products(
     a: Tensor, b: Tensor, plus: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0
 ) -> Tensor:
     """The same of stacks, as a new one."""
@@ -124,9 +128,24 @@ def outer(rows: Tensor, out: Tensor, *, plus: Tensor | None = None, beta: float 
     """``beta * plus + alpha * X X^T`` for each X of a stack, into ``out``: matrices with any leading axes, in order."""
     plus = out if plus is None else plus
     if not _halves(rows.shape[-2], rows.device):
-        return out.copy_(_symmetric_products(rows, rows.mT, plus.flatten(0, -3), beta, alpha).view(out.shape))
+        return out.copy_(symmetric_products(rows, rows.mT, plus.flatten(0, -3), beta, alpha).view(out.shape))
     for at, x in zip(product(*map(range, out.shape[:-2])), rows, strict=True):
         symmetric_product(x, x.mT, out[at], plus=plus[at], beta=beta, alpha=alpha)
+    return out
+
+
+def triangular_products(upper: Tensor, x: Tensor, *, transposed: bool = False) -> Tensor:
+    """``U X`` for a stack of upper triangular U, or ``U^T X``; panel by panel without the zeros, where that pays."""
+    n = upper.shape[-1]
+    if not _halves(n, upper.device):
+        return (upper.mT if transposed else upper) @ x
+    out = x.new_empty(x.shape)
+    for start in range(0, n, _PANEL):
+        end = min(n, start + _PANEL)
+        if transposed:
+            torch.bmm(upper[:, :end, start:end].mT, x[:, :end], out=out[:, start:end])
+        else:
+            torch.bmm(upper[:, start:end, start:], x[:, start:], out=out[:, start:end])
     return out
 
 
@@ -145,8 +164,8 @@ _RESTART = 3
 def _by_products(x: Tensor, triples: _Triples) -> Tensor:
     """The iteration as it is written: ``(a I + b G + c G^2) X`` with ``G = X X^T``."""
     for a, b, c in triples:
-        gram = _symmetric_products(x, x.mT)
-        x = torch.baddbmm(x, _symmetric_products(gram, gram, gram, b, c), x, beta=a)
+        gram = symmetric_products(x, x.mT)
+        x = torch.baddbmm(x, symmetric_products(gram, gram, gram, b, c), x, beta=a)
     return x
 
 
@@ -159,14 +178,14 @@ def _by_gram(x: Tensor, triples: _Triples) -> Tensor:
     """
     for start in range(0, len(triples), _RESTART):
         part = triples[start : start + _RESTART]
-        gram = _symmetric_products(x, x.mT)
+        gram = symmetric_products(x, x.mT)
         every = x.new_empty(0)
         for i, (a, b, c) in enumerate(part):
-            z = _symmetric_products(gram, gram, gram, b, c)
+            z = symmetric_products(gram, gram, gram, b, c)
             z.diagonal(dim1=-2, dim2=-1).add_(a)
-            every = _symmetric_products(z, every) if i else z
+            every = symmetric_products(z, every) if i else z
             if i + 1 < len(part):
-                gram = _symmetric_products(_symmetric_products(z, gram), z)
+                gram = symmetric_products(symmetric_products(z, gram), z)
         x = every @ x
     return x
 

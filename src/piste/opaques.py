@@ -1,8 +1,8 @@
 """Calls the opaque functions of a stage on the weights of a bucket, those of equal shapes (and host numbers) at once.
 
-They see whole weights. Where a bucket has a team, the owner of a weight calls them, and all get what they need of the
-results in one collective, which may still be under way when this returns. Else every process calls them for all
-weights, on weights gathered first where they are spread over processes.
+They see whole weights, or parts that are like weights of their own. Where a bucket has a team, who owns a weight or a
+part calls them, and all get what they need of the results in one collective, which may still be under way when this
+returns. Else every process calls them for all weights, on weights gathered first where they are spread over processes.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def call_opaques(bucket: Bucket, opaques: Sequence[Sym]) -> Callable[[], None] |
         return None
     if bucket.seats.team is not None:
         return _call_shared(bucket, opaques)
-    everybody = range(len(bucket))
     spread = bucket.seats.spread
     for sym in opaques:
-        results = _call(bucket, sym, {a: _whole(bucket, a) for a in sym.args if a.kind != HOST}, everybody)
+        taken = {a: _whole(bucket, a) for a in sym.args if a.kind != HOST}
+        results = _call(bucket, sym, taken, _numbers(bucket, sym))
         cut = spread is not None and sym.kind == FULL
         bucket.values[sym] = [part_of(x, spread) for x in results] if cut and spread is not None else results
     return None
@@ -54,26 +54,33 @@ def _whole(bucket: Bucket, sym: Sym) -> Sequence[Tensor]:
     return [gathered(x, spread, shape) for x, shape in zip(values, bucket.seats.shapes, strict=True)]
 
 
-def _call(bucket: Bucket, sym: Sym, taken: Mapping[Sym, Sequence[Tensor]], members: Sequence[int]) -> list[Tensor]:
-    """Call one function for some weights.
+def _numbers(bucket: Bucket, sym: Sym) -> list[tuple[float, ...]]:
+    """The host numbers of a call, by weight."""
+    table = list(map(bucket.plan.numbers_of[sym], bucket.rows))
+    return [table[row] for row in bucket.row_of]
+
+
+def _call(
+    bucket: Bucket, sym: Sym, taken: Mapping[Sym, Sequence[Tensor]], numbers: Sequence[tuple[float, ...]]
+) -> list[Tensor]:
+    """Call one function for some weights, or parts of them.
 
     Args:
         bucket: of the weights.
         sym: the call.
-        taken: its tensor arguments, one for each of ``members``.
-        members: the weights, by their place in the bucket.
+        taken: its tensor arguments, one for each of them.
+        numbers: its host numbers, likewise.
     """
     function, batched = sym.attr
-    numbers = list(map(bucket.plan.numbers_of[sym], bucket.rows))
     columns = [taken[a] for a in sym.args if a.kind != HOST]
     alike: dict[Any, list[int]] = {}
-    for i, member in enumerate(members):
-        key = i if not batched else (numbers[bucket.row_of[member]], *(values[i].shape for values in columns))
+    for i, own in enumerate(numbers):
+        key = i if not batched else (own, *(values[i].shape for values in columns))
         alike.setdefault(key, []).append(i)
-    results: list[Tensor] = [torch.empty(0)] * len(members)
+    results: list[Tensor] = [torch.empty(0)] * len(numbers)
     most = _MOST_STACKED_ON_CPU if bucket.device.type == "cpu" else _MOST_STACKED
     for run in (run for same in alike.values() for run in _runs(same, columns, most)):
-        given = iter(numbers[bucket.row_of[members[run[0]]]])
+        given = iter(numbers[run[0]])
         tensors = (_stacked([v[i] for i in run]) if batched else v[run[0]] for v in columns)
         out = function(*(next(given) if a.kind == HOST else next(tensors) for a in sym.args))
         for i, result in zip(run, out if batched else [out], strict=True):
@@ -103,16 +110,16 @@ def _call_shared(bucket: Bucket, opaques: Sequence[Sym]) -> Callable[[], None] |
     for sym in opaques:
         if _is_everybodys(bucket, sym):
             taken = {a: bucket.values[a] for a in sym.args if a.kind != HOST}
-            bucket.values[sym] = _call(bucket, sym, taken, range(len(bucket)))
+            bucket.values[sym] = _call(bucket, sym, taken, _numbers(bucket, sym))
         else:
             owned.append(sym)
     _bring(bucket, exchange, owned)
     leaving: dict[Sym, list[Tensor]] = {}
     for sym in owned:
         taken = {a: _of_mine(bucket, exchange, a) for a in sym.args if a.kind != HOST}
-        results = _call(bucket, sym, taken, exchange.mine)
+        results = _call(bucket, sym, taken, _numbers_of_mine(bucket, exchange, sym))
         if sym.kind == MATRIX:
-            here = dict(zip(exchange.mine, results, strict=True))
+            here = dict(zip((exchange.stakes[i].weight for i in exchange.mine), results, strict=True))
             nothing = torch.empty(0, dtype=bucket.dtype, device=bucket.device)
             bucket.values[sym] = [here.get(i, nothing) for i in range(len(bucket))]
         else:
@@ -136,7 +143,7 @@ def _exchange(bucket: Bucket) -> Exchange:
     seats = bucket.seats
     if "exchange" not in seats.kept:
         assert seats.team is not None
-        seats.kept["exchange"] = Exchange(seats.team, seats.spread, seats.shapes, seats.owners)
+        seats.kept["exchange"] = Exchange(seats.team, seats.spread, seats.shapes, seats.stakes)
     found: Exchange = seats.kept["exchange"]
     return found
 
@@ -167,5 +174,21 @@ def _bring(bucket: Bucket, exchange: Exchange, opaques: Sequence[Sym]) -> None:
 
 
 def _of_mine(bucket: Bucket, exchange: Exchange, sym: Sym) -> list[Tensor]:
-    """The values of the weights that are owned here, whole."""
-    return bucket.wholes[sym] if sym in bucket.wholes else [bucket.values[sym][i] for i in exchange.mine]
+    """The values of what is owned here, whole; a matrix is never kept for more than that."""
+    if sym in bucket.wholes:
+        return bucket.wholes[sym]
+    values = bucket.values[sym]
+    if sym.kind == MATRIX:
+        return [values[exchange.stakes[i].weight] for i in exchange.mine]
+    return exchange.of_mine(values)
+
+
+def _numbers_of_mine(bucket: Bucket, exchange: Exchange, sym: Sym) -> list[tuple[float, ...]]:
+    """The host numbers of a call for what is owned here: for a part of a weight those of a weight of its shape."""
+    everybodys, host = _numbers(bucket, sym), bucket.plan.numbers_of[sym]
+    found = []
+    for stake in (exchange.stakes[i] for i in exchange.mine):
+        is_part = stake.shape != bucket.seats.shapes[stake.weight]
+        row = bucket.rows[bucket.row_of[stake.weight]]
+        found.append(host(row.at(stake.shape)) if is_part else everybodys[stake.weight])
+    return found

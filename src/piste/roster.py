@@ -23,14 +23,14 @@ from torch import Tensor
 from piste.bucket import Bucket, Seats, beside
 from piste.codecs import STRIDE, Codec
 from piste.device_numbers import Clock, Counters, recording
-from piste.exchange import Team
 from piste.plan import Plan, build
 from piste.sharding import first_element, is_sharded, local, matching, spread_of
+from piste.shares import Share
 from piste.storage import PLAIN, Formats, State, codec_for, companion, compute_dtype, keep_rest, stored, weight_codec
 from piste.symbol import Row
 from piste.variants import Graph, Variants
 
-__all__ = ["Member", "Roster", "Share", "Sorted", "plans_built", "real"]
+__all__ = ["Member", "Roster", "Sorted", "plans_built", "real"]
 
 _PLANS: dict[tuple[Graph, tuple[tuple[str, int], ...]], Plan] = {}
 _MOST_LAYOUTS = 32  # Lookahead's phases and patterns of missing gradients; beyond that, sorting anew costs less
@@ -42,17 +42,6 @@ _dtype, _device, _is_cpu = attrgetter("dtype"), attrgetter("device"), attrgetter
 def plans_built() -> int:
     """How many plans exist in this process. Training builds its plans in the first steps and none after."""
     return len(_PLANS)
-
-
-class Share(NamedTuple):
-    """Who works on a weight: a process of a team, by its rank there."""
-
-    team: Team
-    owner: int
-
-    @property
-    def mine(self) -> bool:
-        return self.owner == self.team.rank
 
 
 class Member(NamedTuple):
@@ -222,8 +211,9 @@ class Roster:
             for i in members:
                 if name not in self.states[i]:
                     m = self.members[i]
-                    elsewhere = m.share is not None and not m.share.mine
-                    m.state.update(stored(name, m.states[name], real(m.p), m.formats, elsewhere=elsewhere))
+                    elsewhere = m.share is not None and m.share.mine is None
+                    part = None if m.share is None else m.share.shape
+                    m.state.update(stored(name, m.states[name], real(m.p), m.formats, elsewhere=elsewhere, part=part))
         for i in () if self.plain else members:
             m = self.members[i]
             keep_rest(m.p, m.formats.weights, m.state)
@@ -277,11 +267,13 @@ class Roster:
                 homes[beside(home)] = self._here(map(itemgetter(companion(home.removeprefix("state."))), states))
         shares = [self.members[i].share for i in members]
         team = shares[0].team if shares[0] is not None else None
+        shapes = _pick(self.shapes, members)
+        stakes = [x for i, share in enumerate(shares) if share is not None for x in share.stakes(i, shapes[i])]
         seats = Seats(
             plan, weights[0].device, compute_dtype(homes["p"][0].dtype), homes,
-            _pick(self.groups, members), _pick(self.shapes, members), _addresses(weights),
+            _pick(self.groups, members), shapes, _addresses(weights),
             codecs, [self._phase(i) for i in members] if codecs else [], spread_of(self.members[members[0]].p),
-            team, [share.owner for share in shares if share is not None], {},
+            team, stakes, {},
         )  # fmt: skip
         if self.counters is not None:
             seats.kept["clock"] = self.counters.clock(members)

@@ -213,10 +213,24 @@ def companion(name: str) -> str:
     return "p.rest" if name == "p" else f"{name}.scale"
 
 
-def stored(name: str, state: State, weight: Tensor, formats: Formats, *, elsewhere: bool = False) -> dict[str, Tensor]:
-    """A fresh state as it is kept: one tensor, or codes and scales; a matrix that is kept elsewhere is nothing."""
-    if elsewhere and state.kind_of(weight.ndim) == MATRIX:
-        return {name: local(weight).new_empty(0, dtype=state.dtype or compute_dtype(weight.dtype))}
+def stored(
+    name: str,
+    state: State,
+    weight: Tensor,
+    formats: Formats,
+    *,
+    elsewhere: bool = False,
+    part: tuple[int, ...] | None = None,
+) -> dict[str, Tensor]:
+    """A fresh state as it is kept: one tensor, or codes and scales.
+
+    A matrix that is kept elsewhere is nothing, and where only part of the weight, of this shape, is worked on here, it
+    is that of the part.
+    """
+    if state.kind_of(weight.ndim) == MATRIX:
+        if elsewhere:
+            return {name: local(weight).new_empty(0, dtype=state.dtype or compute_dtype(weight.dtype))}
+        weight = weight if part is None else local(weight).new_empty(()).expand(part)
     codec = codec_for(state, weight, formats.state)
     if codec is None:
         return {name: allocate(state, weight)}

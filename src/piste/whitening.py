@@ -18,7 +18,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from piste.matrices import full_precision
+from piste.matrices import full_precision, symmetric_products, triangular_products
 
 __all__ = ["Whitening", "whitening"]
 
@@ -78,7 +78,7 @@ class Whitening:
         axes = self.axes(stack.shape[1:])
         x = stack.reshape(len(stack), *axes)
         for axis, q in enumerate(self.factors(flat, axes)):
-            x = _along(q.mT if q.ndim == 3 else q, _along(q, x, axis), axis)
+            x = _from_rows(_whitened(q, _rows(x, axis)), x, axis)
         return x.reshape(stack.shape)
 
     def fitted(self, stack: Tensor, flat: Tensor, rate: float, seed: float, step: float, balance: float) -> Tensor:
@@ -133,10 +133,19 @@ def _from_rows(rows: Tensor, like: Tensor, axis: int) -> Tensor:
     return rows.reshape(like.movedim(axis + 1, 1).shape).movedim(1, axis + 1)
 
 
+def _whitened(q: Tensor, rows: Tensor) -> Tensor:
+    """Multiplied by ``Q^T Q``, which is worked out first where rows are so long that it takes less."""
+    if q.ndim == 2:
+        return q.square()[:, :, None] * rows
+    if 2 * q.shape[-1] <= rows.shape[-1]:
+        return symmetric_products(q.mT, q) @ rows
+    return triangular_products(q, triangular_products(q, rows), transposed=True)
+
+
 def _along(q: Tensor, x: Tensor, axis: int) -> Tensor:
-    """Multiplied along an axis by a matrix, or by the diagonal of one."""
+    """Multiplied along an axis by a factor."""
     rows = _rows(x, axis)
-    return _from_rows(q @ rows if q.ndim == 3 else q[:, :, None] * rows, x, axis)
+    return _from_rows(triangular_products(q, rows) if q.ndim == 3 else q[:, :, None] * rows, x, axis)
 
 
 def _solved(q: Tensor, x: Tensor, axis: int) -> Tensor:
@@ -161,9 +170,9 @@ def _step_diagonal(q: Tensor, a: Tensor, b: Tensor, rate: float) -> None:
 
 
 def _step_triangular(q: Tensor, a: Tensor, b: Tensor, rate: float) -> None:
-    seen, wanted = a @ a.mT, b @ b.mT
+    seen, wanted = symmetric_products(a, a.mT), symmetric_products(b, b.mT)
     size = _spectral_norm_at_least(seen + wanted).clamp(min=torch.finfo(q.dtype).tiny)
-    q.sub_((rate * torch.triu(seen - wanted) / size[:, None, None]) @ q)
+    q.sub_(triangular_products(rate * torch.triu(seen - wanted) / size[:, None, None], q))
 
 
 def _spectral_norm_at_least(stack: Tensor) -> Tensor:
