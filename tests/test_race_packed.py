@@ -221,7 +221,9 @@ def drawing(draws: Callable[[int], Any], seen: list[Any], every: int) -> Task:
 
 @pytest.mark.parametrize("every", [1, 7])
 @pytest.mark.parametrize(
-    "draw", [lambda _: random.random(), lambda _: np.random.rand(), lambda _: float(torch.rand(()))], ids=str
+    "draw",
+    [lambda _: random.random(), lambda _: np.random.rand(), lambda _: float(torch.rand(()))],
+    ids=["random", "numpy", "torch"],
 )
 def test_steps_are_seeded_wherever_they_draw(draw: Callable[[int], Any], every: int) -> None:
     """Also where the first draw comes late, after steps that seemed to need no seeds."""
