@@ -17,7 +17,7 @@ import interpreter
 import torch
 from conformance import distributed
 from conformance.matrix import Promise, promises
-from conformance.subjects import INTERPRETED, Subject, subjects
+from conformance.subjects import Subject, subjects
 
 from piste.registry import OPTIMIZERS
 
@@ -36,10 +36,9 @@ the registry, with and without gradient centralization where that can play a par
 round AdamW and `Graft` of Adam and SGD. A new optimizer joins the table by joining the registry.
 
 **R** kept on the reference engine · **F** on foreach · **N** on cpp (native code) · **T** on triton, interpreted on the
-CPU, where each operation of a kernel is a call of Python: with every optimizer, or with {interpreted} where
-that would take too long (`make test-gpu` runs all of it on a GPU) · **C** on compile, where it is tried
-(each shape costs seconds) · **✓** kept, and the engine plays no part · **✗** broken · — does not apply (see below the
-table).
+CPU with small weights, for each operation of a kernel is a call of Python there (`make test-gpu` runs all of it on a
+GPU) · **C** on compile, where it is tried (each shape costs seconds) · **✓** kept, and the engine plays no part ·
+**✗** broken · — does not apply (see below the table).
 
 This page is written by `python tests/conformance_table.py`, which runs all of it; a test fails when the page and the
 registry differ.
@@ -90,8 +89,7 @@ def _row(cells_: list[str]) -> str:
 def page(results: Results) -> str:
     """The whole page."""
     columns = _columns()
-    introduction = INTRODUCTION.format(interpreted=", ".join(INTERPRETED))
-    lines = [introduction, _row(["promise", *columns]), _row(["---", *[":-:"] * len(columns)])]
+    lines = [INTRODUCTION, _row(["promise", *columns]), _row(["---", *[":-:"] * len(columns)])]
     lines += [_row([p.title, *(_mark(results, p, c) for c in columns)]) for p in promises()]
     lines += [_row([title, *(_way_mark(results, title, c) for c in columns)]) for title in distributed.WAYS]
     lines += ["", NOT_YET]

@@ -18,6 +18,8 @@ LOW = piste.STATE_FORMATS[1:]
 STEPS = 8  # across a synchronisation of Lookahead
 #: above and below the size from which codes are used, one of them with a block that is cut off
 SHAPES = ((70, 61), (5, 7, 11, 13), (4200,), (30, 4))
+#: what Triton's interpreter is given
+FEW = ((70, 61), (30, 4), (40,))
 #: a sign that turns is a whole step, an estimate from all weights feels every one of them, and an inverse root makes
 #: most of directions with the least in them
 SENSITIVE = {"Lion", "Prodigy", "Shampoo"}
@@ -25,14 +27,15 @@ NO_MOMENTS = dict.fromkeys(("MADGRAD", "MirrorMADGRAD", "ScheduleFreeSGD"), "kee
 
 
 @cache
-def _numbers(dtype: torch.dtype) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
-    """Weights, and gradients of each step, that float32 and bfloat16 both hold exactly."""
+def _numbers(dtype: torch.dtype, count: int) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
+    """So many weights, and gradients of each step, that float32 and bfloat16 both hold exactly."""
+    (shapes,) = (each for each in (SHAPES, FEW) if len(each) == count)
     generator = torch.Generator().manual_seed(5)
 
     def draw(shape: tuple[int, ...], size: float) -> torch.Tensor:
         return (torch.randn(shape, generator=generator) * size).bfloat16().to(dtype)
 
-    return [draw(s, 1.0) for s in SHAPES], [[draw(s, 0.1) for s in SHAPES] for _ in range(STEPS)]
+    return [draw(s, 1.0) for s in shapes], [[draw(s, 0.1) for s in shapes] for _ in range(STEPS)]
 
 
 def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -41,9 +44,11 @@ def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def _made(
-    subject: Subject, engine: str, dtype: torch.dtype = torch.float32, **options: Any
+    subject: Subject, engine: str, dtype: torch.dtype = torch.float32, *, to: str = "", **options: Any
 ) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
-    params = [torch.nn.Parameter(w.clone()) for w in _numbers(dtype)[0]]
+    """Weights and their optimizer, to be compared with those of another engine, where one is named."""
+    shapes = FEW if "triton" in (engine, to) else SHAPES
+    params = [torch.nn.Parameter(w.clone()) for w in _numbers(dtype, len(shapes))[0]]
     return params, subject.make(params, engine, **({"lr": 0.01} | options))
 
 
@@ -51,17 +56,17 @@ def _steps(params: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimize
     for step in steps:
         for i, p in enumerate(params):
             missing = i == 2 and step in (0, 1, 5)  # a weight that wakes late, and one that rests
-            p.grad = None if missing else _numbers(p.dtype)[1][step][i].clone()
+            p.grad = None if missing else _numbers(p.dtype, len(params))[1][step][i].clone()
         optimizer.step()
 
 
-@promise("state in bf16, 8 and 4 bits: engines agree", not_for=NO_MOMENTS, gc=False, costly=True)
+@promise("state in bf16, 8 and 4 bits: engines agree", not_for=NO_MOMENTS, gc=False)
 def low_bits(subject: Subject, engine: str) -> None:
     """Held against the reference engine, and that against float32 state, as far as the format allows.
 
     A code may fall on the other side of a threshold where engines differ in the last bit of float32, which is rare.
     """
-    whole, optimizer = _made(subject, "reference")
+    whole, optimizer = _made(subject, "reference", to=engine)
     _steps(whole, optimizer, range(STEPS))
     more = 10.0 if subject.name in SENSITIVE else 1.0
     for form, gap in zip(LOW, (3e-3, 6e-2, 0.6), strict=True):
@@ -69,14 +74,14 @@ def low_bits(subject: Subject, engine: str) -> None:
         _steps(params, optimizer, range(STEPS))
         expected = whole
         if engine != "reference":
-            expected, reference = _made(subject, "reference", state=form)
+            expected, reference = _made(subject, "reference", to=engine, state=form)
             _steps(expected, reference, range(STEPS))
-        for p, e, start in zip(params, expected, _numbers(torch.float32)[0], strict=True):
+        for p, e, start in zip(params, expected, _numbers(torch.float32, len(params))[0], strict=True):
             error = _apart(p, e) / _apart(e, start)
             assert error <= more * (gap if engine == "reference" else 2e-3), (form, tuple(p.shape), error)
 
 
-@promise("codes and scales resume bitwise", not_for=NO_MOMENTS, gc=False, costly=True)
+@promise("codes and scales resume bitwise", not_for=NO_MOMENTS, gc=False)
 def low_bits_resume(subject: Subject, engine: str) -> None:
     """Saved, loaded and deep-copied in the middle; the thresholds of rounding go on where they were."""
     for form in LOW:
@@ -93,7 +98,7 @@ def low_bits_resume(subject: Subject, engine: str) -> None:
         assert_identical([p.detach() for p in copied], [p.detach() for p in straight])
 
 
-@promise("bfloat16 weights with remainder are float32 weights", gc=False, costly=True)
+@promise("bfloat16 weights with remainder are float32 weights", gc=False)
 def remainder(subject: Subject, engine: str) -> None:
     """Bit by bit what float32 weights become under the same gradients; the weights themselves are the nearest ones.
 
@@ -105,14 +110,14 @@ def remainder(subject: Subject, engine: str) -> None:
     params, optimizer = _made(subject, engine, torch.bfloat16, weights="remainder")
     _steps(params, optimizer, range(STEPS))
     inner = optimizer.optimizer if subject.wrapped else optimizer  # type: ignore[attr-defined]
-    for p, e, start in zip(params, full, _numbers(torch.float32)[0], strict=True):
+    for p, e, start in zip(params, full, _numbers(torch.float32, len(params))[0], strict=True):
         found = inner.full_precision(p)
         exact = engine != "foreach" and not subject.reduces
         assert torch.equal(found, e) or (not exact and _apart(found, e) <= 1e-3 * _apart(e, start))
         assert not exact or ((p.float() - e).abs() <= e.abs() * 2.0**-8).all()
 
 
-@promise("stochastic and Kahan bfloat16 weights follow float32 ones", gc=False, costly=True)
+@promise("stochastic and Kahan bfloat16 weights follow float32 ones", gc=False)
 def bfloat16_weights(subject: Subject, engine: str) -> None:
     """Kahan to 16 bits; stochastic rounding without bias: over thousands of numbers the errors cancel."""
     full, optimizer = _made(subject, engine)

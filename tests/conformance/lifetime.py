@@ -121,7 +121,7 @@ def load_copies(subject: Subject, engine: str) -> None:
     assert_identical(saved, kept)
 
 
-@promise("names are saved and matched on load in any order", gc=False, costly=True)
+@promise("names are saved and matched on load in any order", gc=False)
 def names(subject: Subject, engine: str) -> None:
     weights = weights_of(DENSE)
     named = [(f"layer{i}.weight", p) for i, p in enumerate(weights)]
@@ -168,12 +168,7 @@ def _without_empty_entries(seen: dict[str, Any]) -> dict[str, Any]:
     return seen | {"state_dict": saved | {"state": state}}
 
 
-@promise(
-    "a step without any gradient changes nothing",
-    not_for_wrappers="it counts steps of the model",
-    gc=False,
-    costly=True,
-)
+@promise("a step without any gradient changes nothing", not_for_wrappers="it counts steps of the model", gc=False)
 def no_gradients(subject: Subject, engine: str) -> None:
     """Before the first gradient and between others; also with clipping, whose norm is then of nothing."""
     for options in ({}, {"clip_norm": 0.5}, {"nonfinite": "skip"}, {"nonfinite": "raise"}):

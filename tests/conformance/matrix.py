@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from conformance.subjects import ENGINES, INTERPRETED, Subject
+from conformance.subjects import ENGINES, Subject
 
 # What makes weights depend on each other by definition.
 ONE_ESTIMATE = {"Prodigy": "one estimate for all weights"}
@@ -32,8 +32,6 @@ class Promise:
     # ... and there with gradient centralization turned round, too? Its code is one walk over whatever plan there is,
     # Inductor takes seconds for each, and `engines_agree` has all of them.
     compiled_turned: bool = False
-    # Under Triton's interpreter with three optimizers alone, not with all: it takes a second or more for each.
-    costly: bool = False
     not_for_wrappers: str = ""  # why wrappers have no such cell
     not_for: Mapping[str, str] = field(default_factory=dict)  # optimizers without one, and why
     # Also with gradient centralization the other way round? It is one part of a step, which the promises about numbers
@@ -47,7 +45,7 @@ class Promise:
 
     def engines_for(self, subject: Subject) -> tuple[str, ...]:
         """Where it is tried with this subject."""
-        interpreted = "cpp" in self.engines and not subject.variant and (not self.costly or subject.id in INTERPRETED)
+        interpreted = "cpp" in self.engines and not subject.variant
         compiled = self.compiled and (self.compiled_turned or not subject.variant)
         return (*self.engines, *(["triton"] if interpreted else []), *(["compile"] if compiled else []))
 
@@ -61,7 +59,6 @@ def promise(
     engines: tuple[str, ...] = ENGINES,
     compiled: bool = False,
     compiled_turned: bool = False,
-    costly: bool = False,
     not_for_wrappers: str = "",
     not_for: Mapping[str, str] | None = None,
     gc: bool = True,
@@ -69,7 +66,7 @@ def promise(
     """Adds a check to the matrix."""
 
     def add(check: Check) -> Check:
-        given = engines, compiled, compiled_turned, costly, not_for_wrappers, not_for or {}, gc
+        given = engines, compiled, compiled_turned, not_for_wrappers, not_for or {}, gc
         PROMISES.append(Promise(check.__name__, title, check, *given))
         return check
 

@@ -31,9 +31,6 @@ FEW = random_problem(
 # What Triton's interpreter is given, which takes a call of Python for each operation of a kernel: past RAdam's switch,
 # past a synchronisation of Lookahead, and on from where a saved state is loaded; one weight begins late.
 BRIEF = random_problem([SHAPES["linear"], SHAPES["vector"]], steps=10, seed=25, missing=((0, 1), (1, 1)))
-# There, what would take too long with all optimizers is tried with these: plain, with norms of weights, with peaks by
-# axes.
-INTERPRETED = ("AdamW", "Lamb", "SM3")
 
 # Settings under which an optimizer keeps every state it can keep. A class that is not named here runs with defaults.
 FULL_STATE: dict[str, dict[str, Any]] = {

@@ -86,7 +86,7 @@ def _assert_layouts_agree(
     assert_weights(params, [p.detach().numpy() for p in plain], RTOL, ATOL)
 
 
-@promise("non-contiguous weights and gradients", costly=True)
+@promise("non-contiguous weights and gradients")
 def non_contiguous(subject: Subject, engine: str) -> None:
     problem = random_problem([(3, 4), (2, 3, 4), (5, 1)], seed=33)
     for gradients_as_weights in (True, False):
@@ -158,7 +158,7 @@ def _per_weight(optimizer: torch.optim.Optimizer) -> list[dict[str, object]]:
     return list(optimizer.state_dict()["state"].values())
 
 
-@promise("weights keep their storage", gc=False, costly=True)
+@promise("weights keep their storage", gc=False)
 def storage_kept(subject: Subject, engine: str) -> None:
     """Written in place, so views, flat buffers and other holders of the memory see the new numbers."""
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
@@ -171,7 +171,7 @@ def storage_kept(subject: Subject, engine: str) -> None:
         assert_identical(flat, torch.cat([p.detach().flatten() for p in plain]))
 
 
-@promise("weights of several dtypes in one optimizer", not_for=ONE_ESTIMATE, gc=False, costly=True)
+@promise("weights of several dtypes in one optimizer", not_for=ONE_ESTIMATE, gc=False)
 def mixed_dtypes(subject: Subject, engine: str) -> None:
     """Each dtype moves as it does alone."""
     subject = subject.apart

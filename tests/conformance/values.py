@@ -113,7 +113,7 @@ def maximize(subject: Subject, engine: str) -> None:
     assert_weights(up, [p.detach().numpy() for p in down], RTOL, ATOL)
 
 
-@promise("lr as a tensor", gc=False, costly=True)
+@promise("lr as a tensor", gc=False)
 def tensor_lr(subject: Subject, engine: str) -> None:
     """A one-element tensor gives what its number gives, and filling it in place changes the next step.
 
@@ -150,7 +150,7 @@ SCHEDULERS: list[Callable[[torch.optim.Optimizer], Any]] = [
 ]
 
 
-@promise("any torch scheduler, momentum cycling included", gc=False, costly=True)
+@promise("any torch scheduler, momentum cycling included", gc=False)
 def schedulers(subject: Subject, engine: str) -> None:
     """Whatever a scheduler writes into the groups is what the next step uses: checked against the formula."""
     scheduled = ("lr", "momentum", "betas")
