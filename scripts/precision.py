@@ -28,8 +28,9 @@ import piste
 from benchmarks.picture import photograph
 from piste.codecs import decode, encode, fresh
 from piste.race.data import training_batches
+from piste.race.seeds import derived_seed, seed_everything
 from piste.race.tasks import char_transformer, digits
-from piste.race.training import derived_seed, evaluate, fresh_model, seed_everything
+from piste.race.training import evaluate, fresh_model
 from piste.storage import State, codec_for
 
 PAGE = Path(__file__).parent.parent / "docs" / "precision"
@@ -41,7 +42,7 @@ Map = Callable[[Tensor, int], Tensor]  # numbers in blocks, and the number of th
 
 def ours(role: Any, form: str, *, rounding: str = "golden") -> Map:
     """The library's codec; with its thresholds, rounded to the nearest, or with thresholds drawn at random."""
-    codec = codec_for(State(role), torch.empty(4096), form)
+    codec = codec_for(State(role), torch.empty(64, 64), form)
     assert codec is not None
 
     def store(x: Tensor, step: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -80,6 +81,12 @@ def test_the_lowest_torch_is_told_once() -> None:
     needed = next(Requirement(text) for text in importlib.metadata.requires("piste") or [] if text.startswith("torch"))
     oldest = ".".join(map(str, load_script().OLDEST_TORCH))
     assert str(needed.specifier) == f">={oldest}"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "scripts").glob("*.py")))
+def test_scripts_can_be_imported(name: str) -> None:
+    """Most take too long for tests to run; what they ask of the library when they are read, it has to have."""
+    importlib.import_module(f"scripts.{name}")
 
 
 # -- scripts/environment.py -----------------------------------------------------------------------------------------
