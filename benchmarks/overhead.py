@@ -20,11 +20,13 @@ from rich.console import Console
 
 from benchmarks.measure import Ratio, ratio
 from piste.race import record
+from piste.race.attempt import evaluation_steps
 from piste.race.contenders import Contender, make_contenders, make_optimizer
 from piste.race.data import Splits, training_batches
 from piste.race.record import RunKey
+from piste.race.seeds import derived_seed
 from piste.race.task import Task, load_task
-from piste.race.training import derived_seed, evaluate, evaluation_steps, fresh_model, run
+from piste.race.training import evaluate, fresh_model, run
 
 TASKS = ("digits_mlp", "char_transformer")
 AT_MOST = 1.02
@@ -52,13 +54,17 @@ def bare_seconds(task: Task, splits: Splits, contender: Contender, steps: int) -
 
 def raced_seconds(task: Task, splits: Splits, contender: Contender, steps: int) -> float:
     """Seconds of the same steps in a race, as its record has them."""
-    settings = {"lr": contender.lr_center}
-    about = (task.name, "", contender.name, contender.optimizer, contender.schedule)
-    key = RunKey(*about, settings, steps, 0, record.TUNE, "cpu", {})
+    key = trial_key(task, contender, contender.lr_center, steps)
     made = run(task, splits, contender, key, lambda step: None)
     if not made.finished:
         raise RuntimeError(f"the run of {contender.name} on {task.name} {made.status}: {made.message}")
     return made.cost.train_seconds
+
+
+def trial_key(task: Task, contender: Contender, lr: float, steps: int, *, packed: bool = False) -> RunKey:
+    """A trial on the CPU that belongs to no race."""
+    about = (task.name, "", contender.name, contender.optimizer, contender.schedule)
+    return RunKey(*about, {"lr": lr}, steps, 0, record.TUNE, "cpu", {}, packed=packed)
 
 
 def clock(of_processor: bool) -> AbstractContextManager[object]:

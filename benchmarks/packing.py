@@ -14,13 +14,11 @@ import torch
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import Ratio, ratio
-from benchmarks.overhead import clock
-from piste.race import record
+from benchmarks.measure import Ratio, interleaved, ratio
+from benchmarks.overhead import clock, trial_key
 from piste.race.contenders import make_contenders
 from piste.race.data import training_batches
 from piste.race.packed import run_pack, why_not
-from piste.race.record import RunKey
 from piste.race.task import Task, load_task
 from piste.race.training import fresh_model, run
 
@@ -51,19 +49,14 @@ def compare(name: str, optimizer: str, trials: int, steps: int, rounds: int) -> 
     if refused:
         raise ValueError(f"trials on {name} cannot be packed: {refused}")
     (contender,) = make_contenders([optimizer], [])
-    about = (task.name, "", contender.name, contender.optimizer, contender.schedule)
     lrs = [contender.lr_center * 10 ** (-place / trials) for place in range(trials)]
-    keys = [RunKey(*about, {"lr": lr}, steps, 0, record.TUNE, "cpu", {}, packed=True) for lr in lrs]
-    seconds: dict[str, list[float]] = {"together": [], "alone": []}
-    for turn in range(-1, rounds):
-        begun = time.perf_counter()
-        run_pack(task, data, contender, keys, lambda step: None)
-        between = time.perf_counter()
-        for key in keys:
-            run(task, data, contender, key, lambda step: None)
-        if turn >= 0:  # the first round compiles and fills the caches
-            seconds["together"].append(between - begun)
-            seconds["alone"].append(time.perf_counter() - between)
+    keys = [trial_key(task, contender, lr, steps, packed=True) for lr in lrs]
+    jobs = {
+        "together": lambda: run_pack(task, data, contender, keys, lambda step: None),
+        "alone": lambda: [run(task, data, contender, key, lambda step: None) for key in keys],
+    }
+    interleaved(jobs, 1)  # compiles and fills the caches
+    seconds = interleaved(jobs, rounds)
     alone = min(seconds["alone"]) / trials
     return ratio(seconds["alone"], seconds["together"]), alone, steps * product_seconds(task) / alone
 
