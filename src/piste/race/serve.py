@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import queue
-import signal
 import threading
 import time
 import traceback
@@ -19,7 +18,7 @@ from rich.console import Console
 
 from piste.race import report
 from piste.race.dashboard import progress_words, run_words
-from piste.race.driver import State, View
+from piste.race.driver import State, View, stop_signals
 from piste.race.progress import duration
 from piste.race.record import TIME, RunRecord, StudyResult
 from piste.race.server import Server
@@ -36,6 +35,7 @@ _SHARE: Final = 10
 _LEAST_PAUSE: Final = 1.0
 # A page asks once a second; one that has asked lately is waited for at the end, so that it sees the result.
 _WATCHED_SECONDS: Final = 5.0
+_POLL_SECONDS: Final = 0.1
 
 
 class ServeError(ValueError):
@@ -272,19 +272,10 @@ def served(console: Console, store: Store, view: View, port: int, stay: bool) ->
     try:
         yield Together(view, page)
         if stay:
-            _until_ctrl_c(console)
+            with stop_signals() as stopped:  # an exception raised by a signal gets lost where nobody can receive one
+                console.print("the page is served until Ctrl-C", markup=False)
+                while not stopped():
+                    time.sleep(_POLL_SECONDS)
         patient = not stay
     finally:
         page.close(patient)
-
-
-def _until_ctrl_c(console: Console) -> None:
-    """Wait for it, or for a request to end. An exception raised by a signal gets lost where nobody can receive one."""
-    asked: queue.SimpleQueue[int] = queue.SimpleQueue()
-    before = {number: signal.signal(number, lambda n, _: asked.put(n)) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        console.print("the page is served until Ctrl-C", markup=False)
-        asked.get()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
