@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 #: what can be done about an optimizer that decides on the host
-INSTEAD = "legal: False, and a graph of the forward and the backward pass alone, with step() after each of its replays"
+_INSTEAD = "legal: False, and a graph of the forward and the backward pass alone, with step() after each of its replays"
 
 #: the numbers of a group that are put on the device; others may be given as tensors
 PLACED = ("lr", "weight_decay")
@@ -52,7 +52,7 @@ def check_group(owner: str, group: Mapping[str, Any], *, numbers_on_host: bool) 
     if numbers_on_host:
         raise ValueError(
             f"{owner} got capturable=True, and works out numbers of its groups on the host in every step (a schedule "
-            f"of its own, a running average, an estimate); {INSTEAD}"
+            f"of its own, a running average, an estimate); {_INSTEAD}"
         )
     for p in group["params"]:
         if is_sharded(p):
@@ -84,7 +84,7 @@ def refuse_opaque(owner: str, graph: Graph) -> None:
                     function = function.func
                 raise ValueError(
                     f"{owner} got capturable=True, and its rule calls {function.__name__!r}, a function of whole "
-                    f"matrices that decides on the host; {INSTEAD}"
+                    f"matrices that decides on the host; {_INSTEAD}"
                 )
 
 
