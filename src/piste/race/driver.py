@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Protocol
 
 from piste.race import record
+from piste.race.attempt import new_record
 from piste.race.contenders import ContenderError
 from piste.race.executors import Death, Executor
 from piste.race.limits import Limits, too_long
@@ -25,9 +26,8 @@ from piste.race.progress import Clock, Ledger, Row, duration, part_of
 from piste.race.protocol import Plan
 from piste.race.record import RunKey, RunRecord, StudyResult
 from piste.race.script import Script
-from piste.race.store import Store, full_disk
+from piste.race.store import Store
 from piste.race.task import TaskError
-from piste.race.training import new_record
 from piste.race.wishes import STOPPED, Add, Stop, Wish
 from piste.race.words import count
 from piste.race.worker import Apart, Job, Pack, Packed, Progress, Refusal, Run
@@ -258,8 +258,6 @@ class Driver:
 
     def _keep(self, made: RunRecord, share: int = 1) -> None:
         """Store a record, of a run that shared its worker with so many."""
-        if full_disk(made.message):
-            raise self.store.full(made.message)
         key = made.key
         self.store.add(made)
         self.records[key.id] = made

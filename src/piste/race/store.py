@@ -34,11 +34,6 @@ class StoreError(Exception):
     """The directory of a race cannot be used; the message says why and that nothing was lost."""
 
 
-def full_disk(message: str) -> bool:
-    """Whether that is how a run ended: it says nothing about the run, which is to be made again."""
-    return any(f"[Errno {number}]" in message for number in _FULL[:2])
-
-
 class Store:
     """The directory of a race.
 
@@ -102,11 +97,13 @@ class Store:
         return found
 
     def add(self, record: RunRecord) -> None:
-        """Keep a run.
+        """Keep a run; not one that ended for want of space, which says nothing about it: it is to be made again.
 
         Raises:
-            StoreError: it cannot be written.
+            StoreError: it cannot be written, or is such a run.
         """
+        if any(f"[Errno {number}]" in record.message for number in _FULL[:2]):
+            raise StoreError(f"a run of the race in {self.path} could not write: {record.message}{_HINT}{self._kept()}")
         with self._explained("can no longer be written"):
             _write(self.runs / f"{record.id}.json", record.to_json())
 
@@ -164,10 +161,6 @@ class Store:
             reason = error.strerror or str(error)
             hint = _HINT if error.errno in _FULL else ""
             raise StoreError(f"the directory {self.path} {what}: {reason}{hint}{self._kept()}") from error
-
-    def full(self, message: str) -> StoreError:
-        """What to say of a run that found no space left where it wrote."""
-        return StoreError(f"a run of the race in {self.path} could not write: {message}{_HINT}{self._kept()}")
 
     def _kept(self) -> str:
         kept = len(list(self.runs.glob("*.json"))) if self.runs.is_dir() else 0

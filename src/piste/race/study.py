@@ -21,12 +21,12 @@ from piste.race.inspection import TaskCard
 from piste.race.limits import Limits
 from piste.race.probes import first_runs, inspect_tasks, measured_paces
 from piste.race.protocol import Plan
-from piste.race.record import RunRecord, StudyResult, fingerprint
+from piste.race.record import StudyResult, fingerprint
 from piste.race.script import Script
 from piste.race.settings import Settings
 from piste.race.space import parse_sweep
 from piste.race.standings import study_result
-from piste.race.store import Store, StoreError, full_disk
+from piste.race.store import Store, StoreError
 from piste.race.task import BUILT_IN, split_reference
 from piste.race.wishes import with_optimizers
 from piste.race.words import count, listing
@@ -266,13 +266,7 @@ def _measured(
         view.measuring(f"a few steps of {contenders}")
         return measured_paces(plan, executor, stopped, limits), 0
     view.measuring(f"a first run of {contenders}")
-
-    def keep(run: RunRecord) -> None:
-        if full_disk(run.message):
-            raise store.full(run.message)
-        store.add(run)
-
-    runs = first_runs(plan, script, executor, stopped, limits, left, keep)
+    runs = first_runs(plan, script, executor, stopped, limits, left, store.add)
     longest = max((seconds for run, seconds in runs if run.finished), default=math.nan)
     if math.isnan(longest):
         raise BudgetError(f"no first run of {script.path} finished, so nothing can be planned: {runs[0][0].message}")
