@@ -18,11 +18,11 @@ import torch
 import piste
 from piste import scripting
 from piste.race import script as script_module
+from piste.race.attempt import new_record
 from piste.race.contenders import Contender, make_contenders
 from piste.race.record import CONFIRM, DIVERGED, FAILED, FINISHED, OUT_OF_MEMORY, TUNE, Curve, RunKey, RunRecord
 from piste.race.script import Script, _Reports, notes, run, seed_of
 from piste.race.task import TaskError
-from piste.race.training import new_record
 
 # Outside of a race
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from piste.race import Splits, Task, TaskError, load_task
+from piste.race.attempt import one_line
 from piste.race.contenders import make_contenders
 from piste.race.inspection import inspect_task, load_data, task_hash
 from piste.race.record import DIVERGED, TUNE, RunKey
 from piste.race.starter import STARTER
 from piste.race.task import BUILT_IN
-from piste.race.training import one_line, run
+from piste.race.training import run
 
 GOOD = """
 import torch

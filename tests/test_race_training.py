@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from piste.race import Splits, Task
 from piste.race import record as record_module
+from piste.race.attempt import evaluation_steps
 from piste.race.contenders import Contender, make_contenders
 from piste.race.record import CONFIRM, FINISHED, TIME, TUNE, RecordError, RunKey, RunRecord
-from piste.race.training import evaluation_steps, run
+from piste.race.training import run
 
 STEPS = 20
 

@@ -7,10 +7,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from piste.race.attempt import EVALUATIONS
 from piste.race.contenders import Contender
 from piste.race.inspection import TaskCard
 from piste.race.protocol import FEWEST_TRIALS_TO_EXTEND, TIMED_STEPS, Plan
-from piste.race.training import EVALUATIONS
 from piste.race.words import count, duration
 
 # What is planned has to fit with some room: runs side by side slow each other down, now more, now less.

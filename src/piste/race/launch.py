@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from piste.race import environment
-from piste.race.training import one_line, seed_everything
+from piste.race.attempt import one_line
+from piste.race.seeds import seed_everything
 
 
 def main() -> None:

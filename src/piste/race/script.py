@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from piste.race import record
+from piste.race.attempt import new_record
 from piste.race.contenders import Contender, preset_behind
 from piste.race.inspection import TaskCard
 from piste.race.record import Cost, Curve, RunKey, RunRecord, canonical_json
+from piste.race.seeds import derived_seed
 from piste.race.space import create_arguments
 from piste.race.task import TaskError
-from piste.race.training import derived_seed, new_record
 
 RUN_VARIABLE = "PISTE_RACE_RUN"  # of piste.race_optimizer
 SEED_VARIABLE = "PISTE_RACE_SEED"  # for scripts that seed themselves

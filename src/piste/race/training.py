@@ -16,16 +16,7 @@ from torch import Tensor, nn
 
 import piste
 from piste.race import record
-from piste.race.attempt import (
-    CUDA_CHECK_EVERY,
-    EVALUATIONS,
-    Attempt,
-    Times,
-    evaluation_steps,
-    new_record,
-    one_line,
-    state_bytes,
-)
+from piste.race.attempt import CUDA_CHECK_EVERY, Attempt, Times, evaluation_steps
 from piste.race.contenders import Contender, make_optimizer
 from piste.race.costs import WARM_UP_STEPS
 from piste.race.data import Split, Splits, evaluation_batches, is_on, to_device, training_batches
@@ -34,23 +25,16 @@ from piste.race.seeds import LateDrawError, StepSeeds, derived_seed, seed_everyt
 from piste.race.task import Task
 
 __all__ = [
-    "EVALUATIONS",
     "Alone",
     "Loop",
     "Progress",
     "Together",
-    "derived_seed",
     "evaluate",
     "evaluating",
-    "evaluation_steps",
     "fresh_model",
     "mean_scores",
-    "new_record",
-    "one_line",
     "prepare",
     "run",
-    "seed_everything",
-    "state_bytes",
 ]
 
 EVALUATION_BATCH = 256

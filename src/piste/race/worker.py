@@ -27,8 +27,9 @@ from piste.race.inspection import TaskCard, inspect_task, load_data, task_hash
 from piste.race.packed import run_pack
 from piste.race.record import RunKey, RunRecord, fingerprint
 from piste.race.script import Script
+from piste.race.seeds import seed_everything
 from piste.race.task import Task, TaskError, load_task
-from piste.race.training import run, seed_everything
+from piste.race.training import run
 
 _PROGRESS_SECONDS = 0.2
 
