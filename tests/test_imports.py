@@ -46,8 +46,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "execution": LANGUAGE | {"device_numbers", "engines", "opaques", "roster", "sharding", "storage"},
     "checks": {"matrices", "storage"},
     "checkpoint": {"checks", "codecs", "sharding", "storage", "symbol"},
+    "options": {"execution"},
+    "group_values": set(),
+    "last_step": {"sharding"},
     "optimizer": {
-        *("capture", "device_numbers"),
+        *("capture", "device_numbers", "group_values", "last_step", "options"),
         *("execution", "distribution", "roster", "checks", "checkpoint", "sharding", "slots", "storage", "symbol"),
         "variants",
     },
@@ -59,13 +62,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "optimizers": {
         *("optimizer", "rules", "parts", "slots", "storage", "checks", "groups", "kronecker", "routing", "whitening"),
+        "options",
     },
     "schedules": {"checks"},
     "groups": {"checks"},
     "routing": {"groups"},
     "wrappings": {"wrappers"},
     "lr_priors": set(),
-    "preset": {"checks", "lr_priors", "optimizer", "optimizers", "schedules", "wrappings"},
+    "preset": {"checks", "lr_priors", "optimizer", "optimizers", "options", "schedules", "wrappings"},
     "presets": {"lr_priors", "optimizers", "preset"},
     "pedigree": {"optimizer", "optimizers"},
     "registry": {
@@ -74,8 +78,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scripting": {"registry"},
     "memory": {"bucket", "matrices", "optimizer", "plan", "registry", "storage", "symbol"},
     "advise": {
-        *("checks", "groups", "memory", "optimizer", "optimizers", "preset", "presets", "routing", "schedules"),
-        "wrappers",
+        *("checks", "groups", "memory", "optimizer", "optimizers", "options", "preset", "presets", "routing"),
+        *("schedules", "wrappers"),
     },
 }
 LIBRARY_ENTRANCE = "__init__"

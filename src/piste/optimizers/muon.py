@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
-from piste.optimizer import Optimizer, Options, Params, hyperparameters
+from piste.optimizer import Optimizer
+from piste.options import Options, Params, hyperparameters
 from piste.parts.standard import standard
 from piste.routing import matrix_groups
 from piste.rules.matrix import muon, normuon
@@ -67,7 +68,7 @@ class Muon(Optimizer):
         split: how many matrices a weight holds, one below the other (queries, keys and values: 3; a grouped
             convolution: its groups); of a group.
         transposed: outputs lie along the other axes, as in transposed convolutions; of a group. It matters for s alone.
-        **options: see :class:`piste.optimizer.Options`.
+        **options: see :class:`piste.options.Options`.
 
     Raises:
         ValueError: a value is out of range, ``rule="muon"`` for a weight of fewer than two axes, or a ``split`` that
@@ -222,7 +223,7 @@ class NorMuon(Muon):
         rule: ``"auto"``, ``"muon"`` or ``"adamw"``; of a group.
         split: how many matrices a weight holds; of a group.
         transposed: outputs lie along the other axes; of a group. Rows are those of the weight as it is.
-        **options: see :class:`piste.optimizer.Options`.
+        **options: see :class:`piste.options.Options`.
 
     Raises:
         ValueError: as :class:`Muon`.
