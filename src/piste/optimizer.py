@@ -155,8 +155,16 @@ class Optimizer(torch.optim.Optimizer):
     # groups and state ------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add weights, with hyper-parameters of their own where they differ from the defaults."""
+        """Add weights, with hyper-parameters of their own where they differ from the defaults.
+
+        Beside groups with names, as :func:`piste.create` makes them, weights without names (those that Lightning's
+        ``BaseFinetuning`` thaws, say) get names by their place: ``"group2.0"``.
+        """
         (group,) = listed(type(self).__name__, [dict(param_group)])
+        named = "param_names" in group or any(isinstance(p, tuple) for p in group["params"])
+        if not named and any("param_names" in g for g in self.param_groups):
+            place = f"group{len(self.param_groups)}"
+            group["params"] = [(f"{place}.{n}", p) for n, p in enumerate(group["params"])]
         for position, p in enumerate(group["params"]):
             tensor = p[1] if isinstance(p, tuple) else p
             if not (tensor.is_floating_point() or tensor.is_complex()):
