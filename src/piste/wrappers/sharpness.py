@@ -151,6 +151,11 @@ class SAM(Wrapper):
         yield from (x for copies in self._buffers.values() for x in copies)
         yield from (x for entries in self._scratch.values() for x in entries.values() if isinstance(x, Tensor))
 
+    @property
+    def copies(self) -> list[Tensor]:
+        """What the weights come back from; none but between the passes."""
+        return [] if self._climb is None else [x for kept in self._climb.kept for x in kept]
+
     # what members of the family do otherwise -------------------------------------------------------------------------
 
     @property
