@@ -55,7 +55,8 @@ def test_state_to_the_byte(name: str, state: str) -> None:
             piste.estimate_memory(model, name, state=state)
         return
     optimizer = piste.create(name, model, state=state, engine="foreach")
-    for _ in range(8):
+    # past a synchronisation of Lookahead; a step of Shampoo takes long, and its first has all there is
+    for _ in range(1 if name.startswith("shampoo") else 8):
         step(model, optimizer)
     cost = piste.estimate_memory(model, name, state=state)
     assert cost.state == measured(optimizer)
