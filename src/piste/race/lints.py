@@ -200,8 +200,9 @@ def other_start(evidence: Evidence) -> str:
 
 def cost_hidden_by_steps(evidence: Evidence) -> str:
     """Whose steps make more gradient evaluations than others': they were given equal steps, not equal evaluations."""
-    finished = [run for run in evidence.used if run.finished and run.key.steps]
-    passes = {run.key.contender: run.cost.gradient_evaluations / run.key.steps for run in finished}
+    finished = [run for run in (*evidence.tuned, *evidence.confirmed) if run.finished]
+    made = [(run, run.key.steps or run.cost.steps) for run in finished]  # a script says itself how many it makes
+    passes = {run.key.contender: run.cost.gradient_evaluations / steps for run, steps in made if steps}
     fewest = min(passes.values(), default=0)
     more = {name: many for name, many in sorted(passes.items()) if many > fewest}
     if not more:
@@ -209,7 +210,7 @@ def cost_hidden_by_steps(evidence: Evidence) -> str:
     words = listing([f"{name} {many:.3g}" for name, many in more.items()], NAMED)
     return (
         f"Gradient evaluations a step: {words}, the others {fewest:.3g}. All were given equal steps; what the others "
-        "do with as many evaluations, a race with more --steps tells."
+        "do with as many evaluations, a race of longer runs tells."
     )
 
 

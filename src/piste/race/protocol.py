@@ -186,7 +186,7 @@ def confirmations(plan: Plan, card: TaskCard, contender: Contender, best: Mappin
 
 def timings(plan: Plan, card: TaskCard, contender: Contender, best: Mapping[str, float]) -> list[RunKey]:
     """The timing passes of a setting, a round each."""
-    steps = min(TIMED_STEPS, plan.steps_of(card))
+    steps = min(TIMED_STEPS, plan.steps_of(card) or TIMED_STEPS)  # a script is ended after so many
     return [plan.key(card, contender, best, round_, TIME, steps) for round_ in range(plan.timing)]
 
 
