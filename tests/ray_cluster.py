@@ -1,7 +1,8 @@
 """A Ray cluster of several nodes on this machine, for tests; nothing of it listens beyond loopback.
 
-Started as a process of its own. It prints its address and that for Ray's client, obeys the lines it reads (``add``, ``narrow``, ``kill N``), and
-ends with its standard input. The first node has the cluster's own services and no CPU, each other one CPU.
+Started as a process of its own. It prints its address and that for Ray's client, obeys the lines it reads (``add``,
+``narrow``, ``kill N``), and ends with its standard input. The first node has the cluster's own services and no CPU,
+each other one CPU.
 """
 
 from __future__ import annotations

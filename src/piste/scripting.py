@@ -188,7 +188,7 @@ class _Run:
 
     def _clock(self) -> float:
         """Seconds; in a timing pass once the GPU has done what was asked of it: only then do times mean anything."""
-        if self.enough is not None and torch.cuda.is_initialized():
+        if self.enough is not None and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()
         return time.perf_counter()
 

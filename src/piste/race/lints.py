@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
 
 import piste
-from piste.race.protocol import FEWEST_TRIALS_TO_EXTEND, MOST_EXTENSIONS, Plan, Records, Tuning, tuning
+from piste.race.protocol import FEWEST_TRIALS_TO_EXTEND, MOST_EXTENSIONS, Lane, Plan, Records, Tuning, lanes
 from piste.race.record import CONFIRM, TUNE, RunRecord
 from piste.race.wishes import STOPPED
 from piste.race.words import count, listing
@@ -38,6 +38,7 @@ class Evidence:
         used: the runs of this race among them.
         missing: runs that have not been made.
         workers: runs that went side by side.
+        known: how far every contender is, where that was worked out before.
     """
 
     plan: Plan
@@ -45,6 +46,7 @@ class Evidence:
     used: list[RunRecord]
     missing: int
     workers: int
+    known: Sequence[Lane] | None = None
 
     @cached_property
     def confirmed(self) -> list[RunRecord]:
@@ -64,11 +66,10 @@ class Evidence:
     @cached_property
     def searches(self) -> list[tuple[str, dict[str, Tuning]]]:
         """Of each task, how far the searches of all contenders came."""
-        plan = self.plan
-        return [
-            (card.name, {who.name: tuning(plan, card, who, self.records) for who in plan.contenders})
-            for card in plan.cards
-        ]
+        found: dict[str, dict[str, Tuning]] = {card.name: {} for card in self.plan.cards}
+        for each in lanes(self.plan, self.records) if self.known is None else self.known:
+            found[each.card.name][each.contender.name] = each.search
+        return list(found.items())
 
 
 # Tuning --------------------------------------------------------------------------------------------------------------

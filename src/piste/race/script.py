@@ -214,8 +214,9 @@ class _Reports:
         stopwatch = Stopwatch()
         for number, whole, own, renewed in self.times or ():
             stopwatch.add(number, whole, own, refreshed=renewed)
+        timed = replace(self.cost(passes), **stopwatch.times())  # type: ignore[arg-type]
         # Nobody sees when a script's first step begins, and so nothing of what is compiled in it.
-        return replace(self.cost(passes), **{**stopwatch.times(), "compile_seconds": math.nan})
+        return replace(timed, compile_seconds=math.nan)
 
     def cost(self, passes: float) -> Cost:
         """What the run needed, as far as its last report knows."""

@@ -92,16 +92,7 @@ class Slurm:
     def machine(self) -> dict[str, str]:
         """The node that answered first; timing passes are made there."""
         if self.home is None:
-            call = None
-            try:
-                call = self._call(None)
-                self.home = call.result()
-            except (FailedJobError, UncompletedJobError) as error:
-                what = "Slurm takes no job" if call is None else "a worker cannot start on a node"
-                raise ExecutorError(f"{what}: {_last_line(error)}") from error
-            finally:
-                if call is not None and self.home is None:
-                    call.cancel(check=False)
+            self.home = self._first()
         return self.home.started.machine
 
     @property
@@ -163,6 +154,23 @@ class Slurm:
                 sent.begun = True
                 yield Event(sent.job, Progress(0))
 
+    def _first(self) -> Told:
+        """What a job says that has nothing to do."""
+        call = None
+        try:
+            call = self._call(None)
+            told: Told = call.result()
+        except (FailedJobError, UncompletedJobError) as error:
+            if call is not None:
+                call.cancel(check=False)
+            what = "Slurm takes no job" if call is None else "a worker cannot start on a node"
+            raise ExecutorError(f"{what}: {_last_line(error)}") from error
+        except BaseException:  # Ctrl-C while it waits in the queue
+            if call is not None:
+                call.cancel(check=False)
+            raise
+        return told
+
     def _send(self) -> None:
         """Hand to Slurm what waits, as far as it is taken."""
         while self.waiting:
@@ -187,7 +195,7 @@ class Slurm:
         )
         call = executor.submit(once, job, self.device, environment.versions())
         if self.cluster == "slurm":
-            call.watcher = self.queue
+            call.watcher = self.queue  # type: ignore[assignment]
             self.queue.register_job(call.job_id)
         return call
 
