@@ -15,7 +15,7 @@ from rich.console import Console
 
 from piste.race import costs
 from piste.race.budget import BudgetError, Pace, expected_seconds, fitted, pace_of_script, parse_budget
-from piste.race.contenders import make_contenders
+from piste.race.contenders import ContenderError, make_contenders
 from piste.race.driver import Driver
 from piste.race.inspection import TaskCard
 from piste.race.power import seeds_needed
@@ -119,6 +119,12 @@ def test_a_sweep_tries_each_value_at_the_same_rates_and_the_others_get_as_many_t
     assert sorted(by_eps) == [1e-4, 0.01, 0.1, 1.0]
     assert len({frozenset(lrs) for lrs in by_eps.values()}) == 1
     assert {key.lr for key in plain} > {key.lr for key in trials_of(plan_for(trials=3), 1)}
+
+
+def test_a_sweep_of_a_scripts_optimizer_is_tried_without_its_schedule() -> None:
+    assert make_contenders(["adamw"], (), sweeps=[parse_sweep("eps=1e-4")], script=True)[0].cells
+    with pytest.raises(ContenderError, match="--sweep beta2=2 is not legal for adamw"):
+        make_contenders(["adamw"], (), sweeps=[parse_sweep("beta2=0.5,2")], script=True)
 
 
 def test_sweeps_without_values_take_the_lists_of_each_family() -> None:

@@ -261,7 +261,10 @@ def other_clipping(evidence: Evidence) -> str:
 
 def toy(evidence: Evidence) -> str:
     """A function of two variables is a picture and no evidence."""
-    small = [card.name for card in evidence.plan.cards if card.parameters < _TOY]
+    weights = {card.name: card.parameters for card in evidence.plan.cards}
+    for run in evidence.used:  # how large a script's model is, its runs say
+        weights[run.key.task] = max(weights[run.key.task], run.cost.parameters)
+    small = [name for name, many in weights.items() if 0 < many < _TOY]
     if not small:
         return ""
     return f"{listing(small)}: fewer than {_TOY} weights. What wins here need not win on any model that is of use."
