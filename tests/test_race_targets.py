@@ -66,6 +66,8 @@ def test_the_median_is_kaplan_and_meiers() -> None:
     data = [Reach(1, True), Reach(2, False), Reach(3, True), Reach(4, False), Reach(5, True)]
     assert median_reach(data) == 5
     dropped = [each for each in data if each.met]
+    early = [Reach(1, False), Reach(2, False), Reach(3, True), Reach(4, True), Reach(5, True)]
+    assert median_reach(early) == 4  # survival is 2/3, 1/3, 0; as late ones the two would have made it 5
     assert median_reach(dropped) == 3  # what leaving the misses out would have claimed
 
 

@@ -103,7 +103,8 @@ def median_reaches(runs: Sequence[RunRecord], goals: Sequence[float], higher_is_
     at, met = np.array([each for each, _ in found]), np.array([each for _, each in found])
     longest = np.max(at, axis=0, where=np.isfinite(at), initial=-math.inf)
     missed = np.min(np.minimum(at, longest), axis=0, where=~met, initial=math.inf)
-    plain = met.any(axis=0) & ~np.isnan(at).any(axis=0) & (missed >= np.max(at, axis=0, where=met, initial=-math.inf))
+    # with a number that is not known, no comparison holds
+    plain = met.any(axis=0) & (missed >= np.max(at, axis=0, where=met, initial=-math.inf))
     medians = np.sort(np.where(met, at, math.inf), axis=0)[(len(runs) - 1) // 2]
     return [
         float(median) if is_plain else median_reach([Reach(*pair) for pair in zip(*column, strict=True)])
