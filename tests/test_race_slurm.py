@@ -15,7 +15,7 @@ from piste.race.executors import Death, ExecutorError, host
 from piste.race.executors import queue as queues
 from piste.race.executors import slurm as slurm_module
 from piste.race.executors.queue import Queue, end_orphans
-from piste.race.executors.slurm import Slurm
+from piste.race.executors.slurm import Slurm, minutes
 from piste.race.worker import Inspect, Job, Started
 
 HERE = {"system": "here"}
@@ -213,3 +213,20 @@ def test_an_end_by_slurms_limits_is_how_a_run_went(
     assert isinstance(event.answer, Death)
     assert words in event.answer.reason
     assert event.answer.out_of_memory is memory
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        *(("", 240), ("90", 90), ("90:00", 90), ("90:01", 91), ("0:30", 1), ("1:30:00", 90), ("2-12", 3600)),
+        *(("2-12:30", 3630), ("0-1:30:30", 91), ("UNLIMITED", 365 * 24 * 60)),
+    ],
+)
+def test_limits_of_time_are_read_as_slurm_reads_them(limit: str, expected: int) -> None:
+    assert minutes(limit) == expected
+
+
+@pytest.mark.parametrize("limit", ["soon", "1h", "-5", "1:2:3:4", "1-"])
+def test_other_limits_of_time_are_refused(limit: str) -> None:
+    with pytest.raises(ExecutorError, match=r"SBATCH_TIMELIMIT=.* is not legal"):
+        minutes(limit)
