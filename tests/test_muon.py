@@ -15,7 +15,7 @@ from oracles.replay import assert_same, by_formula, by_optimizer, parameters, ra
 from torch import nn
 
 import piste
-from piste.matrices import ITERATIONS, orthogonalizer
+from piste.orthogonal import ITERATIONS, orthogonalizer
 
 MATRICES = random_problem([(6, 4), (4, 6), (5, 5), (1, 7)], seed=3, steps=8)
 FILTERS = random_problem([(6, 4), (6, 2, 3), (6, 2, 2, 2), (6, 1, 2, 2, 2)], seed=4, steps=5)
@@ -117,8 +117,7 @@ def test_transposed_weights_have_the_length_of_what_they_stand_for() -> None:
 def test_iterations_bring_singular_values_near_one(iteration: str, least: float, low: float, high: float) -> None:
     values = torch.logspace(np.log10(least), 0, 2000, dtype=torch.float64)
     x = values / 1.02 if iteration == "polar_express" else values.clone()
-    for step in range(5):
-        a, b, c = ITERATIONS[iteration][min(step, len(ITERATIONS[iteration]) - 1)]
+    for a, b, c in ITERATIONS[iteration].polynomials(5):
         x = a * x + b * x**3 + c * x**5
     assert low < x.min() < low + 0.01
     assert high - 0.01 < x.max() < high
