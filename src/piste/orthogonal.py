@@ -105,11 +105,13 @@ def _deflated(x: Tensor) -> Tensor:
     A polynomial cannot tell small singular values from 0 that are below 1/degree, and a few large ones is what
     gradients mostly have. So these are found first, by block power iteration (Halko, Martinsson and Tropp 2011,
     algorithm 4.4): of thin matrices, at a few hundredths of the price. Where singular values do not fall, vectors are
-    poor and there is little to bring down.
+    poor and there is little to bring down. On CPUs each matrix is seen alone, so that no bit of it depends on the stack.
     """
     rank = _rank(x.shape[-2])
     if not rank:
         return x
+    if x.device.type == "cpu" and len(x) > 1:
+        return torch.cat([_deflated(matrix[None]) for matrix in x])
     q = _basis(x @ probes(x.shape[-1], rank, x.dtype, x.device))
     q = _basis(x @ (x.mT @ q))
     part = q.mT @ x

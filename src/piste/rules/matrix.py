@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from piste.orthogonal import ITERATIONS, orthogonalizer
 from piste.ops import Value, lerp, maximum, mean, norm, opaque, size, sqrt, square
+from piste.orthogonal import ITERATIONS, orthogonalizer
 from piste.rules.adaptive import adam_step
 from piste.slots import Hyper, States, direction
 from piste.storage import kept_over, moment, second_moment
