@@ -79,7 +79,7 @@ def _at_most_one(x: Tensor, iteration: str) -> Tensor:
 
 def _of_norm_one(x: Tensor) -> Tensor:
     """The same to rounding, also where squares would be too large or too small."""
-    x = x / torch.linalg.vector_norm(x, torch.inf, dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    x = x / x.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
     return x.div_(torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=1e-7))
 
 
@@ -113,7 +113,7 @@ def _deflated(x: Tensor) -> Tensor:
     if x.device.type == "cpu" and len(x) > 1:
         return torch.cat([_deflated(matrix[None]) for matrix in x])
     q = _basis(x @ probes(x.shape[-1], rank, x.dtype, x.device))
-    q = _basis(x @ (x.mT @ q))
+    q = _basis(x @ (q.mT @ x).mT)
     part = q.mT @ x
     exact = part.float() if part.dtype == torch.bfloat16 else part
     squares, vectors, _ = eigen(exact @ exact.mT)
