@@ -97,7 +97,9 @@ def test_is_the_formula(settings: dict[str, Any]) -> None:
     assert_same(by_optimizer(grouped, FILTERS), by_formula(matrix.muon, FILTERS, each), 1e-11, 1e-12)
 
 
-@pytest.mark.parametrize("settings", [{}, {"row_beta": 0.5, "scale": "keller", "split": 2}, {"iteration": "deflated"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"row_beta": 0.5, "scale": "keller", "split": 2}, {"iteration": "deflated"}], ids=str
+)
 def test_normuon_is_its_formula(settings: dict[str, Any]) -> None:
     ours = {"lr": 0.05, "weight_decay": 0.3} | settings
     expected = by_formula(matrix.normuon, FILTERS, ours)
@@ -130,7 +132,7 @@ def test_iterations_bring_singular_values_near_one(iteration: str, least: float,
 @pytest.mark.parametrize("shape", [(66, 70), (150, 64), (64, 150), (1, 5), (5, 1), (3, 3)], ids=str)
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_deflation_is_its_formula(shape: tuple[int, int], decay: float) -> None:
-    """In float64, of flat and of falling singular values, by both ways of iterating; scales far off, and none at all."""
+    """In float64, of flat and of falling singular values, by both ways of iterating; scales far off, and zeros."""
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(shape, generator=generator, dtype=torch.float64)
     left, values, right = torch.linalg.svd(x, full_matrices=False)

@@ -37,6 +37,7 @@ __all__ = [
     "triangular_products",
 ]
 
+
 @dataclass(frozen=True, eq=False)
 class Work:
     """A function of stacks, and what is known of its cost.

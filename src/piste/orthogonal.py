@@ -80,7 +80,8 @@ def _at_most_one(x: Tensor, iteration: str) -> Tensor:
 def _of_norm_one(x: Tensor) -> Tensor:
     """The same to rounding, also where squares would be too large or too small."""
     x = x / x.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
-    return x.div_(torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=1e-7))
+    norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    return x / norm.clamp(min=1e-7)
 
 
 #: the largest singular values are brought down to this part of the largest one at most; what bfloat16 makes of a
@@ -93,9 +94,14 @@ def _rank(rows: int) -> int:
     return min(max(rows // 8, 16), rows // 4)
 
 
+def _exact(x: Tensor) -> Tensor:
+    """In float32 at least, for decompositions."""
+    return x.float() if x.dtype == torch.bfloat16 else x
+
+
 def _basis(y: Tensor) -> Tensor:
-    """Orthonormal columns that span the same; decomposed in float32 at least."""
-    q, _ = torch.linalg.qr(y.float() if y.dtype == torch.bfloat16 else y)
+    """Orthonormal columns that span the same."""
+    q: Tensor = torch.linalg.qr(_exact(y))[0]
     return q.to(y.dtype)
 
 
@@ -104,8 +110,8 @@ def _deflated(x: Tensor) -> Tensor:
 
     A polynomial cannot tell small singular values from 0 that are below 1/degree, and a few large ones is what
     gradients mostly have. So these are found first, by block power iteration (Halko, Martinsson and Tropp 2011,
-    algorithm 4.4): of thin matrices, at a few hundredths of the price. Where singular values do not fall, vectors are
-    poor and there is little to bring down. On CPUs each matrix is seen alone, so that no bit of it depends on the stack.
+    algorithm 4.4): of thin matrices, at a small part of the price. Where singular values do not fall, vectors are
+    poor and there is little to bring down. On CPUs each matrix is seen alone: no bit of it depends on the stack.
     """
     rank = _rank(x.shape[-2])
     if not rank:
@@ -115,8 +121,7 @@ def _deflated(x: Tensor) -> Tensor:
     q = _basis(x @ probes(x.shape[-1], rank, x.dtype, x.device))
     q = _basis(x @ (q.mT @ x).mT)
     part = q.mT @ x
-    exact = part.float() if part.dtype == torch.bfloat16 else part
-    squares, vectors, _ = eigen(exact @ exact.mT)
+    squares, vectors, _ = eigen(_exact(part) @ _exact(part).mT)
     sizes = squares.clamp(min=0.0).sqrt()
     level = torch.maximum(sizes[:, :1], _FLOOR * sizes[:, -1:])
     less = 1 - (level / sizes.clamp(min=torch.finfo(sizes.dtype).tiny)).clamp(max=1.0)
