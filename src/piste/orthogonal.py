@@ -156,8 +156,9 @@ def _by_products(x: Tensor, triples: _Triples, bounded: bool) -> Tensor:
     """The iteration as it is written: ``(a I + b G + c G^2) X`` with ``G = X X^T``."""
     for step, (a, b, c) in enumerate(triples):
         gram = symmetric_products(x, x.mT)
-        z = _factor(gram, b, c) if bounded or step else _first_factor(x, gram, b, c)
-        x = torch.baddbmm(x, z, x, beta=a)
+        known = bounded or step > 0
+        # no name for the factor, which would be held on to while the next one is made
+        x = torch.baddbmm(x, _factor(gram, b, c) if known else _first_factor(x, gram, b, c), x, beta=a)
     return x
 
 
