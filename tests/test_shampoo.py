@@ -30,11 +30,10 @@ from piste.matrices import (
     eigen,
     inverse_roots,
     largest_eigenvalue,
-    outer,
     root_by_eigen,
     root_by_newton,
-    triangular_products,
 )
+from piste.products import outer, triangular_products
 
 PROBLEM = random_problem([(), (5,), (6, 4), (7, 3), (6, 2, 3, 3), (1, 7), (2, 3, 4)], seed=8, steps=9)
 PLAIN: dict[str, Any] = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-4, "weight_decay": 0.3, "every": 2, "start": 3}
