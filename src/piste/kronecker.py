@@ -113,10 +113,12 @@ class Layout:
 
     def factors(self, flat: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         """For each kind of blocks (by number) and axis, a view of the factors there, ``(weights, blocks, n, n)``."""
+        weights = flat.shape[0]
         for kind, alike in enumerate(self.kinds):
+            count = prod(alike.counts)
             for axis, start in alike.starts.items():
-                count, n = prod(alike.counts), alike.shape[axis]
-                yield kind, axis, flat[:, start : start + count * n * n].view(len(flat), count, n, n)
+                n = alike.shape[axis]
+                yield kind, axis, flat[:, start : start + count * n * n].view(weights, count, n, n)
 
     def factors_of(self, flat: Tensor) -> dict[tuple[int, int], Tensor]:
         """The same, by kind and axis."""
@@ -224,6 +226,12 @@ def _norms(how: Kronecker, shape: Sequence[int], numbers: Sequence[float]) -> fl
     return 2.0 * prod(shape)
 
 
+def _rebasing(how: Kronecker, shape: Sequence[int], numbers: Sequence[float]) -> float:
+    """Two products of each block along each axis, or one and that of both factors, whichever is less."""
+    sides = ((count, prod(size), size[axis]) for count, size, axis in how.layout(shape).sides())
+    return sum(2.0 * count * n * (every + min(every, n * n)) for count, every, n in sides)
+
+
 def _ordering(how: Kronecker, shape: Sequence[int], numbers: Sequence[float]) -> float:
     return 2 * _cubes(how, shape)
 
@@ -326,32 +334,53 @@ class Kronecker:
     @costing(_products)
     def times(self, stack: Tensor, flat: Tensor) -> Tensor:
         """Each block multiplied by its factor along every axis: ``L G R`` for symmetric factors of a matrix."""
-        return self._through(stack, flat, lambda factors: factors.mT)
+        return self._through(stack, lambda length, factor: [factor.mT], flat)
 
     @costing(_products)
     def turned(self, stack: Tensor, flat: Tensor) -> Tensor:
         """The same with transposed factors: into the basis that the columns of the factors are."""
-        return self._through(stack, flat, lambda factors: factors)
+        return self._through(stack, lambda length, factor: [factor], flat)
 
-    def _through(self, stack: Tensor, flat: Tensor, right: Callable[[Tensor], Tensor]) -> Tensor:
+    @costing(_rebasing)
+    def rebased(self, stack: Tensor, old: Tensor, new: Tensor) -> Tensor:
+        """From one basis into another, as by :meth:`times` and :meth:`turned`.
+
+        Where there are more columns than an axis is long, both factors are multiplied first.
+        """
+
+        def right(length: int, before: Tensor, after: Tensor) -> list[Tensor]:
+            return [before.mT @ after] if before.shape[-1] <= length else [before.mT, after]
+
+        return self._through(stack, right, old, new)
+
+    def _through(self, stack: Tensor, right: Callable[..., list[Tensor]], *flats: Tensor) -> Tensor:
         """Blocks times what ``right`` makes of their factors, axis by axis.
 
         The first axis, or the first narrow ones together, are multiplied and become the last. So few products need a
         copy, and once every axis has had its turn all are where they were.
+
+        Args:
+            stack: weights.
+            right: of the number of columns and of one factor out of each of ``flats``: the matrices to multiply with,
+                one after the other.
+            flats: factors.
         """
         layout = self.layout(stack.shape[1:])
-        factors = layout.factors_of(flat)
+        factors = [layout.factors_of(flat) for flat in flats]
         blocks = []
         for kind, x in enumerate(layout.taken_apart(stack)):
-            size, count = x.shape[1:], len(x)
+            size, count = x.shape[1:], x.shape[0]
             for joint in layout.kinds[kind].joint:
                 columns = x.reshape(count, prod(size[axis] for axis in joint), -1)
-                if (kind, joint[0]) not in factors:
+                if joint[0] not in layout.kinds[kind].starts:
                     x = columns.mT
                     continue
-                factor = _kronecker([right(factors[kind, axis].flatten(0, 1)) for axis in joint])
+                own = [_kronecker([each[kind, axis].flatten(0, 1) for axis in joint]) for each in factors]
+                first, *others = right(columns.shape[2], *own)
                 # on CPUs a product with few columns takes twice as long as one with few rows and the copy that follows
-                x = (factor.mT @ columns).mT if columns.shape[1] <= _NARROW else columns.mT @ factor
+                x = (first.mT @ columns).mT if columns.shape[1] <= _NARROW else columns.mT @ first
+                for factor in others:
+                    x = x @ factor
             blocks.append(x.reshape(count, *size))
         return layout.put_together(blocks, stack)
 
