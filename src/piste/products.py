@@ -12,8 +12,11 @@ from torch import Tensor
 
 __all__ = ["outer", "symmetric_product", "symmetric_products", "triangular_products"]
 
-#: rows that are worked out at once: 64 to 128 are alike, wider panels leave more of the other half in
-_PANEL = 96
+#: rows or columns of triangular matrices that are worked out at once; below three times as many, a whole product is as
+#: fast
+_PANEL = 128
+#: rows of symmetric products that are worked out at once; bfloat16, which is twice as fast, wants more
+_ROWS, _ROWS_IN_BFLOAT16 = 96, 128
 #: multiplications of a row, ``n * k``, from which half of a product with its mirroring takes less time than the whole:
 #: 0.9 of it there for n from 256 on, 0.8 at 2^18, 0.7 at 2^20; bfloat16 is there at four times as many
 _WORTH = 1 << 16
@@ -21,8 +24,8 @@ _WORTH = 1 << 16
 
 def _halves(n: int, k: int, like: Tensor) -> bool:
     """Does it pay to work out half of a symmetric product of ``n x k`` with ``k x n``?"""
-    worth = _WORTH * (4 if like.element_size() == 2 else 1)
-    return like.device.type == "cpu" and n >= 2 * _PANEL and k >= _PANEL and n * k >= worth
+    worth = _WORTH * (4 if like.dtype == torch.bfloat16 else 1)
+    return like.device.type == "cpu" and n >= 2 * _ROWS and k >= _ROWS and n * k >= worth
 
 
 def symmetric_product(
@@ -33,10 +36,10 @@ def symmetric_product(
     Each panel goes along the rows from the diagonal on. Its mirror image is made side by side before it is put in
     place, which torch does four times as fast as it transposes in place.
     """
-    n = len(a)
+    n, rows = len(a), _ROWS_IN_BFLOAT16 if a.dtype == torch.bfloat16 else _ROWS
     plus = out if plus is None else plus
-    for start in range(0, n, _PANEL):
-        end = min(n, start + _PANEL)
+    for start in range(0, n, rows):
+        end = min(n, start + rows)
         panel = slice(start, end), slice(start, None)
         torch.addmm(plus[panel], a[start:end], b[:, start:], beta=beta, alpha=alpha, out=out[panel])
         out[end:, start:end] = out[start:end, end:].contiguous().mT.contiguous()
@@ -68,7 +71,7 @@ def outer(rows: Tensor, out: Tensor, *, plus: Tensor | None = None, beta: float 
 def triangular_products(upper: Tensor, x: Tensor, *, transposed: bool = False) -> Tensor:
     """``U X`` for a stack of upper triangular U, or ``U^T X``; panel by panel without the zeros, where that pays."""
     n = upper.shape[-1]
-    if upper.device.type != "cpu" or n < 4 * _PANEL:
+    if upper.device.type != "cpu" or n < 3 * _PANEL:
         return (upper.mT if transposed else upper) @ x
     out = x.new_empty(x.shape)
     for start in range(0, n, _PANEL):
