@@ -102,7 +102,7 @@ def shampoo(every: int = 10, how: Kronecker = SHAMPOO, *, graft: bool = True) ->
 
 
 def soap(every: int = 10, how: Kronecker = SOAP) -> Family:
-    """Factors and bases; the gradient into the basis, the step out of it; at renewals the first moment, from one into the next."""
+    """Factors and bases; the gradient into the basis, the step out of it; the first moment into each new basis."""
     bases = rebasing(how, "qr")
 
     def work(w: Weight) -> float:

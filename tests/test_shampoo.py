@@ -400,7 +400,7 @@ def test_refused() -> None:
 @pytest.mark.parametrize("n", [7, 384, 401])
 def test_symmetric_products(n: int) -> None:
     """Half of them and its mirror image, below and above the size from which on that is done, with what was there."""
-    rows = torch.randn(2, n, 40, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    rows = torch.randn(2, n, 200, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
     before = rows @ rows.mT + torch.eye(n)
     found = outer(rows, before.clone().view(1, 2, n, n), beta=0.75, alpha=0.5)[0]
     torch.testing.assert_close(found, 0.75 * before + 0.5 * rows @ rows.mT, rtol=1e-12, atol=1e-12)

@@ -21,7 +21,8 @@ def orthogonal_factors(stack: Tensor) -> Tensor:
     their place, transposed, since fresh memory costs as much as a tenth of the work.
     """
     if stack.device.type != "cpu" or stack.shape[-1] < _LEAST:
-        return torch.linalg.householder_product(*torch.geqrf(stack))
+        found: Tensor = torch.linalg.householder_product(*torch.geqrf(stack))
+        return found
     for matrix in stack:
         reflections = _reflections(matrix)
         _multiply(reflections, matrix.mT.zero_().fill_diagonal_(1.0))

@@ -22,10 +22,11 @@ _ROWS, _ROWS_IN_BFLOAT16 = 96, 128
 _WORTH = 1 << 16
 
 
-def _halves(n: int, k: int, like: Tensor) -> bool:
+def _halves(rows: Tensor) -> bool:
     """Does it pay to work out half of a symmetric product of ``n x k`` with ``k x n``?"""
-    worth = _WORTH * (4 if like.dtype == torch.bfloat16 else 1)
-    return like.device.type == "cpu" and n >= 2 * _ROWS and k >= _ROWS and n * k >= worth
+    n, k = rows.shape[-2:]
+    worth = _WORTH * (4 if rows.dtype == torch.bfloat16 else 1)
+    return rows.device.type == "cpu" and n >= 2 * _ROWS and k >= _ROWS and n * k >= worth
 
 
 def symmetric_product(
@@ -51,7 +52,7 @@ def symmetric_products(
 ) -> Tensor:
     """The same of stacks, as a new one."""
     out = a.new_empty(len(a), a.shape[1], a.shape[1])
-    if not _halves(*a.shape[1:], a):
+    if not _halves(a):
         return torch.baddbmm(out if plus is None else plus, a, b, beta=beta, alpha=alpha)
     for i in range(len(a)):
         symmetric_product(a[i], b[i], out[i], plus=None if plus is None else plus[i], beta=beta, alpha=alpha)
@@ -61,7 +62,7 @@ def symmetric_products(
 def outer(rows: Tensor, out: Tensor, *, plus: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0) -> Tensor:
     """``beta * plus + alpha * X X^T`` for each X of a stack, into ``out``: matrices with any leading axes, in order."""
     plus = out if plus is None else plus
-    if not _halves(*rows.shape[-2:], rows):
+    if not _halves(rows):
         return out.copy_(symmetric_products(rows, rows.mT, plus.flatten(0, -3), beta, alpha).view(out.shape))
     for at, x in zip(product(*map(range, out.shape[:-2])), rows, strict=True):
         symmetric_product(x, x.mT, out[at], plus=plus[at], beta=beta, alpha=alpha)
