@@ -216,7 +216,12 @@ CASES = (
     Case(
         "Muon",
         1,
-        {"piste": _ours("Muon", lr=1e-3), "piste bf16": _ours("Muon", lr=1e-3, precision="bf16")},
+        {
+            "piste": _ours("Muon", lr=1e-3),
+            "piste bf16": _ours("Muon", lr=1e-3, precision="bf16"),
+            "piste deflated": _ours("Muon", lr=1e-3, iteration="deflated"),
+            "piste deflated bf16": _ours("Muon", lr=1e-3, iteration="deflated", precision="bf16"),
+        },
         {"torch (bf16)": lambda params: torch.optim.Muon(params, lr=1e-3)},
         (GPT, RESNET, SQUARES),
         {"torch (bf16)": 2.0},

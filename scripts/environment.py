@@ -111,6 +111,8 @@ class Environment:
     def pip(self, *arguments: str | Path) -> None:
         command: list[str | Path] = [self.python, "-m", "pip", "install", "--log", self.home / LOG]
         command += ["--disable-pip-version-check", *([] if sys.stdout.isatty() else QUIET)]
+        # Python compiles what is imported, which is a small part of what is installed.
+        command.append("--no-compile")
         # PIP_USER from a user's configuration would install outside the environment.
         done = subprocess.run([*command, *arguments], env={**os.environ, "PIP_USER": "0"})
         if done.returncode:

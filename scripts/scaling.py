@@ -16,7 +16,7 @@ from typing import NamedTuple
 from piste.costs import flops
 from piste.distribution import Job, divided
 from piste.kronecker import Kronecker, kronecker, rebasing, rooting
-from piste.matrices import orthogonalizer
+from piste.orthogonal import orthogonalizer
 
 __all__ = ["FAMILIES", "MODELS", "Cost", "Family", "cost", "page", "transformer"]
 

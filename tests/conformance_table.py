@@ -40,6 +40,12 @@ CPU with small weights, for each operation of a kernel is a call of Python there
 GPU) · **C** on compile, where it is tried (each shape costs seconds) · **✓** kept, and the engine plays no part ·
 **✗** broken · — does not apply (see below the table).
 
+All of it is run in CI. Where each rank of a weight and each option of a step is a kernel to be built (N, C), all ranks
+are held to the formulas and to the reference; what is promised besides is tried on a vector and a matrix, formats of
+state and weights on a vector and matrices, one of them on four axes, too. T takes fewer steps, past every branch that a
+step number opens, but for 1,000 scheduled steps (T: 8; R and F: 100) and 300 layers (T: 12; R: 30; F, and rules that
+multiply matrices: 100). C is compiled by Inductor; with centralization turned round it is traced, and not compiled.
+
 This page is written by `python tests/conformance_table.py`, which runs all of it; a test fails when the page and the
 registry differ.
 """

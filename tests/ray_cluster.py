@@ -1,13 +1,15 @@
 """A Ray cluster of several nodes on this machine, for tests; nothing of it listens beyond loopback.
 
-Started as a process of its own. It prints its address, obeys the lines it reads (``add``, ``narrow``, ``kill N``), and
-ends with its standard input. The first node has the cluster's own services and no CPU, each other one CPU.
+Started as a process of its own. It prints its address and that for Ray's client, obeys the lines it reads (``add``,
+``narrow``, ``kill N``), and ends with its standard input. The first node has the cluster's own services and no CPU,
+each other one CPU.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -37,7 +39,7 @@ class RunningCluster:
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
-        self.address = self.answer()
+        self.address, self.client = self.answer().split()
 
     def tell(self, line: str) -> str:
         """Have something done, and wait until it is."""
@@ -74,9 +76,10 @@ def running(*nodes: str, environment: Mapping[str, str]) -> Iterator[RunningClus
 def main() -> None:
     from ray.cluster_utils import Cluster
 
-    head = {**NODE, "num_cpus": 0, "include_dashboard": False, "_system_config": HEALTH}
+    port = free_port()
+    head = {**NODE, "num_cpus": 0, "include_dashboard": False, "_system_config": HEALTH, "ray_client_server_port": port}
     cluster = tried(lambda: Cluster(initialize_head=True, head_node_args=head))
-    say(cluster.address)
+    say(f"{cluster.address} ray://127.0.0.1:{port}")
     nodes = []
     for line in sys.stdin:
         what, _, number = line.strip().partition(" ")
@@ -90,6 +93,13 @@ def main() -> None:
             os.sched_setaffinity(0, cores)
         say("done")
     cluster.shutdown()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        number: int = probe.getsockname()[1]
+        return number
 
 
 def tried(start: Callable[[], Any]) -> Any:

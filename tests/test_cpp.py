@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 import torch
+from conformance import tensors
+from conformance.subjects import subjects
 
 import piste
 from piste import execution, ops, roster
@@ -362,17 +364,16 @@ def test_the_source_can_be_read() -> None:
 
 
 @pytest.mark.slow
-def test_the_matrix_with_two_threads() -> None:
-    """The conformance matrix on this engine with OMP_NUM_THREADS=2; all other tests have one."""
-    folder = Path(__file__).parent
-    command = [
-        *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
-        *(str(folder / "test_conformance.py"), "-k", "cpp", "-m", "not slow"),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PISTE_TEST_THREADS": "2"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "passed" in done.stdout
+@pytest.mark.parametrize("name", ["AdamW", "Ranger21", "Adafactor", "SM3", "Lamb", "Prodigy"])
+def test_the_matrix_with_two_threads(name: str) -> None:
+    """The cells of the conformance matrix whose weights are large enough to be shared out to threads, for a rule of
+    each kind of loop: element by element, with sums and peaks that keep axes, of a weight and of all.
+
+    All other cells have one thread, and their small weights would wake no other. That threads change no bit is what
+    `test_many_small_tasks_agree_with_the_reference` and `test_the_same_bits_for_any_number_of_threads` hold to.
+    """
+    torch.set_num_threads(2)
+    tensors.large_weights(next(subject for subject in subjects() if subject.name == name), "cpp")
 
 
 @pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="reads the assembly of x86")

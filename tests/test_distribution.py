@@ -44,7 +44,7 @@ LATE = 1  # has its first one in the third step
 MATRIX: list[tuple[str, dict[str, Any]]] = [
     ("Muon", {}),
     ("Muon", {"state": "8bit", "iteration": "polar_express"}),
-    ("NorMuon", {"clip_norm": 1.0}),
+    ("NorMuon", {"clip_norm": 1.0, "iteration": "deflated"}),
     ("Shampoo", {"start": 2, "every": 2, "block_size": 8}),
     ("Shampoo", {"start": 1, "every": 2, "form": "google", "root": "newton", "eps": 1e-2}),
     ("SOAP", {"every": 2, "max_size": 15, "factors": "bf16"}),

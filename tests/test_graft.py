@@ -11,12 +11,23 @@ import numpy as np
 import pytest
 import torch
 from oracles import formulas, live
-from oracles.replay import GAPS, Problem, Trajectory, assert_same, parameters, random_problem, set_gradients, snapshot
+from oracles.replay import (
+    FEWER,
+    GAPS,
+    Problem,
+    Trajectory,
+    assert_same,
+    parameters,
+    random_problem,
+    set_gradients,
+    snapshot,
+)
 
 import piste
 
 RTOL, ATOL = 1e-11, 1e-13  # the direction's step is divided by its own norm
 DENSE = random_problem(seed=81)
+FEWER_DENSE = random_problem(FEWER, seed=81)
 GAPPY = random_problem(seed=82, missing=GAPS)
 ENGINES = ["reference", "foreach", "cpp"]
 
@@ -123,14 +134,14 @@ def test_a_child_that_writes_into_gradients_spoils_nothing() -> None:
 def test_any_class_is_a_child() -> None:
     """Every class of piste as magnitude and as direction: finite, and the step has the magnitude's length."""
     for info in piste.registry.OPTIMIZERS:
-        params, alone = parameters(DENSE), parameters(DENSE)
+        params, alone = parameters(FEWER_DENSE), parameters(FEWER_DENSE)
         lr = {} if info.name == "Adafactor" else {"lr": 0.01}
         optimizer = piste.Graft(piste.AdamW(params, lr=0.02, weight_decay=0.0), _undecayed(info.optimizer, params, lr))
         single = piste.AdamW(alone, lr=0.02, weight_decay=0.0)
         for weights, one in ((params, optimizer), (alone, single)):
-            set_gradients(weights, DENSE.gradients[0])
+            set_gradients(weights, FEWER_DENSE.gradients[0])
             one.step()
-        for p, a, start in zip(params, alone, DENSE.weights, strict=True):
+        for p, a, start in zip(params, alone, FEWER_DENSE.weights, strict=True):
             mine, theirs = ((w.detach() - torch.tensor(start)).norm() for w in (p, a))
             rests = bool(mine == 0)  # a direction may rest at first (ScheduleFreeRAdam)
             assert rests or torch.isclose(mine, theirs, rtol=1e-9), info.name

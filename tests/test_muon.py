@@ -13,9 +13,11 @@ import torch
 from oracles import matrix
 from oracles.replay import assert_same, by_formula, by_optimizer, parameters, random_problem, set_gradients
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import piste
-from piste.matrices import ITERATIONS, orthogonalizer
+from piste.costs import flops
+from piste.orthogonal import ITERATIONS, orthogonalizer
 
 MATRICES = random_problem([(6, 4), (4, 6), (5, 5), (1, 7)], seed=3, steps=8)
 FILTERS = random_problem([(6, 4), (6, 2, 3), (6, 2, 2, 2), (6, 1, 2, 2, 2)], seed=4, steps=5)
@@ -73,6 +75,8 @@ def test_goes_on_from_torch_and_back() -> None:
         {"scale": "spectral"},
         {"scale": "keller", "iteration": "polar_express"},
         {"iteration": "polar_express", "steps": 7, "nesterov": False},
+        {"iteration": "deflated"},
+        {"iteration": "deflated", "steps": 6, "split": 2},
         {"steps": 2, "momentum": 0.0},
         {"split": 3},
         {"split": 6, "scale": "spectral", "decoupled_weight_decay": False},
@@ -93,7 +97,9 @@ def test_is_the_formula(settings: dict[str, Any]) -> None:
     assert_same(by_optimizer(grouped, FILTERS), by_formula(matrix.muon, FILTERS, each), 1e-11, 1e-12)
 
 
-@pytest.mark.parametrize("settings", [{}, {"row_beta": 0.5, "scale": "keller", "split": 2}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"row_beta": 0.5, "scale": "keller", "split": 2}, {"iteration": "deflated"}], ids=str
+)
 def test_normuon_is_its_formula(settings: dict[str, Any]) -> None:
     ours = {"lr": 0.05, "weight_decay": 0.3} | settings
     expected = by_formula(matrix.normuon, FILTERS, ours)
@@ -117,11 +123,92 @@ def test_transposed_weights_have_the_length_of_what_they_stand_for() -> None:
 def test_iterations_bring_singular_values_near_one(iteration: str, least: float, low: float, high: float) -> None:
     values = torch.logspace(np.log10(least), 0, 2000, dtype=torch.float64)
     x = values / 1.02 if iteration == "polar_express" else values.clone()
-    for step in range(5):
-        a, b, c = ITERATIONS[iteration][min(step, len(ITERATIONS[iteration]) - 1)]
+    for a, b, c in ITERATIONS[iteration].polynomials(5):
         x = a * x + b * x**3 + c * x**5
     assert low < x.min() < low + 0.01
     assert high - 0.01 < x.max() < high
+
+
+@pytest.mark.parametrize("shape", [(66, 70), (150, 64), (64, 150), (1, 5), (5, 1), (3, 3)], ids=str)
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_deflation_is_its_formula(shape: tuple[int, int], decay: float) -> None:
+    """In float64, of flat and of falling singular values, by both ways of iterating; scales far off, and zeros."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    left, values, right = torch.linalg.svd(x, full_matrices=False)
+    x = (left * values * torch.exp(-decay * torch.arange(len(values)))) @ right
+    found = orthogonalizer("deflated", "fp32")(torch.stack([x, 1e-30 * x, 1e200 * x, 0 * x]), 3, 1)
+    expected = torch.from_numpy(matrix.orthogonal(x.numpy(), "deflated", 3))
+    # a Krylov space of falling singular values is known to fewer digits than the matrix
+    torch.testing.assert_close(found[:3], expected.expand(3, *shape), rtol=0, atol=1e-9)
+    assert not found[3].any()
+
+
+def test_polynomials_are_the_best_for_what_the_last_one_left() -> None:
+    triples = ITERATIONS["deflated"].triples
+    best = matrix.best_polynomials([(1, 3, 5), (1, 3, 5), (1, 3), (1, 3)], 0.025, 1.01)
+    for triple, expected in zip(triples, best, strict=False):
+        np.testing.assert_allclose(triple[: len(expected)], expected, rtol=1e-9)
+    assert triples[len(best) :] == ((1.5, -0.5, 0.0),)
+
+
+def falling(n: int, power: float) -> torch.Tensor:
+    """A matrix with singular values i^-power."""
+    generator = torch.Generator().manual_seed(3)
+    left, right = (torch.linalg.qr(torch.randn(n, n, generator=generator))[0] for _ in range(2))
+    return (left * torch.arange(1.0, n + 1) ** -power) @ right
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 1.5])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_three_steps_after_a_deflation_are_nearer_than_five_quintics(power: float, precision: str) -> None:
+    """To U V^T, per direction; where one singular value is nearly all there is, by far."""
+    x = torch.randn(256, 256, generator=torch.Generator().manual_seed(4)) if power == 0 else falling(256, power)
+    left, _, right = torch.linalg.svd(x)
+    errors = {
+        name: float(torch.linalg.matrix_norm(orthogonalizer(name, precision)(x[None], steps, 1)[0] - left @ right)) / 16
+        for name, steps in (("quintic", 5), ("deflated", 3), ("polar_express", 3))
+    }
+    assert errors["deflated"] < 0.9 * errors["quintic"]
+    assert errors["deflated"] < 0.6 * errors["polar_express"]  # three steps alone do not do it
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_deflation_at_the_ends_of_the_range(precision: str, size: float) -> None:
+    x = falling(64, 0.5)[None]
+    orthogonalize = orthogonalizer("deflated", precision)
+    atol = 1e-3 if precision == "fp32" else 0.1  # powers of ten round, and bfloat16 rounds each otherwise
+    torch.testing.assert_close(orthogonalize(size * x, 3, 1), orthogonalize(x, 3, 1), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_deflation_keeps_what_is_not_finite_to_itself(bad: float) -> None:
+    good = falling(32, 1.0)
+    spoilt = good.clone()
+    spoilt[3, 4] = bad
+    found = orthogonalizer("deflated", "fp32")(torch.stack([spoilt, good]), 3, 1)
+    assert torch.isnan(found[0]).any()
+    torch.testing.assert_close(found[1], orthogonalizer("deflated", "fp32")(good[None], 3, 1)[0], rtol=0, atol=1e-5)
+
+
+def test_each_iteration_has_its_usual_number_of_steps_and_its_cost() -> None:
+    """Two products for a step without a fifth power, three for others, as torch counts them."""
+    for iteration, steps in (("quintic", 5), ("polar_express", 5), ("deflated", 3)):
+        given = [nn.Parameter(torch.zeros(64, 64)) for _ in range(2)]
+        for p, chosen in zip(given, (None, steps), strict=True):
+            p.grad = falling(64, 1.0)
+            optimizer = piste.Muon([p], rule="muon", iteration=iteration, steps=chosen)
+            with FlopCounterMode(display=False) as counter:
+                optimizer.step()
+        assert torch.equal(*given)
+        by_formula = flops(orthogonalizer(iteration, "auto"), (64, 64), (steps, 1))
+        assert counter.get_total_flops() <= by_formula <= 1.3 * counter.get_total_flops()  # QR is not counted
+
+
+def test_a_graph_cannot_record_a_deflation() -> None:
+    with pytest.raises(ValueError, match="capturable"):
+        piste.Muon([nn.Parameter(torch.zeros(8, 8))], rule="muon", iteration="deflated", capturable=True)
 
 
 @pytest.mark.parametrize("iteration", ITERATIONS)
@@ -132,7 +219,7 @@ def test_awkward_matrices(iteration: str, precision: str) -> None:
     generator = torch.Generator().manual_seed(1)
     tall, wide = torch.randn(9, 2, generator=generator), torch.randn(2, 5, generator=generator)
     stack = torch.stack([torch.zeros(9, 5), tall @ wide, 1e-3 * tall @ wide])
-    found = orthogonalize(stack, 5, 1)
+    found = orthogonalize(stack, ITERATIONS[iteration].steps, 1)
     assert found.dtype == stack.dtype
     assert not found[0].any()
     assert (torch.linalg.svdvals(found)[1:, :2] - 1).abs().max() < 0.35
@@ -357,17 +444,15 @@ def test_one_state_dict_for_both_rules() -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("iteration", list(ITERATIONS))
+@pytest.mark.parametrize("iteration", ["quintic", "polar_express"])
 @pytest.mark.parametrize("shape", [(40, 90), (90, 40), (390, 600), (384, 384)])
 def test_wide_matrices_by_their_gram_matrices(iteration: str, shape: tuple[int, int]) -> None:
     """The iteration as it is written in float64, to 1e-4 in float32, with singular values from 1 to 1e-6."""
     generator = torch.Generator().manual_seed(1)
     u, _, v = torch.linalg.svd(torch.randn(shape, generator=generator, dtype=torch.float64), full_matrices=False)
     x = (u * torch.logspace(0, -6, min(shape), dtype=torch.float64)) @ v
-    known = ITERATIONS[iteration]
     expected = x / (x.norm() if iteration == "quintic" else 1.02 * x.norm() + 1e-6)
-    for step in range(7):
-        a, b, c = known[min(step, len(known) - 1)]
+    for a, b, c in ITERATIONS[iteration].polynomials(7):
         gram = expected @ expected.T
         expected = a * expected + (b * gram + c * gram @ gram) @ expected
     found = orthogonalizer(iteration, "fp32")(x[None], 7, 1)[0]

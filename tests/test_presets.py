@@ -230,6 +230,30 @@ def test_schedules_never_cycle_the_momentum_of_a_preset_with_set_betas_false():
             assert (after == before) is (not mapping[name].set_betas), name
 
 
+@pytest.mark.parametrize("name", ["muon", "sam+normuon"])
+def test_state_is_counted_without_a_warning(name, caplog):
+    assert piste.state_bytes(name) >= 4
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "lookahead+ranger", "sam+sgd"])
+def test_weights_without_names_are_named_by_their_place(name):
+    def made():
+        optimizer = piste.create(name, small_model(), lr=0.1)
+        count = len(optimizer.param_groups)
+        late = [nn.Parameter(torch.full((2,), 3.0)), nn.Parameter(torch.full((2, 2), 4.0))]
+        optimizer.add_param_group({"params": late, **({"rule": "adamw"} if name == "muon" else {})})
+        return optimizer, count, late
+
+    optimizer, count, late = made()
+    assert optimizer.param_groups[-1]["param_names"] == [f"group{count}.0", f"group{count}.1"]
+    again, _, _ = made()
+    again.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        optimizer.add_param_group({"params": late[:1]})
+    assert len(optimizer.param_groups) == count + 1
+
+
 def test_the_mark_survives_saving():
     optimizer = piste.create("sgd_momentum", small_model())
     again = piste.SGD(piste.param_groups(small_model(), weight_decay=0.0), momentum=0.5)

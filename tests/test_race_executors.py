@@ -668,6 +668,8 @@ def test_a_ray_cluster_gives_the_same_bits(
         machine = json.loads((tmp_path / "out" / "study.json").read_text())["machine"]["fingerprint"]
         timed = [record for record in made.values() if record.key.phase == TIME]
         assert {record.fingerprint for record in timed} == {machine} == {record.key.machine for record in timed}
+        through_client = raced(tmp_path / "client", str(task), *SMALL, "--on", cluster.client, **mark)
+        assert qualities(through_client) == expected
         # A task that breaks its process is told from a lost node.
         broken = write(tmp_path, "import os; os.abort()", "broken.py")
         done = called(tmp_path / "broken", str(broken), *SMALL, "--on", "ray", RAY_ADDRESS=cluster.address, **mark)

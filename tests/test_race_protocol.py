@@ -14,8 +14,8 @@ import pytest
 from rich.console import Console
 
 from piste.race import costs
-from piste.race.budget import BudgetError, Pace, expected_seconds, fitted, parse_budget
-from piste.race.contenders import make_contenders
+from piste.race.budget import BudgetError, Pace, expected_seconds, fitted, pace_of_script, parse_budget
+from piste.race.contenders import ContenderError, make_contenders
 from piste.race.driver import Driver
 from piste.race.inspection import TaskCard
 from piste.race.power import seeds_needed
@@ -119,6 +119,12 @@ def test_a_sweep_tries_each_value_at_the_same_rates_and_the_others_get_as_many_t
     assert sorted(by_eps) == [1e-4, 0.01, 0.1, 1.0]
     assert len({frozenset(lrs) for lrs in by_eps.values()}) == 1
     assert {key.lr for key in plain} > {key.lr for key in trials_of(plan_for(trials=3), 1)}
+
+
+def test_a_sweep_of_a_scripts_optimizer_is_tried_without_its_schedule() -> None:
+    assert make_contenders(["adamw"], (), sweeps=[parse_sweep("eps=1e-4")], script=True)[0].cells
+    with pytest.raises(ContenderError, match="--sweep beta2=2 is not legal for adamw"):
+        make_contenders(["adamw"], (), sweeps=[parse_sweep("beta2=0.5,2")], script=True)
 
 
 def test_sweeps_without_values_take_the_lists_of_each_family() -> None:
@@ -401,6 +407,25 @@ def test_a_script_is_never_shortened_and_its_first_runs_count() -> None:
     assert "given up for it: 1 of 4 trials each, 1 of 4 seeds each." in least.remarks[0]
     with pytest.raises(BudgetError, match="is too short"):
         fit_script(smallest - 1)
+
+
+def test_a_timing_pass_of_a_script_takes_what_comes_before_its_end() -> None:
+    """A run of 100 s, of which 940 steps of 0.1 s come after those of a pass."""
+    contender = plan_for().contenders[0]
+    run = record_of(plan_for().key(CARD, contender, {"lr": 1.0}, 0, TUNE), 1.0, step_seconds=0.1)
+    run = replace(run, cost=replace(run.cost, steps=1000))
+    assert pace_of_script(run, 100.0).of_a_pass(60) == pytest.approx(6.0)
+    assert pace_of_script(replace(run, cost=Cost.unknown()), 100.0).of_a_pass(60) == 100.0  # at most a whole run
+    card = replace(CARD, steps=0, step_seconds=0.0, evaluation_seconds=0.0)
+    plan = replace(plan_for(trials=1, seeds=1, timing=3), cards=(card,))
+    paces = {(card.reference, who.name): pace_of_script(run, 100.0) for who in plan.contenders}
+    assert expected_seconds(plan, paces, 1) == pytest.approx(1.15 * 2 * (2 * 100 + 3 * 6))
+
+
+def test_a_plan_says_that_it_does_not_know_what_packs_gain() -> None:
+    plan = plan_for(trials=3)
+    assert "packs" not in fit(plan, 1.0).remarks[0]
+    assert "packs of them may be done before" in fit(replace(plan, cards=(replace(CARD, packs=True),)), 1.0).remarks[0]
 
 
 def test_a_budget_gives_up_trials_then_seeds_then_length_and_says_so() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from piste import scripting
 from piste.race import script as script_module
 from piste.race.attempt import new_record
 from piste.race.contenders import Contender, make_contenders
-from piste.race.record import CONFIRM, DIVERGED, FAILED, FINISHED, OUT_OF_MEMORY, TUNE, Curve, RunKey, RunRecord
+from piste.race.record import CONFIRM, DIVERGED, FAILED, FINISHED, OUT_OF_MEMORY, TIME, TUNE, Curve, RunKey, RunRecord
 from piste.race.script import Script, _Reports, notes, run, seed_of
 from piste.race.task import TaskError
 
@@ -101,6 +102,103 @@ def test_only_the_first_process_reports(inside: Path, monkeypatch: pytest.Monkey
     assert not inside.exists()
 
 
+# Timing passes
+
+
+@pytest.fixture
+def timed(inside: Path) -> Path:
+    """This process is a timing pass of nine steps; where its reports go."""
+    run = inside.with_name("run.json")
+    run.write_text(json.dumps({**json.loads(run.read_text()), "timed_steps": 9}))
+    return inside
+
+
+def times_in(path: Path) -> list[list[float]]:
+    (found,) = [line["times"] for line in map(json.loads, path.read_text().splitlines()) if "times" in line]
+    return found
+
+
+def test_a_timing_pass_ends_the_script_from_inside_of_a_step(timed: Path) -> None:
+    model = torch.nn.Linear(2, 1)
+    optimizer = piste.race_optimizer(model)
+    cleaned = False
+    try:
+        with pytest.raises(scripting.TimingOver) as ended:
+            train(optimizer, model, 1000)
+    finally:
+        cleaned = True
+    assert cleaned
+    assert isinstance(ended.value, SystemExit)
+    assert ended.value.code == 0
+    assert [number for number, *_ in times_in(timed)] == [6, 7, 8, 9]
+    assert all(whole >= own > 0 for _, whole, own, _ in times_in(timed))
+
+
+def test_a_script_that_goes_on_is_ended_again_at_every_step(timed: Path) -> None:
+    model = torch.nn.Linear(2, 1)
+    optimizer = piste.race_optimizer(model)
+    for _ in range(3):
+        with pytest.raises(scripting.TimingOver):
+            train(optimizer, model, 9)
+    assert len(times_in(timed)) == 4
+
+
+def test_a_runs_steps_are_not_ended(inside: Path) -> None:
+    model = torch.nn.Linear(2, 1)
+    train(piste.race_optimizer(model), model, 200)
+
+
+def test_a_timing_pass_leaves_out_what_is_done_for_a_report(timed: Path) -> None:
+    model = torch.nn.Linear(2, 1)
+    optimizer = piste.race_optimizer(model)
+    train(optimizer, model, 7)
+    piste.race_report(step=7, loss=1.0)
+    with pytest.raises(scripting.TimingOver):
+        train(optimizer, model, 7)
+    assert [number for number, *_ in times_in(timed)] == [6, 7, 9]
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_gradient_made_in_a_closure_is_not_the_optimizers_time(
+    timed: Path, monkeypatch: pytest.MonkeyPatch, by_name: bool
+) -> None:
+    """As Lightning calls every optimizer. Nothing here takes time but the closure, which looks at the clock once."""
+    now = 0.0
+    monkeypatch.setattr(scripting.time, "perf_counter", lambda: now)
+    model = torch.nn.Linear(2, 1)
+    optimizer = piste.race_optimizer(model)
+
+    def closure() -> torch.Tensor:
+        nonlocal now
+        optimizer.zero_grad()
+        loss = model(torch.ones(3, 2)).square().mean()
+        loss.backward()
+        now += 2.0
+        return loss
+
+    def step() -> None:
+        loss = optimizer.step(closure=closure) if by_name else optimizer.step(closure)
+        assert isinstance(loss, torch.Tensor)
+
+    for _ in range(8):
+        step()
+    with pytest.raises(scripting.TimingOver):
+        step()
+    assert {(whole, own) for _, whole, own, _ in times_in(timed)} == {(2.0, 0.0)}
+
+
+def test_steps_that_make_roots_anew_are_told_apart(timed: Path) -> None:
+    run = timed.with_name("run.json")
+    soap = {"optimizer": "soap", "arguments": {"lr": 0.1, "every": 4}, "timed_steps": 13}
+    run.write_text(json.dumps({**json.loads(run.read_text()), **soap}))
+    model = torch.nn.Linear(2, 2)
+    optimizer = piste.race_optimizer(model)
+    with pytest.raises(scripting.TimingOver):
+        train(optimizer, model, 13)
+    renewed = [bool(new) for *_, new in times_in(timed)]
+    assert 0 < sum(renewed) < len(renewed)
+
+
 # What reports become
 
 
@@ -150,6 +248,46 @@ def test_ends_of_a_script_are_outcomes(
     found, message = reports(tmp_path, *lines).outcome(code)
     assert found == status
     assert words in message
+
+
+def test_times_of_a_pass_become_those_of_a_stopwatch(tmp_path: Path) -> None:
+    """As for tasks: medians, and steps with a refresh apart."""
+    times = [[6, 3.0, 1.0, False], [7, 9.0, 7.0, True], [8, 5.0, 2.0, False], [9, 4.0, 1.5, False]]
+    found = reports(tmp_path, STARTED, {"times": times, "steps": 9})
+    assert found.timed_outcome(-9) == (FINISHED, "")  # it had to be killed, which says nothing of the times
+    cost = found.timed_cost(2)
+    assert (cost.step_seconds, cost.optimizer_seconds, cost.refresh_seconds, cost.refresh_share) == (
+        4.0,
+        1.5,
+        7.0,
+        0.25,
+    )
+    assert (cost.steps, cost.gradient_evaluations) == (9, 18)
+    assert math.isnan(cost.compile_seconds)
+
+
+@pytest.mark.parametrize(
+    ("lines", "code", "words"),
+    [
+        ([STARTED, {"times": [], "steps": 4}], 0, "of the 4 steps none came after the warm-up"),
+        ([STARTED, {"times": [], "steps": 4}], 3, "exit code 3"),
+        ([STARTED, {"error": "RuntimeError: no"}], 1, "RuntimeError: no"),
+        ([STARTED, {"step": 9, "steps": 9, "metrics": {"loss": 1.0}}], 0, "of the 9 steps none"),
+    ],
+)
+def test_a_pass_without_times_says_why(tmp_path: Path, lines: list[dict[str, object]], code: int, words: str) -> None:
+    status, message = reports(tmp_path, *lines).timed_outcome(code)
+    assert status == FAILED
+    assert words in message
+
+
+def test_whoever_could_not_be_timed_is_named() -> None:
+    sgd, adam = make_contenders(["sgd", "adam"], (), script=True)
+    lost = [new_record(key_of(who, seed, TIME), FAILED, "no step") for who in (sgd, adam) for seed in (0, 1)]
+    there = new_record(key_of(adam, 2, TIME), FINISHED, "")
+    (note,) = notes([*lost, there])
+    assert note.startswith(f"No timing pass of {sgd.name} came to anything (no step)")
+    assert notes([there]) == []
 
 
 def test_a_metric_that_is_not_reported_is_named(tmp_path: Path) -> None:
@@ -207,17 +345,21 @@ for step in range(1, 21):
 """
 
 
-def key_of(contender: Contender, seed: int = 1, phase: str = CONFIRM, **hyperparameters: float) -> RunKey:
+def key_of(
+    contender: Contender, seed: int = 1, phase: str = CONFIRM, steps: int = 0, **hyperparameters: float
+) -> RunKey:
     settings = {"lr": contender.lr_center, **hyperparameters}
     optimizer, schedule = contender.optimizer, contender.schedule
-    return RunKey("train", "f00d", contender.name, optimizer, schedule, settings, 0, seed, phase, "cpu", {})
+    return RunKey("train", "f00d", contender.name, optimizer, schedule, settings, steps, seed, phase, "cpu", {})
 
 
 def run_of(
-    path: Path, *arguments: str, optimizer: str = "sgd_momentum", seed: int = 1, metric: str = "loss"
-) -> RunRecord:
+    path: Path, *arguments: str, optimizer: str = "sgd_momentum", seed: int = 1, metric: str = "loss",
+    phase: str = CONFIRM, steps: int = 0,
+) -> RunRecord:  # fmt: skip
     (contender,) = make_contenders([optimizer], (), script=True)
-    return run(Script(str(path), arguments, metric, False), contender, key_of(contender, seed), lambda step: None)
+    key = key_of(contender, seed, phase, steps)
+    return run(Script(str(path), arguments, metric, False), contender, key, lambda step: None)
 
 
 def write(tmp_path: Path, text: str = SCRIPT) -> Path:
@@ -277,21 +419,11 @@ def test_a_whole_race_of_a_script(tmp_path: Path) -> None:
     """Planned for a budget by its first runs, which are the race's own; nothing is run twice."""
     path = write(tmp_path)
     main = "from piste.cli import main; main()"
-    asked = [
-        sys.executable,
-        "-c",
-        main,
-        "race",
-        "--script",
-        str(path),
-        "--optimizers",
-        "sgd,torch.SGD",
-        "--trials",
-        "1",
-    ]
+    asked = [sys.executable, "-c", main, "race", "--script", str(path), "--optimizers", "sgd,torch.SGD"]
+    few = ["--trials", "1", "--seeds", "1", "--timing", "1"]
 
     def race(folder: str, *arguments: str, status: int = 0) -> str:
-        command = [*asked, "--trials", "1", "--seeds", "1", "--out", str(tmp_path / folder), *arguments, "--", "{seed}"]
+        command = [*asked, *few, "--out", str(tmp_path / folder), *arguments, "--", "{seed}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
         assert done.returncode == status, done.stdout + done.stderr
         return " ".join((done.stdout + done.stderr).split())
@@ -304,10 +436,13 @@ def test_a_whole_race_of_a_script(tmp_path: Path) -> None:
     assert "Budget 60 min: nothing had to be given up for it." in said
     made = [json.loads(each.read_text()) for each in (tmp_path / "out" / "runs").glob("*.json")]
     assert sorted((m["key"]["optimizer"], m["key"]["phase"]) for m in made) == sorted(
-        (name, phase) for name in ("sgd", "torch.SGD") for phase in (TUNE, CONFIRM)
+        (name, phase) for name in ("sgd", "torch.SGD") for phase in (TUNE, CONFIRM, TIME)
     )
+    timed = [m for m in made if m["key"]["phase"] == TIME]
+    assert [(m["status"], m["cost"]["steps"]) for m in timed] == 2 * [("finished", 20)]  # all that the script has
+    assert all(m["key"]["machine"] == m["machine"]["fingerprint"] for m in timed)
     again = race("out", "--budget", "1h")
-    assert "4 of them are there already" in again
+    assert "6 of them are there already" in again
     assert "measuring" not in again
     short = race("short", "--budget", "1s", status=2)
     assert "the first runs of train did not end within the budget (0 of 2 did)" in short
@@ -404,10 +539,28 @@ learn.fit(2, optimizer.param_groups[0]["lr"], cbs=Report())
 """
 
 
+WHOLE = [("transformers", TRANSFORMERS), ("lightning", LIGHTNING), ("fastai", FASTAI)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "text"), [("transformers", TRANSFORMERS), ("lightning", LIGHTNING), ("fastai", FASTAI)]
-)
+@pytest.mark.parametrize(("name", "text"), WHOLE)
+def test_scripts_of_frameworks_are_timed_and_end_in_the_middle(tmp_path: Path, name: str, text: str) -> None:
+    """All three let the end of a timing pass through, and the script's own clearing up is done."""
+    pytest.importorskip(name)
+    marks = tmp_path / "marks"
+    body = textwrap.indent(text, "    ")
+    path = write(tmp_path, f"{STUB}try:\n{body}\n    print('whole', file=open({str(marks)!r}, 'a'))\n"
+                           f"finally:\n    print('cleaned', file=open({str(marks)!r}, 'a'))\n")  # fmt: skip
+    made = run_of(path, phase=TIME, steps=7)
+    assert (made.status, made.message) == (FINISHED, "")
+    assert made.cost.steps == 7
+    assert made.cost.step_seconds > made.cost.optimizer_seconds > 0
+    assert made.curve == Curve()
+    assert marks.read_text().split() == ["cleaned"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "text"), WHOLE)
 def test_scripts_of_frameworks_race_as_they_are(tmp_path: Path, name: str, text: str) -> None:
     pytest.importorskip(name)
     made = run_of(write(tmp_path, STUB + text), optimizer="sgd_momentum")
@@ -416,4 +569,5 @@ def test_scripts_of_frameworks_race_as_they_are(tmp_path: Path, name: str, text:
     assert made.curve.valid_loss[-1] < 3.0  # about 4 untrained; with momentum it need not fall at every report
     assert made.cost.steps == 8
     assert made.cost.state_bytes == 20
+    assert made.cost.optimizer_seconds < made.cost.step_seconds
     assert seed_of(made.key) != seed_of(key_of(make_contenders(["sgd"], (), script=True)[0], 2))

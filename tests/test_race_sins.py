@@ -189,6 +189,17 @@ def test_other_versions_are_told() -> None:
     assert "several versions" in lints.other_implementation(moved)
 
 
+def test_how_large_a_scripts_model_is_its_runs_say() -> None:
+    plan = fair_plan()
+    script = replace(plan, cards=tuple(replace(card, parameters=0) for card in plan.cards))
+    large, small, unknown = (
+        evidence_of(script, lambda run, many=many: replace(run, cost=replace(run.cost, parameters=many)))  # type: ignore[misc]
+        for many in (1000, 10, 0)
+    )
+    assert (lints.toy(large), lints.toy(unknown)) == ("", "")
+    assert "fewer than 100 weights" in lints.toy(small)
+
+
 def test_the_audit_speaks_of_every_sin_once() -> None:
     found = audit(evidence_of(fair_plan(seeds=2), change=complete))
     assert len({finding.sin for finding in found}) == len(found) == len(SINS)

@@ -61,6 +61,17 @@ def test_intervals_cover() -> None:
     assert 0.90 * 300 <= held <= 0.99 * 300
 
 
+@pytest.mark.parametrize("count", [2, 3, 5, 20])
+def test_the_bootstrap_is_scipys(count: int) -> None:
+    """From the same draws, at the percentiles that Student's quantile and the factor n/(n-1) ask for."""
+    values = np.random.default_rng(count).exponential(size=count)
+    level = 2 * stats.norm.cdf(math.sqrt(count / (count - 1)) * stats.t.ppf(0.975, count - 1)) - 1
+    theirs = stats.bootstrap(
+        (values,), np.mean, n_resamples=9999, confidence_level=level, method="percentile", random_state=20
+    ).confidence_interval
+    assert interval(values) == pytest.approx((theirs.low, theirs.high), rel=1e-12)
+
+
 def test_intervals_of_many_are_those_of_each() -> None:
     rows = np.random.default_rng(5).normal(size=(60, 20))  # more than are drawn at once
     rows[7] = 2.5

@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import random
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from report_studies import plain_study
 
 from piste.race import store as store_module
-from piste.race.record import RecordError, RunRecord
+from piste.race.record import RecordError, RunRecord, plain
 from piste.race.store import Store, StoreError
 
 RECORDS = plain_study().records
@@ -35,6 +36,25 @@ def _filled(store: Store, count: int = 3) -> list[RunRecord]:
         for record in RECORDS[:count]:
             store.add(record)
     return RECORDS[:count]
+
+
+def test_plain_data_are_those_of_the_dataclasses() -> None:
+    """Nothing is copied but what has a number that JSON has no sign for."""
+    study = plain_study()
+    whole = study.records[0].curve.valid_loss
+    study.records[1].curve.valid_loss[-1] = math.nan
+    study.records[1].curve.gradient_norm[:] = [1e308, 1e308, -math.inf]
+
+    def named(value: object) -> object:
+        if isinstance(value, float) and not math.isfinite(value):
+            return {math.inf: "inf", -math.inf: "-inf"}.get(value, "nan")
+        if isinstance(value, dict):
+            return {name: named(item) for name, item in value.items()}
+        return [named(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    found = plain(study)
+    assert json.loads(json.dumps(found, allow_nan=False)) == named(asdict(study))
+    assert found["records"][0]["curve"]["valid_loss"] is whole
 
 
 def test_records_come_back_as_they_went(store: Store) -> None:

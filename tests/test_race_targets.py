@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 from report_studies import run
+from scipy import stats  # type: ignore[import-untyped]
 
 from piste.race.record import Cost, Curve, RunRecord
 from piste.race.targets import (
@@ -14,6 +16,7 @@ from piste.race.targets import (
     STEPS,
     Reach,
     median_reach,
+    median_reaches,
     passes_a_step,
     profiles,
     reach,
@@ -63,12 +66,42 @@ def test_the_median_is_kaplan_and_meiers() -> None:
     data = [Reach(1, True), Reach(2, False), Reach(3, True), Reach(4, False), Reach(5, True)]
     assert median_reach(data) == 5
     dropped = [each for each in data if each.met]
+    early = [Reach(1, False), Reach(2, False), Reach(3, True), Reach(4, True), Reach(5, True)]
+    assert median_reach(early) == 4  # survival is 2/3, 1/3, 0; as late ones the two would have made it 5
     assert median_reach(dropped) == 3  # what leaving the misses out would have claimed
 
 
 def test_the_median_of_seeds_that_all_arrive_is_the_middle_one() -> None:
     assert median_reach([Reach(at, True) for at in (9.0, 1.0, 5.0)]) == 5.0
     assert median_reach([Reach(at, True) for at in (1.0, 2.0, 3.0, 4.0)]) == 2.0
+
+
+@pytest.mark.parametrize("what", [STEPS, EVALUATIONS, SECONDS])
+@pytest.mark.parametrize("higher", [False, True])
+def test_medians_for_many_targets_are_those_of_each(higher: bool, what: str) -> None:
+    """Of runs that end early, diverge, are at nan, or leave nothing at all; some groups censor in the middle."""
+    draw = random.Random(20)
+    for _ in range(60):
+        runs = []
+        for _ in range(draw.randint(1, 7)):
+            status = draw.choice(["finished", "finished", "diverged", "failed"])
+            values = [
+                draw.choice([math.nan, *(float(value) for value in range(9))])
+                for _ in range(draw.randint(status == "finished", 6))
+            ]
+            runs.append(made(values, status=status))
+        goals = [float(goal) for goal in range(-1, 10)]
+        expected = [median_reach([reach(each, goal, higher, what) for each in runs]) for goal in goals]
+        assert median_reaches(runs, goals, higher, what) == expected
+
+
+def test_a_miss_that_is_seen_after_all_who_arrived_is_only_a_late_one() -> None:
+    """Kaplan and Meier's estimate by scipy, for every number of misses."""
+    for missed in range(5):
+        data = [*(Reach(at, True) for at in (1.0, 2.0, 3.0, 4.0, 5.0)), *(missed * [Reach(5.0, False)])]
+        left = stats.ecdf(stats.CensoredData(uncensored=[1, 2, 3, 4, 5], right=[5] * missed)).sf
+        below = [at for at, share in zip(left.quantiles, left.probabilities, strict=True) if share <= 0.5 + 1e-9]
+        assert median_reach(data) == (below[0] if below else math.inf)
 
 
 def test_too_many_misses_are_infinite() -> None:

@@ -68,9 +68,11 @@ def test_the_starter_and_the_built_in_tasks_pass_inspection(tmp_path: Path) -> N
     ("text", "message"),
     [
         ("task = (", r"my_task.py:1 raises SyntaxError"),
-        ("\n\n1 / 0", r"my_task.py:3 raises ZeroDivisionError: division by zero"),
-        ("import sys; sys.exit(3)", "raises SystemExit: 3"),
-        ("x = 1", "holds no piste.race.Task"),
+        ("# a task\n\n1 / 0", r"my_task.py:3 raises ZeroDivisionError: division by zero"),
+        ("import sys; sys.exit(3)  # no task", "raises SystemExit: 3"),
+        ("x = 1", "holds no piste.race.Task .* and is not run to look for one"),
+        ("x = 'task'", "holds no piste.race.Task; give it one"),
+        ("import piste\n1 / 0  # of a task\npiste.race_optimizer(model)", "piste race --script .* races it"),
         (GOOD + "a, b = make(), make(name='b')", r"holds several tasks; name one: .*:a, .*:b"),
         (GOOD + "task = make(name='a b')", "name must be letters"),
         (GOOD + "task = make(model=torch.nn.Linear(1, 1))", "write model=lambda"),
@@ -86,7 +88,7 @@ def test_the_starter_and_the_built_in_tasks_pass_inspection(tmp_path: Path) -> N
         (GOOD + "task = make(loss=lambda model, batch: torch.tensor(1.0))", "task line: .*loss"),
         (GOOD + "task = make(loss=lambda model, batch: batch[7])", "IndexError"),
         (GOOD + "task = make(metric=lambda model, batch: 'high', metric_name='m')", "task line: .*metric"),
-        ("raise ValueError('first\\nsecond')", "my_task.py:1 raises ValueError: first second"),
+        ("raise ValueError('first\\nsecond')  # task", "my_task.py:1 raises ValueError: first second"),
         (GOOD + "task = make(name=3)", "name must be letters"),
         (GOOD + "task = make(name='')", "name must be letters"),
         (GOOD + "task = make(loss=None)", "loss must be a function, not None"),
@@ -221,7 +223,7 @@ def test_an_error_is_one_line_that_no_terminal_obeys(tmp_path: Path) -> None:
     assert one_line(KeyError()) == "KeyError"
     assert len(one_line(ValueError("x" * 999))) == 200
     with pytest.raises(TaskError, match=r"raises RuntimeError: a \[31m b c$"):
-        load_task(write(tmp_path, "raise RuntimeError('a \\x1b[31m b\\nc')"))
+        load_task(write(tmp_path, "raise RuntimeError('a \\x1b[31m b\\nc')  # task"))
 
 
 def test_splits_refuse_nonsense() -> None:

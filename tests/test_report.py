@@ -492,6 +492,19 @@ def test_a_run_that_ended_counts_as_worst_in_the_median() -> None:
     assert ended.marker.symbol == "x"
 
 
+def test_of_many_seeds_some_are_drawn_and_all_are_counted() -> None:
+    """Every third of fifty, however they went; median and band are of all of them, and the caption says so."""
+    task = _result("a")
+    made = [("a", 0.1, seed, "confirm", "finished", _curve([4.0, float(seed)])) for seed in range(1, 51)]
+    picture = curves(task, _runs(made), _looks(task), "id")
+    band, seeds, median = picture.figure.data
+    assert list(seeds.y)[1::3] == [float(seed) for seed in range(1, 51, 3)]
+    assert (min(band.y[1:3]), max(band.y[1:3])) == (1.0, 50.0)
+    assert list(median.y) == [4.0, 25.5]
+    assert "Thin: 17 seeds of 50, at even distances. Shaded: from the best of all seeds" in picture.caption
+    assert "Thin: every seed." in curves(task, _runs(made[:20]), _looks(task), "id").caption
+
+
 def test_a_median_beyond_all_bounds_is_a_gap() -> None:
     task = _result("a")
     runs = _runs([("a", 0.1, seed, "confirm", "diverged", _curve([4.0, math.nan])) for seed in (1, 2)])

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from piste.matrices import ITERATIONS, PRECISIONS
+from piste.orthogonal import ITERATIONS, PRECISIONS
 from piste.storage import STATE_FORMATS, WEIGHT_FORMATS
 
 __all__ = ["check_choice", "check_hyperparameters", "near", "refuse_unknown"]
@@ -163,7 +163,7 @@ _LEGAL: Mapping[str, tuple[_Check, str]] = {
     "precision": (_one_of(*PRECISIONS), ", ".join(map(repr, PRECISIONS))),
     "row_beta": (_within(0, 1, open_high=True), "a number in [0, 1)"),
     "split": (_whole(1), "a whole number >= 1"),
-    "steps": (_whole(1), "a whole number >= 1"),
+    "steps": (_or_none(_whole(1)), "None or a whole number >= 1"),
     "averaging": (_within(0, 1), "a number in [0, 1]"),
     "beta3": (_or_none(_within(0, 1, open_high=True)), "None or a number in [0, 1)"),
     "d": (_within(0, open_low=True), "a finite number > 0"),

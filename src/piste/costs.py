@@ -42,8 +42,8 @@ def flops(function: Callable[..., Any], shape: Sequence[int], numbers: Sequence[
     A function without a formula counts as one product of the weight along each of its axes.
 
     >>> from piste.costs import flops
-    >>> from piste.matrices import orthogonalizer
-    >>> flops(orthogonalizer("quintic", "fp32"), (512, 2048), (5, 1))  # five iterations, one matrix
+    >>> from piste.orthogonal import orthogonalizer
+    >>> flops(orthogonalizer("quintic", "fp32"), (512, 2048), (5, 1))  # five steps, one matrix
     12079595520.0
     """
     formula = getattr(function, "flops", None)
@@ -58,9 +58,14 @@ def is_light(function: Callable[..., Any], shape: Sequence[int], numbers: Sequen
     return flops(function, shape, numbers) <= _LIGHT * prod(shape)
 
 
-def orthogonalization(shape: Sequence[int], numbers: Sequence[float]) -> float:
-    """Three products for each iteration: ``X X^T``, its square, and the polynomial times X."""
-    steps, split = numbers
-    rows, columns = shape[0] / split, prod(shape[1:])
-    short, long = min(rows, columns), max(rows, columns)
-    return steps * split * (4 * short**2 * long + 2 * short**3)
+def orthogonalization(short: float, long: float, squared: Sequence[bool], rank: int = 0) -> float:
+    """``X X^T`` and the polynomial times X in each step, and the square of the first where it is used.
+
+    Args:
+        short: the shorter side of the matrix.
+        long: the longer one.
+        squared: for each step, whether its polynomial has a fifth power.
+        rank: of a deflation before: five products with so many vectors, two QR decompositions, eigenvectors.
+    """
+    deflation = 10 * short * long * rank + 4 * (QR * short * rank**2) + EIGEN * rank**3
+    return len(squared) * 4 * short**2 * long + sum(squared) * 2 * short**3 + deflation

@@ -237,9 +237,9 @@ def _scale(tensor: Tensor, owner: nn.Module | None, rectified: bool) -> float:
         return 1.0 if is_norm_scale else 0.5
     if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
         return sqrt(2 / tensor.shape[-1])
-    fan_in = tensor[0].numel()
+    fan_in = tensor.shape[1:].numel()
     if isinstance(owner, TRANSPOSED):  # (in, out / groups, *kernel)
-        fan_in = tensor.shape[0] // owner.groups * tensor[0, 0].numel()
+        fan_in = tensor.shape[0] // owner.groups * tensor.shape[2:].numel()
     return sqrt((2 if rectified else 1) / max(1, fan_in))
 
 

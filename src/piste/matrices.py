@@ -10,21 +10,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from piste.costs import costing, orthogonalization
 from piste.householder import orthogonal_factors
-from piste.products import outer, symmetric_products
+from piste.products import outer
 
 __all__ = [
-    "ITERATIONS",
     "MOST_RESIDUAL",
-    "PRECISIONS",
     "Work",
     "descending",
     "eigen",
@@ -34,26 +30,11 @@ __all__ = [
     "largest_eigenvalue",
     "moved",
     "next_bases",
-    "orthogonalizer",
     "picked",
+    "probes",
     "root_by_eigen",
     "root_by_newton",
 ]
-
-#: odd polynomials ``a x + b x^3 + c x^5`` of singular values, one triple for each iteration; the last one repeats
-ITERATIONS: dict[str, tuple[tuple[float, float, float], ...]] = {
-    # Jordan et al. 2024: the steepest at 0 that keeps values near 1
-    "quintic": ((3.4445, -4.7750, 2.0315),),
-    # Amsel et al. 2025 (arXiv 2505.16932), theorem 3.1 for values from 1e-3 to 1: each the best for what the last left
-    "polar_express": (
-        (8.156554524902461, -22.48329292557795, 15.878769915207462),
-        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-    ),
-}
-PRECISIONS = ("auto", "fp32", "bf16")
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,86 +63,6 @@ class Work:
     def flops(self) -> Callable[..., float] | None:
         """The formula of its cost (:func:`piste.costs.costing`), if it has one."""
         return getattr(self.call, "flops", None)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Orthogonalization
-
-
-def _at_most_one(x: Tensor, iteration: str) -> Tensor:
-    """Divided by the Frobenius norm, so that no singular value exceeds 1; zeros stay zeros."""
-    norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    return x / (1.02 * norm + 1e-6) if iteration == "polar_express" else x / norm.clamp(min=1e-7)
-
-
-_Triples = Sequence[tuple[float, float, float]]
-
-#: iterations after which :func:`_by_gram` looks at the matrix itself again; its error stays that of the plain iteration
-_RESTART = 3
-
-
-def _by_products(x: Tensor, triples: _Triples) -> Tensor:
-    """The iteration as it is written: ``(a I + b G + c G^2) X`` with ``G = X X^T``."""
-    for a, b, c in triples:
-        gram = symmetric_products(x, x.mT)
-        x = torch.baddbmm(x, symmetric_products(gram, gram, gram, b, c), x, beta=a)
-    return x
-
-
-def _by_gram(x: Tensor, triples: _Triples) -> Tensor:
-    """The same for wide matrices: three iterations of G alone, whose products are small and all symmetric.
-
-    With ``Z = a I + b G + c G^2`` the next G is ``Z G Z``, since they commute, and X is multiplied by all Z at once.
-    Squares of small singular values drown in rounding, so G is made anew before its error has grown; in bfloat16 it
-    would be too late.
-    """
-    for start in range(0, len(triples), _RESTART):
-        part = triples[start : start + _RESTART]
-        gram = symmetric_products(x, x.mT)
-        every = x.new_empty(0)
-        for i, (a, b, c) in enumerate(part):
-            z = symmetric_products(gram, gram, gram, b, c)
-            z.diagonal(dim1=-2, dim2=-1).add_(a)
-            every = symmetric_products(z, every) if i else z
-            if i + 1 < len(part):
-                gram = symmetric_products(symmetric_products(z, gram), z)
-        x = every @ x
-    return x
-
-
-@cache
-def orthogonalizer(iteration: str, precision: str) -> Work:
-    """The function that brings the singular values of matrices near 1 and leaves their singular vectors.
-
-    Args:
-        iteration: one of ``ITERATIONS``.
-        precision: ``"bf16"``, ``"fp32"``, or ``"auto"``: float32 on CPUs, bfloat16 elsewhere. Matrices in float64 are
-            worked on in float64.
-
-    Returns:
-        A function of a stack, the number of iterations, and the number of blocks of rows that are matrices of their
-        own (3 for queries, keys and values in one weight). Its result has the precision of the stack.
-    """
-
-    @costing(orthogonalization)
-    def orthogonalize(stack: Tensor, steps: float, split: float) -> Tensor:
-        rows = stack.shape[1] // int(split)
-        x = stack.reshape(len(stack) * int(split), rows, -1)
-        upright = rows > x.shape[-1]
-        x = x.mT if upright else x
-        low = precision == "bf16" or (precision == "auto" and x.device.type != "cpu")
-        x = _at_most_one(x.bfloat16() if low and x.dtype == torch.float32 else x, iteration)
-        known = ITERATIONS[iteration]
-        triples = [known[min(step, len(known) - 1)] for step in range(int(steps))]
-        wide = 2 * x.shape[-1] >= 3 * x.shape[-2] and x.dtype in (torch.float32, torch.float64)
-        x = (_by_gram if wide else _by_products)(x, triples)
-        return (x.mT if upright else x).reshape(stack.shape).to(stack.dtype)
-
-    def held(shape: Sequence[int], count: int) -> int:
-        rows, columns = shape[0], prod(shape[1:])
-        return count * 2 * (rows * columns + min(rows, columns) ** 2)
-
-    return Work(orthogonalize, held, recordable=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,9 +102,9 @@ def _finite(stack: Tensor) -> Tensor:
 
 
 @cache
-def _probes(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A few vectors of normal numbers, the same ones every time."""
-    return torch.randn(n, 4, generator=torch.Generator().manual_seed(n)).to(device, dtype)
+def probes(n: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """So many vectors of normal numbers, the same ones every time."""
+    return torch.randn(n, count, generator=torch.Generator().manual_seed(n)).to(device, dtype)
 
 
 def eigen(stack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -224,7 +125,7 @@ def eigen(stack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     except LinAlgError:
         found = [_eigen_of_one(matrix) for matrix in safe]
         values, vectors = (torch.stack(parts) for parts in zip(*found, strict=True))
-    z = _probes(stack.shape[-1], stack.dtype, stack.device)
+    z = probes(stack.shape[-1], 4, stack.dtype, stack.device)
     error = torch.linalg.vector_norm(safe @ z - vectors @ (values[:, :, None] * (vectors.mT @ z)), dim=-2).amax(-1)
     residual = error / values.abs().amax(-1).clamp(min=torch.finfo(values.dtype).tiny)
     return values, vectors, torch.where(finite, residual, torch.nan)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from piste import execution
 from piste.bucket import Bucket, beside
 from piste.matrices import Work
 from piste.optimizer import Optimizer
 from piste.plan import Stage
-from piste.registry import create
+from piste.registry import create, preset_of
 from piste.storage import shape_of
 from piste.symbol import ALL, MATRIX, Sym
+from piste.wrappers.base import Wrapper
+from piste.wrappings import WRAPPINGS
 
 __all__ = ["MemoryEstimate", "estimate_memory"]
 
@@ -74,15 +77,17 @@ def estimate_memory(
 
     Args:
         model: may be on the meta device (``with torch.device("meta"): model = Net()``), and is not changed.
-        optimizer: a preset, as :func:`piste.create` takes it.
+        optimizer: a preset, as :func:`piste.create` takes it, with wrappers before it or without.
         state: how moments are stored.
         weights: what bfloat16 weights stand for.
         **overrides: as for :func:`piste.create`.
 
     Raises:
-        ValueError: as :func:`piste.create`; or the preset's class is none of piste.
+        ValueError: as :func:`piste.create`; or the preset's class is none of piste, or a wrapper needs something of the
+            data (ESAM, SAF, MESA).
 
-    State is what ``optimizer.state`` will hold, to the byte. Traffic and buffers are those of the engines that work
+    State is what the optimizer will hold from step to step, to the byte: the copies of weights between the two passes
+    of SAM, whose buffers stay, are in it. Traffic and buffers are those of the engines that work
     stage by stage in one pass (cpp); ``foreach`` moves more and decodes codes of a whole bucket at a time. Buffers of
     the matrix optimizers are those of the step that renews roots or bases, to about a quarter, as seen on CPUs.
     Activations are the model's business: they are not in it, and at the time of a step they are gone.
@@ -94,48 +99,91 @@ def estimate_memory(
     >>> cost.state / cost.parameters, cost.moved / cost.parameters
     (2.046875, 16.09375)
     """
-    if "+" in optimizer:
-        raise ValueError(
-            f"optimizer={optimizer!r} has a wrapper; legal: what is inside, and piste list for the wrapper"
-        )
+    for wrapping in preset_of(optimizer).wrappings:
+        if WRAPPINGS[wrapping].needs:
+            raise ValueError(
+                f"optimizer={optimizer!r} needs {WRAPPINGS[wrapping].needs}, of which a model's shapes tell nothing; "
+                "legal: what is inside, and wrappers that need nothing of the data"
+            )
     twin = _without_memory(model)
     made = create(optimizer, twin, state=state, weights=weights, **overrides)
-    if not isinstance(made, Optimizer):
+    inside = made
+    while isinstance(inside, Wrapper):
+        inside = inside.optimizer
+    if not isinstance(inside, Optimizer):
         raise ValueError(
-            f"optimizer={optimizer!r} is of {type(made).__module__}; legal: presets of piste's own classes"
+            f"optimizer={optimizer!r} is of {type(inside).__module__}; legal: presets of piste's own classes"
         )
     trained = [p for group in made.param_groups for p in group["params"]]
-    for p in trained:
-        p.grad = torch.empty_like(p)
-    moved = extra = workspace = 0
-    matrices: dict[int, Tensor] = {}
-    for number in range(_FIRST + _PERIOD):
-        numbers = [made.advance(group) for group in made.param_groups]
-        step = made._roster_step(numbers)
-        step.finish()
-        for group, new in zip(made.param_groups, numbers, strict=True):
-            group.update(new)
-        for bucket in step.buckets:
-            matrices.update((id(x), x) for states in _matrices(bucket) for x in states)
-        works = [_workspace(bucket) for bucket in step.buckets]
-        held = sum(map(_extra, step.buckets)) + max(works, default=0)
-        if held > extra:
-            extra, workspace = held, max(works)
-        if number >= _FIRST:
-            moved += sum(map(_moved, step.buckets))
-    kept = [x for entries in made.state.values() for x in entries.values() if isinstance(x, Tensor)]
+    seen = _Seen()
+    with execution.only_looked_at(seen.look):
+        for number in range(_FIRST + _PERIOD):
+            seen.begin(counts=number >= _FIRST)
+            seen.copied(_step(made, trained))
     return MemoryEstimate(
         optimizer=optimizer,
         precision=state,
         parameters=sum(p.numel() for p in trained),
         weights=_bytes((*twin.parameters(), *twin.buffers())),
         gradients=_bytes(trained),
-        state=_bytes(kept),
-        matrices=_bytes(matrices.values()),
-        extra=extra,
-        workspace=workspace,
-        moved=moved / _PERIOD,
+        state=_bytes(_kept(made)),
+        matrices=_bytes(seen.matrices.values()),
+        extra=seen.extra,
+        workspace=seen.workspace,
+        moved=seen.moved / _PERIOD,
     )
+
+
+class _Seen:
+    """What steps were seen to hold and to move."""
+
+    def __init__(self) -> None:
+        self.moved = self.extra = self.workspace = 0
+        self.matrices: dict[int, Tensor] = {}
+        self._counts = False
+
+    def begin(self, *, counts: bool) -> None:
+        """Before a step, whose traffic counts or not."""
+        self._counts = counts
+
+    def copied(self, copies: int) -> None:
+        """Of so many bytes, which were made of the weights and went back: each read and written twice."""
+        self.moved += 4 * copies if self._counts else 0
+
+    def look(self, buckets: Sequence[Bucket]) -> None:
+        for bucket in buckets:
+            self.matrices.update((id(x), x) for states in _matrices(bucket) for x in states)
+        works = [_workspace(bucket) for bucket in buckets]
+        held = sum(map(_extra, buckets)) + max(works, default=0)
+        if held > self.extra:
+            self.extra, self.workspace = held, max(works)
+        if self._counts:
+            self.moved += sum(map(_moved, buckets))
+
+
+def _step(optimizer: torch.optim.Optimizer, weights: Sequence[Tensor]) -> int:
+    """A step, of two passes where it has to be, on gradients without memory; bytes of the copies between the passes."""
+    for p in weights:
+        p.grad = torch.empty_like(p)
+    copies = 0
+    if getattr(optimizer, "needs_two_passes", False):
+        optimizer.first_step()  # type: ignore[attr-defined]
+        copies = _bytes(optimizer.copies)  # type: ignore[attr-defined]
+        for p in weights:
+            p.grad = torch.empty_like(p)
+    optimizer.step()
+    return copies
+
+
+def _kept(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """What an optimizer holds for good, with its wrappers' own: each tensor once."""
+    entries = list(optimizer.state.values())
+    held: list[Any] = list(optimizer.buffers()) if isinstance(optimizer, Wrapper) else []
+    while isinstance(optimizer, Wrapper):
+        entries.extend(optimizer.own.values())
+        optimizer = optimizer.optimizer
+    held.extend(x for one in entries for x in one.values())
+    return list({id(x): x for x in held if isinstance(x, Tensor)}.values())
 
 
 def _without_memory(model: nn.Module) -> nn.Module:

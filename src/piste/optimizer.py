@@ -5,9 +5,9 @@ from __future__ import annotations
 import operator
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, TypedDict, overload
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
@@ -18,192 +18,16 @@ from piste.checks import check_choice, check_hyperparameters, refuse_unknown
 from piste.device_numbers import Counters, recording
 from piste.distribution import Sharing, check_distribute, whole_matrices
 from piste.execution import Member, Roster
+from piste.group_values import Flags, Number, listed, split
+from piste.last_step import LastStep, nonfinite
+from piste.options import ENGINE_OPTIONS, GROUP_OPTIONS, LEGAL_OPTIONS, Params, engine_name
 from piste.roster import Sorted, real
-from piste.sharding import complete, local, spread_of
 from piste.slots import Part, Pipeline, program
 from piste.storage import STATE_FORMATS, Formats, State, check_formats, full_precision
 from piste.symbol import Row
 from piste.variants import Variants
 
-__all__ = ["EngineOptions", "LastStep", "Optimizer", "Options", "Params", "hyperparameters"]
-
-Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
-
-
-class EngineOptions(TypedDict, total=False):
-    """Options that every optimizer takes.
-
-    Settings that may differ from group to group, and are written into ``param_groups``:
-
-    * ``decoupled_weight_decay`` (bool): shrink weights by ``lr * weight_decay`` instead of adding an L2 gradient.
-    * ``clip_norm`` (float or None): scale all gradients so that their global norm is at most this.
-    * ``cautious`` (bool): only the elements of a step that agree in sign with their gradient are taken, the longer for
-      it (Liang et al. 2024, arXiv 2411.16085). Decay is not masked, except where the rule itself has it in its
-      direction (StableAdamW). Rules without a direction apart from the weight refuse it.
-    * ``maximize`` (bool): climb instead of descend.
-    * ``state``: how moments are stored: ``"fp32"``, ``"bf16"``, ``"8bit"`` or ``"4bit"``. Weights of fewer than 4,096
-      numbers keep float32, and so do states that are no moments (copies of weights, gradients, accumulators); in 8 and
-      4 bits also vectors below 65,536 numbers and matrices with rows shorter than 64.
-    * ``weights``: what bfloat16 weights stand for: ``"plain"``, themselves; ``"stochastic"``, rounded so that small
-      steps add up; ``"kahan"``, with what rounding took away in 2 more bytes; ``"remainder"``, exact float32 in 2 more
-      bytes. :meth:`Optimizer.full_precision` gives the number they stand for. Other weights stay as they are.
-    * ``seed`` (int): where the thresholds of rounding begin; the same on all processes.
-
-    Settings of the whole optimizer:
-
-    * ``engine``: ``"auto"`` (the fastest that works here), ``"cpp"``, ``"foreach"``, ``"compile"`` or ``"reference"``;
-      ``"triton"`` is there to be tried on GPUs, where ``"auto"`` is ``"foreach"`` until it has been measured.
-    * ``nonfinite``: what to do about NaN or infinite gradients: ``"ignore"`` as torch does, ``"raise"``
-      ``FloatingPointError``, or ``"skip"`` the step. The last two look at all gradients before anything is written.
-    * ``amp_unscale`` (bool): take part in ``torch.amp.GradScaler``'s fused protocol: gradients are unscaled as they
-      are read and stay scaled in ``p.grad``. Off by default; Lightning refuses to clip gradients when it is on.
-    * ``distribute``: which processes share the work on whole matrices (Muon, Shampoo, SOAP and the like; other rules
-      have none). ``"auto"``: of weights that are sharded, those that have a part of them; of other weights nobody.
-      A process group (or a device mesh of one axis): those of the group, which have to be replicas of one model with
-      averaged gradients, as ``DistributedDataParallel`` makes them. Then :meth:`Optimizer.state_dict` has to be called
-      on every process. ``None``: every process does all.
-    * ``capturable`` (bool): make steps that a ``torch.cuda.CUDAGraph`` can record and replay. ``lr``,
-      ``weight_decay`` and step counts are tensors on the device, which schedules fill; other numbers are constants of
-      a recording, unless they are given as tensors. Branches on the step number are worked out both ways, and
-      ``GradScaler``'s ``found_inf`` is heeded on the device. Every weight that is trained needs a gradient in every
-      step. Not for steps that no graph records: they take longer then. Refused with the reason by optimizers whose
-      host decides in a step (Shampoo, SOAP, PSGDKron, Prodigy, Schedule-Free, Ranger21) and by all wrappers but
-      Lookahead.
-    * ``foreach``, ``fused``: torch's names; ``foreach=True`` is ``engine="foreach"``, ``foreach=False`` is
-      ``engine="reference"``, ``fused=True`` is ``engine="auto"``.
-    """
-
-    decoupled_weight_decay: bool
-    clip_norm: float | None
-    cautious: bool
-    maximize: bool
-    state: str
-    weights: str
-    seed: int
-    engine: str
-    nonfinite: str
-    amp_unscale: bool
-    distribute: Any
-    capturable: bool
-    foreach: bool | None
-    fused: bool | None
-
-
-class Options(EngineOptions, total=False):
-    """:class:`EngineOptions`, and gradient centralization for optimizers that do not have it from birth.
-
-    * ``use_gc`` (bool): take the mean of each output unit from gradients of matrices and convolutions.
-    * ``gc_conv_only`` (bool): of 2-D and 3-D convolutions alone.
-    * ``gc_loc`` (bool): of the gradient, the default; else of the final direction.
-    """
-
-    use_gc: bool
-    gc_conv_only: bool
-    gc_loc: bool
-
-
-_GROUP_OPTIONS: Mapping[str, Any] = {
-    "decoupled_weight_decay": False,
-    "clip_norm": None,
-    "cautious": False,
-    "maximize": False,
-    "state": "fp32",
-    "weights": "plain",
-    "seed": 0,
-    "use_gc": False,
-    "gc_conv_only": False,
-    "gc_loc": True,
-}
-_ENGINE_OPTIONS: Mapping[str, Any] = {
-    "engine": "auto",
-    "nonfinite": "ignore",
-    "amp_unscale": False,
-    "distribute": "auto",
-    "capturable": False,
-    "foreach": None,
-    "fused": None,
-}
-_LEGAL_OPTIONS: Mapping[str, tuple[Any, ...]] = {
-    "engine": ("auto", *execution.ENGINES),
-    "nonfinite": ("ignore", "raise", "skip"),
-    "amp_unscale": (False, True),
-    "capturable": (False, True),
-    "foreach": (None, False, True),
-    "fused": (None, False, True),
-}
-
-
-def hyperparameters(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What a constructor hands on as defaults, of its ``locals()``: all but ``self``, ``params`` and ``options``.
-
-    To be called before the constructor has variables of its own. A method with ``super()`` in it counts ``__class__``
-    among its locals.
-    """
-    return {k: v for k, v in arguments.items() if k not in ("self", "params", "options", "__class__")}
-
-
-def _engine_name(options: Mapping[str, Any]) -> str:
-    """The engine that ``engine=`` and torch's keywords ask for together."""
-    engine, foreach, fused = options["engine"], options["foreach"], options["fused"]
-    if foreach and fused:
-        raise ValueError("foreach=True and fused=True contradict each other; legal: one of them, or engine=...")
-    wanted = "foreach" if foreach else "reference" if foreach is False else None
-    if wanted is not None and engine not in ("auto", wanted):
-        raise ValueError(f"foreach={foreach} asks for engine={wanted!r} and contradicts engine={engine!r}")
-    if fused and engine in ("reference", "foreach"):
-        raise ValueError(f"fused=True asks for the fastest engine and contradicts engine={engine!r}")
-    return wanted or str(engine)
-
-
-class LastStep:
-    """What can be told about the last step.
-
-    Attributes:
-        skipped: True if nothing was changed, because of non-finite gradients or a loss scale that overflowed.
-        renewed: True if inverse roots or eigenbases were worked out anew, which other steps only use (Shampoo, SOAP).
-    """
-
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        totals: Mapping[str, Tensor],
-        inverse_scale: Tensor | None,
-        skipped: bool | Tensor,
-        renewed: bool = False,
-    ) -> None:
-        self._optimizer, self._totals, self._inverse_scale = optimizer, totals, inverse_scale
-        self._skipped, self.renewed = skipped, renewed
-
-    @property
-    def skipped(self) -> bool:
-        return bool(self._skipped)
-
-    @property
-    def gradient_norm(self) -> float:
-        """Global norm of the gradients before clipping.
-
-        Without ``clip_norm`` it is computed when you ask, from the gradients as they are then: ask before
-        ``zero_grad()``.
-        """
-        if "gradient_norm" in self._totals:
-            return float(self._totals["gradient_norm"].sqrt())
-        grads = [p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not grads:
-            raise RuntimeError("the gradients are gone; read last_step.gradient_norm before zero_grad()")
-        norms = [local(g).detach().norm(dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
-        squares = _completed([n.double().square() for n in norms], grads, "sum")
-        scale = 1.0 if self._inverse_scale is None else float(self._inverse_scale)
-        return float(torch.stack([s.cpu() for s in squares]).sum().sqrt()) * scale
-
-    @property
-    def update_norm(self) -> float:
-        """Global norm of what the step added to the weights; needs ``optimizer.measure_updates = True`` before it."""
-        if "update_norm" not in self._totals:
-            raise RuntimeError("the update was not measured; set optimizer.measure_updates = True before the step")
-        return float(self._totals["update_norm"].sqrt())
-
-    def __repr__(self) -> str:
-        return f"LastStep(skipped={self.skipped})"
+__all__ = ["Optimizer"]
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -212,7 +36,7 @@ class Optimizer(torch.optim.Optimizer):
     Args:
         params: tensors, parameter groups, or ``(name, tensor)`` pairs. Names are saved, and matched when loading.
         defaults: hyper-parameters with their default values, as they appear in ``param_groups``.
-        options: see :class:`Options`.
+        options: see :class:`piste.options.Options`.
 
     Raises:
         ValueError: a value is outside of its range, an option is unknown, weights are missing or repeated. Nothing
@@ -237,7 +61,7 @@ class Optimizer(torch.optim.Optimizer):
         [0.800000011920929, 0.800000011920929]
     """
 
-    #: measure the norm of every update from the next step on; see :class:`LastStep`
+    #: measure the norm of every update from the next step on; see :class:`piste.last_step.LastStep`
     measure_updates: bool = False
     #: what is done with the change of every weight, which then stays; for wrappers, and only while they step
     instead: Part | None = None
@@ -253,19 +77,19 @@ class Optimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Params, defaults: dict[str, Any], options: Mapping[str, Any]) -> None:
         name = type(self).__name__
-        refuse_unknown(name, options, [*_GROUP_OPTIONS, *_ENGINE_OPTIONS])
-        self._options = {**_ENGINE_OPTIONS, **{k: v for k, v in options.items() if k in _ENGINE_OPTIONS}}
-        for option, legal in _LEGAL_OPTIONS.items():
+        refuse_unknown(name, options, [*GROUP_OPTIONS, *ENGINE_OPTIONS])
+        self._options = {**ENGINE_OPTIONS, **{k: v for k, v in options.items() if k in ENGINE_OPTIONS}}
+        for option, legal in LEGAL_OPTIONS.items():
             check_choice(option, self._options[option], legal)
         self._sharing = Sharing(check_distribute(name, self._options.pop("distribute")))
-        self._engine_name = _engine_name(self._options)
+        self._engine_name = engine_name(self._options)
         if self.capturable:
             capture.check_engine(name, self._engine_name, self._options["nonfinite"])
-        group_options = {k: v for k, v in options.items() if k in _GROUP_OPTIONS}
-        defaults = {**_GROUP_OPTIONS, **defaults, **group_options}
+        group_options = {k: v for k, v in options.items() if k in GROUP_OPTIONS}
+        defaults = {**GROUP_OPTIONS, **defaults, **group_options}
         self._check(defaults, defaults)
         self._chosen: list[int] = []
-        super().__init__(_groups(name, params), defaults)
+        super().__init__(listed(name, params), defaults)
         self._check_weights()
         self._finish()
 
@@ -277,7 +101,7 @@ class Optimizer(torch.optim.Optimizer):
         self._recorded: list[Any] = getattr(self, "_recorded", [])
         for group in self.param_groups if self.capturable else ():
             capture.place_numbers(group)
-        self.last_step = LastStep(self, {}, None, skipped=False)
+        self.last_step = LastStep(self.param_groups, {}, None, skipped=False)
         self._roster = Roster([])
         self._any_complex = False
         self._roster_of: tuple[Any, list[Tensor], Any] = (None, [], None)
@@ -331,8 +155,16 @@ class Optimizer(torch.optim.Optimizer):
     # groups and state ------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add weights, with hyper-parameters of their own where they differ from the defaults."""
-        (group,) = _groups(type(self).__name__, [dict(param_group)])
+        """Add weights, with hyper-parameters of their own where they differ from the defaults.
+
+        Beside groups with names, as :func:`piste.create` makes them, weights without names (those that Lightning's
+        ``BaseFinetuning`` thaws, say) get names by their place: ``"group2.0"``.
+        """
+        (group,) = listed(type(self).__name__, [dict(param_group)])
+        named = "param_names" in group or any(isinstance(p, tuple) for p in group["params"])
+        if not named and any("param_names" in g for g in self.param_groups):
+            place = f"group{len(self.param_groups)}"
+            group["params"] = [(f"{place}.{n}", p) for n, p in enumerate(group["params"])]
         for position, p in enumerate(group["params"]):
             tensor = p[1] if isinstance(p, tuple) else p
             if not (tensor.is_floating_point() or tensor.is_complex()):
@@ -356,7 +188,7 @@ class Optimizer(torch.optim.Optimizer):
             carries = cls.absorb is not Optimizer.absorb or bool(self.advance(group))
             capture.check_group(cls.__name__, group, numbers_on_host=carries)
             capture.place_numbers(group)
-            statics, hp = _split(group, self._hyper_defaults, self.shaping, device=True)
+            statics, hp = split(group, self._hyper_defaults, self.shaping, device=True)
             for shape in {p.ndim: tuple(real(p).shape) for p in group["params"]}.values():
                 program, _ = self._program(statics, len(shape), scaled=False, device=capture.on_device(hp))
                 capture.refuse_opaque(cls.__name__, program.graph(Row(hp, 0), shape))
@@ -399,7 +231,7 @@ class Optimizer(torch.optim.Optimizer):
 
     @property
     def capturable(self) -> bool:
-        """Can a CUDA graph record its steps? See :class:`EngineOptions`."""
+        """Can a CUDA graph record its steps? See :class:`piste.options.EngineOptions`."""
         return bool(self._options["capturable"])
 
     @property
@@ -533,7 +365,7 @@ class Optimizer(torch.optim.Optimizer):
                 for group, new in zip(self.param_groups, advanced, strict=True):
                     group.update(new)
                     group.update(self.absorb(group, totals))
-        self.last_step = LastStep(self, totals, inverse_scale, skipped, renewed)
+        self.last_step = LastStep(self.param_groups, totals, inverse_scale, skipped, renewed)
         return loss
 
     def _step_on_device(self) -> None:
@@ -545,7 +377,7 @@ class Optimizer(torch.optim.Optimizer):
         step.finish(skip)
         if recording():
             self._recorded.append((self._counters, step.clocks, [bucket.seats for bucket in step.buckets]))
-        self.last_step = LastStep(self, totals, inverse_scale, False if skip is None else skip)
+        self.last_step = LastStep(self.param_groups, totals, inverse_scale, False if skip is None else skip)
 
     @property
     def _inverse_scale(self) -> Tensor | None:
@@ -562,12 +394,9 @@ class Optimizer(torch.optim.Optimizer):
         policy = self._options["nonfinite"]
         if policy == "ignore":
             return True
-        grads = [(p.grad, i, n) for i, g in enumerate(self.param_groups) for n, p in enumerate(g["params"])]
-        present = [(g, i, n) for g, i, n in grads if g is not None and g.numel()]
-        flags = _completed([_flag(local(g)) for g, _, _ in present], [g for g, _, _ in present], "peak")
-        bad = [entry for entry, flag in zip(present, _numbers(flags), strict=True) if flag]
+        bad = nonfinite(self.param_groups)
         if bad and policy == "raise":
-            names = ", ".join(self._name(i, n) for _, i, n in bad[:5]) + (" ..." if len(bad) > 5 else "")
+            names = ", ".join(self._name(i, n) for i, n in bad[:5]) + (" ..." if len(bad) > 5 else "")
             raise FloatingPointError(
                 f"the gradients of {len(bad)} parameters are not finite ({names}); nothing was changed"
             )
@@ -588,7 +417,7 @@ class Optimizer(torch.optim.Optimizer):
         """The gradients of all weights and the numbers of all groups; the roster is brought up to date."""
         known, capturable = self._hyper_defaults, self.capturable
         groups = [
-            _split({**g, **new} if new else g, known, self.shaping, device=capturable)
+            split({**g, **new} if new else g, known, self.shaping, device=capturable)
             for g, new in zip(self.param_groups, advanced, strict=True)
         ]
         weights = [p for group in self.param_groups for p in group["params"]]
@@ -690,7 +519,7 @@ class Optimizer(torch.optim.Optimizer):
         skippable = device is not None and self._skippable
         key = type(self), statics, ndim, scaled, self.measure_updates, self._instead, device, skippable
         if key not in self._programs:
-            pipeline = replace(self.pipeline(_Flags(statics)), instead=self.instead)
+            pipeline = replace(self.pipeline(Flags(statics)), instead=self.instead)
             flags = {k: v for k, v in statics if v is not Number}
             variants = program(
                 pipeline, flags, ndim, scaled=scaled, watch=self.measure_updates, device=device, skippable=skippable
@@ -699,105 +528,5 @@ class Optimizer(torch.optim.Optimizer):
         return self._programs[key]
 
     def _states_of(self, group: Mapping[str, Any]) -> Mapping[str, State]:
-        statics, _ = _split({**self._hyper_defaults, **group}, self._hyper_defaults, self.shaping)
-        return self.pipeline(_Flags(statics)).states
-
-
-class _Number:
-    """Stands for a number in the group that :meth:`Optimizer.pipeline` sees: it is there, and says no more."""
-
-    def __bool__(self) -> bool:
-        raise TypeError("a number of the group decides nothing in pipeline(); branch on it inside a part")
-
-    def __repr__(self) -> str:
-        return "Number"
-
-
-Number = _Number()
-
-
-class _Flags(dict[str, Any]):
-    """A group as :meth:`Optimizer.pipeline` sees it."""
-
-
-def _flag(g: Tensor) -> Tensor:
-    """1 if a number of a gradient is NaN or infinite, else 0."""
-    if not g.numel():
-        return torch.zeros((), device=g.device)
-    peak = g.abs().amax() if g.is_complex() else torch.linalg.vector_norm(g, torch.inf)
-    return (~torch.isfinite(peak)).float()
-
-
-def _completed(results: list[Tensor], tensors: Sequence[Tensor], op: str) -> list[Tensor]:
-    """Reductions of the parts of tensors that are here, completed over the processes that have the others."""
-    for spread in dict.fromkeys(map(spread_of, tensors)):
-        if spread is not None:
-            mine = [i for i, tensor in enumerate(tensors) if spread_of(tensor) == spread]
-            for i, whole in zip(mine, complete([results[i] for i in mine], op, spread), strict=True):
-                results[i] = whole
-    return results
-
-
-def _numbers(tensors: list[Tensor]) -> list[float]:
-    """Tensors of one number as numbers; one transfer per device."""
-    by_device: dict[torch.device, list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        by_device.setdefault(tensor.device, []).append(i)
-    found = [0.0] * len(tensors)
-    for members in by_device.values():
-        for i, number in zip(members, torch.stack([tensors[i] for i in members]).tolist(), strict=True):
-            found[i] = number
-    return found
-
-
-def _split(
-    group: Mapping[str, Any], known: Iterable[str], shaping: Sequence[str], *, device: bool = False
-) -> tuple[tuple[tuple[str, Any], ...], dict[str, Any]]:
-    """The flags of a group, and its numbers as host numbers: ``betas`` become ``beta1`` and ``beta2``.
-
-    Tensors stay on the ``device`` or become numbers.
-    """
-
-    def number(value: Any) -> Any:
-        return value.detach() if device and isinstance(value, Tensor) else float(value)
-
-    statics: list[tuple[str, Any]] = []
-    numbers: dict[str, Any] = {}
-    for name in known:
-        value = group[name]
-        if value is None or isinstance(value, (bool, str)) or name in shaping:
-            statics.append((name, value))
-        elif isinstance(value, (tuple, list)):
-            statics.append((name, Number))
-            for i, x in enumerate(value):
-                numbers[f"{name.removesuffix('s')}{i + 1}"] = number(x)
-        else:
-            statics.append((name, Number))
-            numbers[name] = number(value)
-    return tuple(statics), numbers
-
-
-def _groups(owner: str, params: Any) -> list[dict[str, Any]]:
-    """Parameters in any accepted form as groups, none of them empty or repeated."""
-    if isinstance(params, Tensor):
-        raise TypeError(f"{owner} got params={type(params).__name__}; legal: an iterable of tensors, pairs or groups")
-    entries = list(params)
-    if not entries:
-        raise ValueError(f"{owner} got an empty parameter list in params; legal: at least one tensor")
-    groups = [dict(e) for e in entries] if isinstance(entries[0], dict) else [{"params": entries}]
-    seen: set[int] = set()
-    for index, group in enumerate(groups):
-        if "params" not in group:
-            raise ValueError(f"group {index} has no 'params'")
-        if isinstance(group["params"], set):
-            raise TypeError("optimizer parameters need to be organized in ordered collections; params is a set")
-        members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        group["params"] = members
-        for position, member in enumerate(members):
-            tensor = member[1] if isinstance(member, tuple) and len(member) == 2 else member
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"parameter {position} of group {index} is a {type(member).__name__}; legal: tensors")
-            if id(tensor) in seen:
-                raise ValueError(f"parameter {position} of group {index} is a duplicate: it was given before")
-            seen.add(id(tensor))
-    return groups
+        statics, _ = split({**self._hyper_defaults, **group}, self._hyper_defaults, self.shaping)
+        return self.pipeline(Flags(statics)).states

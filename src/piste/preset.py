@@ -14,7 +14,8 @@ import torch
 from piste import optimizers, schedules
 from piste.checks import near, refuse_unknown
 from piste.lr_priors import LrPrior, habits
-from piste.optimizer import Optimizer, Options
+from piste.optimizer import Optimizer
+from piste.options import Options
 from piste.wrappings import WRAPPINGS, Wrapping
 
 __all__ = ["Preset", "Presets", "Settings", "WeightDecay", "arguments_of", "decoupled"]

@@ -146,7 +146,9 @@ def state_bytes(name: str, shape: tuple[int, ...] = (256, 256), state: str = "fp
     (8.0, 12.0, 2.046875)
     """
     weight = nn.Parameter(torch.ones(shape))
-    optimizer = create(name, [weight], weight_decay=0.0, engine="reference", state=state)
+    of_matrices = issubclass(preset_of(name).optimizer, optimizers.Muon)
+    group = {"params": [weight], **({"rule": "muon"} if of_matrices and weight.ndim > 1 else {})}
+    optimizer = create(name, [group], weight_decay=0.0, engine="reference", state=state)
     for _ in range(_STEPS_TO_ALL_STATES):
         weight.grad = torch.ones(shape)
         if getattr(optimizer, "needs_two_passes", False):

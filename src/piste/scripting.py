@@ -7,11 +7,13 @@ starts know it, too.
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
 import os
 import statistics
 import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,17 @@ __all__ = ["race_optimizer", "race_report"]
 #: names a file with what this run is to use: JSON with "optimizer", "arguments" and "report"
 RUN_VARIABLE = "PISTE_RACE_RUN"
 _WARM_UP_STEPS = 5  # left out of medians, as in races of tasks
+
+
+class TimingOver(SystemExit):
+    """Raised by the optimizer's step once a timing pass has made its steps.
+
+    The script ends as it would by ``sys.exit()``: what it has in ``finally`` is done, frameworks let it pass, and
+    processes that it has started end with exit code 0.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(0)
 
 
 def race_optimizer(
@@ -99,6 +112,11 @@ def _made(name: str, model: nn.Module, arguments: dict[str, Any]) -> torch.optim
     return optimizer([weight for weight in model.parameters() if weight.requires_grad], **arguments)
 
 
+# Of a step: its number, the seconds from the end of the one before to its end, those of the optimizer beyond one
+# gradient evaluation, and whether it made roots or bases anew.
+_Step = tuple[int, float, float, bool]
+
+
 @cache
 def _run() -> _Run | None:
     path = os.environ.get(RUN_VARIABLE)
@@ -113,15 +131,14 @@ class _Run:
         betas = {"betas": tuple(content["arguments"]["betas"])} if "betas" in content["arguments"] else {}
         self.arguments: dict[str, Any] = {**content["arguments"], **betas}
         self.path = Path(content["report"])
+        self.enough: int | None = content.get("timed_steps")  # after so many the script ends; None to leave it alone
         self.model: nn.Module | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self.steps = 0
-        self.whole: list[float] = []  # seconds from the end of a step to the end of the next
-        self.own: list[float] = []  # of these, inside of the optimizer
-        self.skipped = 0  # steps with an evaluation between them and the one before
+        self.times: list[_Step] = []
         self.begun = 0.0
-        self.ended: float | None = None
-        self.gradient_norm = math.nan
+        self.gradient = 0.0  # seconds of this step inside of a closure, its first call
+        self.ended: float | None = None  # None where something else than a step came in between
 
     def watch(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """From now on, count and time this optimizer's steps."""
@@ -129,24 +146,56 @@ class _Run:
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
         self._write({"started": self.name, "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)})
+        if self.enough is not None:
+            atexit.register(self._write_times)  # of a script that ends before
 
     def report(self, step: int, metrics: dict[str, float]) -> None:
         """Write a line, and leave out of the times whatever the script does for it."""
         self._write({"step": step, "metrics": metrics, **self._numbers()})
         self.ended = None
 
-    def _before(self, *_: Any) -> None:
-        self.begun = time.perf_counter()
+    def _before(self, _: object, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, Any] | None:
+        self.gradient = 0.0
+        self.begun = self._clock()
+        if callable(keywords.get("closure")):
+            return arguments, {**keywords, "closure": self._timed(keywords["closure"])}
+        if len(arguments) > 1 and callable(arguments[1]):  # behind the optimizer itself
+            return (arguments[0], self._timed(arguments[1]), *arguments[2:]), keywords
+        return None
+
+    def _timed(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure; what its first call takes is a gradient evaluation, which every optimizer needs."""
+
+        def timed() -> Any:
+            begun = self._clock()
+            result = closure()
+            self.gradient = self.gradient or self._clock() - begun
+            return result
+
+        return timed
 
     def _after(self, *_: Any) -> None:
-        now = time.perf_counter()
+        now = self._clock()
         self.steps += 1
-        if self.ended is None:
-            self.skipped += 1
-        elif self.steps > _WARM_UP_STEPS:
-            self.whole.append(now - self.ended)
-            self.own.append(now - self.begun)
+        if self.ended is not None and self.steps > _WARM_UP_STEPS:
+            renewed = bool(getattr(getattr(self.optimizer, "last_step", None), "renewed", False))
+            self.times.append((self.steps, now - self.ended, now - self.begun - self.gradient, renewed))
         self.ended = now
+        if self.enough is not None and self.steps >= self.enough:
+            if self.steps == self.enough:
+                self._write_times()
+            raise TimingOver
+
+    def _clock(self) -> float:
+        """Seconds; in a timing pass once the GPU has done what was asked of it: only then do times mean anything."""
+        if self.enough is not None and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _write_times(self) -> None:
+        """Those of a timing pass, step by step, once."""
+        atexit.unregister(self._write_times)
+        self._write({"times": self.times, **self._numbers()})
 
     def _numbers(self) -> dict[str, Any]:
         if self.model is None or self.optimizer is None:
@@ -155,8 +204,8 @@ class _Run:
         norms = [gradient.detach().float().norm() for gradient in gradients]
         return {
             "steps": self.steps,
-            "step_seconds": statistics.median(self.whole) if self.whole else math.nan,
-            "optimizer_seconds": statistics.median(self.own) if self.own else math.nan,
+            "step_seconds": statistics.median(whole for _, whole, _, _ in self.times) if self.times else math.nan,
+            "optimizer_seconds": statistics.median(own for _, _, own, _ in self.times) if self.times else math.nan,
             "state_bytes": _bytes_of(self.optimizer),
             "lr": float(self.optimizer.param_groups[0]["lr"]),
             "gradient_norm": float(torch.stack(norms).norm()) if norms else math.nan,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -159,6 +160,7 @@ def _centralization_turned(subject: Subject) -> Subject:
     return replace(subject, settings=subject.settings | turned, variant="no_gc" if group["use_gc"] else "gc")
 
 
+@cache
 def subjects() -> list[Subject]:
     """Every optimizer class, with and without gradient centralization, other forms and wrappers of some of them."""
     plain = [_subject(info.name, info.optimizer) for info in OPTIMIZERS]

@@ -22,6 +22,11 @@ from conformance.subjects import (
 )
 
 
+def _steps(engine: str) -> int:
+    """Past RAdam's switch and a synchronisation of Lookahead, once where steps are interpreted and twice elsewhere."""
+    return 7 if engine == "triton" else 14
+
+
 @promise("0-d weights", gc=False)
 def zero_dimensional(subject: Subject, engine: str) -> None:
     problem = random_problem([(), ()], seed=31)
@@ -42,10 +47,12 @@ def empty(subject: Subject, engine: str) -> None:
     shapes = [(0,), (0, 3), (3, 0), (2, 3)]
     problem = random_problem(shapes, steps=7, seed=32)
     params, alone = weights_of(problem), weights_of(problem)[-1:]
-    train(params, subject.make(params, engine, clip_norm=0.5), problem)
+    # clipping that meets centralization turned round is a kernel that no other promise has
+    clip = {} if subject.variant and engine == "cpp" else {"clip_norm": 0.5}
+    train(params, subject.make(params, engine, **clip), problem)
     train(
         alone,
-        subject.make(alone, engine, clip_norm=0.5),
+        subject.make(alone, engine, **clip),
         Problem(problem.weights[-1:], [row[-1:] for row in problem.gradients]),
     )
     assert [tuple(p.shape) for p in params] == shapes
@@ -88,7 +95,7 @@ def _assert_layouts_agree(
 
 @promise("non-contiguous weights and gradients")
 def non_contiguous(subject: Subject, engine: str) -> None:
-    problem = random_problem([(3, 4), (2, 3, 4), (5, 1)], seed=33)
+    problem = random_problem([(3, 4), (2, 3, 4), (5, 1)], steps=_steps(engine), seed=33)
     for gradients_as_weights in (True, False):
         weights = [_strided(w) for w in problem.weights]
         assert not any(w.is_contiguous() for w in weights[:2])
@@ -97,13 +104,15 @@ def non_contiguous(subject: Subject, engine: str) -> None:
 
 @promise("channels_last")
 def channels_last(subject: Subject, engine: str) -> None:
-    problem = random_problem([(4, 3, 2, 2)], seed=34)
+    problem = random_problem([(4, 3, 2, 2)], steps=_steps(engine), seed=34)
     for gradients_as_weights in (True, False):
         weights = [torch.tensor(problem.weights[0]).to(memory_format=torch.channels_last)]
         _assert_layouts_agree(subject, engine, problem, weights, gradients_as_weights)
 
 
-def _assert_rounds_once(subject: Subject, engine: str, dtype: torch.dtype, *shapes: tuple[int, ...]) -> None:
+def _assert_rounds_once(
+    subject: Subject, engine: str, dtype: torch.dtype, *shapes: tuple[int, ...], steps: int = 14
+) -> None:
     """Each step is the float64 formula from the weights as stored, rounded once to the storage.
 
     The formula is told the stored weights before every step, so rounding does not pile up. The library computes in
@@ -113,7 +122,7 @@ def _assert_rounds_once(subject: Subject, engine: str, dtype: torch.dtype, *shap
     """
     near_zero = 2e-6 if subject.by_matrix else 0.0
     ulp = torch.finfo(dtype).eps
-    problem = random_problem(shapes, seed=35)
+    problem = random_problem(shapes, steps=steps, seed=35)
     params = weights_of(problem, dtype)
     optimizer = subject.make(params, engine)
     run = subject.expect([p.detach().to(torch.float64).numpy() for p in params])
@@ -139,8 +148,9 @@ def bfloat16(subject: Subject, engine: str) -> None:
 
 @promise("fp16 weights, fp32 state", gc=False)
 def float16(subject: Subject, engine: str) -> None:
-    """Loads and stores apart, the code is that of bfloat16, which has been held to more ranks."""
-    _assert_rounds_once(subject, engine, torch.float16, (8, 6), (31,))
+    """Loads and stores apart, the code is that of bfloat16, which has been held to more ranks, and to more variants of
+    a step where each is a kernel to be built."""
+    _assert_rounds_once(subject, engine, torch.float16, (8, 6), (31,), steps=4 if engine == "cpp" else 14)
 
 
 @promise("float64 weights, float64 state")
@@ -175,7 +185,7 @@ def storage_kept(subject: Subject, engine: str) -> None:
 def mixed_dtypes(subject: Subject, engine: str) -> None:
     """Each dtype moves as it does alone."""
     subject = subject.apart
-    problem = random_problem([(3, 4), (5,)], seed=41)
+    problem = random_problem([(3, 4), (5,)], steps=_steps(engine), seed=41)
     dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
     together = [p for dtype in dtypes for p in weights_of(problem, dtype)]
     train(together, subject.make(together, engine), Problem(problem.weights, [row * 4 for row in problem.gradients]))

@@ -12,7 +12,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
@@ -184,6 +184,36 @@ def test_ranger21_is_told_the_length_and_nothing_else_schedules() -> None:
     group = made.trainer.optimizers[0].param_groups[0]
     assert (group["total_steps"], group["lr"]) == (7, 1e-3)
     assert group["current_lr"] < 1e-3
+
+
+class _Thaw(BaseFinetuning):
+    """The first layer waits for the second epoch."""
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze(pl_module.net[0])
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net[0], optimizer)
+
+
+class _Constant(Module):
+    def configure_optimizers(self) -> Any:
+        trained = [(name, p) for name, p in self.net.named_parameters() if p.requires_grad]
+        return piste.AdamW(trained, lr=RATE)
+
+
+def test_layers_are_thawed_beside_groups_with_names() -> None:
+    net = network()
+    before = net[0].weight.clone()
+    made = _Constant().build(net, "adamw")
+    trainer(callbacks=[_Thaw()], max_epochs=1).fit(made, loader(4))
+    assert torch.equal(net[0].weight, before)
+    runner = trainer(callbacks=[_Thaw()], max_epochs=2)
+    runner.fit(made, loader(4))
+    assert not torch.equal(net[0].weight, before)
+    late = runner.optimizers[0].param_groups[1]
+    assert late["param_names"] == ["group1.0", "group1.1"]
 
 
 def test_schedules_move_once_for_each_step() -> None:

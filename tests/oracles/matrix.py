@@ -22,13 +22,59 @@ POLAR_EXPRESS = [
 ]
 
 
-def orthogonal(x: Array, iteration: str = "quintic", steps: int = 5) -> Array:
+def best_polynomials(powers: Sequence[Sequence[int]], least: float, margin: float) -> list[Array]:
+    """Amsel et al. 2025, theorem 3.1, by Remez' exchange: coefficients of the odd polynomials nearest to 1, in turn.
+
+    Each is for the values that the last one leaves, of an interval made wider by ``margin`` at both ends.
+    """
+    low, high, found = least, 1.0, []
+    for odd in powers:
+        places = np.linspace(low, high, len(odd) + 1)
+        for _ in range(50):
+            signs = (-1.0) ** np.arange(len(places))
+            *coefficients, error = np.linalg.solve(
+                np.column_stack([places[:, None] ** np.array(odd), signs]), np.ones(len(places))
+            )
+            slope = np.polynomial.Polynomial([0.0] * (max(odd) + 1))
+            for power, coefficient in zip(odd, coefficients, strict=True):
+                slope.coef[power - 1] += power * coefficient
+            turns = slope.roots()
+            turns = np.sort(turns[(abs(turns.imag) < 1e-9) & (turns.real > 0)].real)
+            places = np.concatenate([[low], turns, [high]])
+        found.append(np.array(coefficients))
+        low, high = (1 - error) / margin, (1 + error) * margin
+    return found
+
+
+def deflated(x: Array) -> Array:
+    """A wide matrix with its largest singular values brought down to the least of them, by block power iteration."""
+    rows, columns = x.shape
+    rank = min(max(rows // 8, 16), rows // 4)
+    if not rank or not x.any():
+        return x
+    probes = torch.randn(columns, rank, generator=torch.Generator().manual_seed(columns)).double().numpy()
+    basis = np.linalg.qr(x @ x.T @ np.linalg.qr(x @ probes)[0])[0]
+    left, sizes, right = np.linalg.svd(basis.T @ x, full_matrices=False)
+    lower = np.minimum(sizes, max(sizes.min(), 0.01 * sizes.max()))
+    return np.asarray(x + basis @ (left * (lower - sizes)) @ right)
+
+
+def orthogonal(x: Array, iteration: str = "quintic", steps: int | None = None) -> Array:
     """What the iterations make of a matrix, worked out on its singular values one by one."""
+    if iteration == "deflated":
+        if len(x) > x.shape[1]:
+            return orthogonal(x.T, iteration, steps).T
+        left, values, right = np.linalg.svd(deflated(x / max(np.linalg.norm(x), 1e-300)), full_matrices=False)
+        values = values / (1.01 * max((values**8).sum() ** 0.125, 1e-6))
+        triples = [*best_polynomials([(1, 3, 5), (1, 3, 5), (1, 3), (1, 3)], 0.025, 1.01), np.array([1.5, -0.5])]
+        for step in range(steps or 3):
+            values = sum(c * values ** (1 + 2 * i) for i, c in enumerate(triples[min(step, 4)]))
+        return np.asarray((left * values) @ right)
     norm = np.sqrt((x * x).sum())
     scaled = x / (1.02 * norm + 1e-6) if iteration == "polar_express" else x / max(norm, 1e-7)
     left, values, right = np.linalg.svd(scaled, full_matrices=False)
     triples = POLAR_EXPRESS if iteration == "polar_express" else QUINTIC
-    for step in range(steps):
+    for step in range(steps or 5):
         a, b, c = triples[min(step, 4)]
         values = a * values + b * values**3 + c * values**5
     return np.asarray((left * values) @ right)
@@ -47,7 +93,7 @@ def muon(
     eps: float = 1e-8,
     scale: str = "moonlight",
     iteration: str = "quintic",
-    steps: int = 5,
+    steps: int | None = None,
     split: int = 1,
     rule: str = "auto",
     row_beta: float | None = None,

@@ -28,6 +28,11 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "embedding": (6, 3),
 }
 
+# As many weights, of three ranks. An engine that builds kernels builds one for each rank of a rule that tells axes
+# apart; that they get every rank right is what the conformance matrix holds them to (`parity`, `engines_agree`), and a
+# test of something else need not build them all again for its own options.
+FEWER: tuple[tuple[int, ...], ...] = ((5,), (3, 4), (2, 3, 2, 2), (4,), (6, 3), (2, 3, 2, 2), (2, 5))
+
 
 @dataclass(frozen=True)
 class Problem:

@@ -16,7 +16,8 @@ from piste import optimizers
 from piste.advise.trace import Trace, own_length, trace
 from piste.checks import check_choice
 from piste.groups import ModelWeight, is_norm, model_weights, owned_by
-from piste.optimizer import Optimizer, Options
+from piste.optimizer import Optimizer
+from piste.options import Options
 from piste.preset import Preset, arguments_of
 from piste.presets import presets
 from piste.wrappers import SAM, ModelEMA

@@ -57,11 +57,12 @@ class Loops(Statements):
         """The function for one row of memory, or for some at once: what they share is read and written once for all."""
         self.collect(pattern, rows)
         loop = (rows == 1 and self.in_two()) or self.in_one()
-        more = ", int64_t across, const int64_t* next" if rows > 1 else ""
         return [
             f"static ONCE void {self.body_name(pattern, rows)}(",
-            "    const int64_t* T, int64_t n, int64_t w, int64_t at, int64_t length, const R* __restrict h,",
-            f"    const int64_t* k, const int64_t* s, double* part, double** share, R** rows{self.tiles}{more}) {{",
+            "    const Place<R>& here, const R* __restrict h, int64_t at, int64_t length, const int64_t* k,",
+            "    int64_t across, const int64_t* next) {",
+            "  const int64_t *T = here.T, *s = here.s, n = here.n, w = here.w;",
+            *(["  float (*tile)[TILE] = (float (*)[TILE])here.tile;"] if self.codecs else []),
             *(f"  {line}" for line in self.before),
             *loop,
             *(f"  {line}" for line in self.after),
@@ -132,10 +133,6 @@ class Loops(Statements):
             "    }",
             "  }",
         ]
-
-    @property
-    def tiles(self) -> str:
-        return ", float (*tile)[TILE], int64_t base" if self.codecs else ""
 
     def body_name(self, pattern: tuple[int, ...], rows: int = 1) -> str:
         return "_".join([f"{self.name}_body", *map(str, pattern), *([f"rows{rows}"] if rows > 1 else [])])

@@ -3,8 +3,9 @@
 // Tasks depend on shapes alone, and so does the order in which their partial results are put together: the result is
 // the same for any number of threads.
 
-// What runs once a weight or task stands in one place: copied to every loop, it would cost the compiler a tenth more. So do
-// the bodies of loops: inside of a function that has grown large gcc gives up vectorising them.
+// What runs once a weight, a task or a row stands here, once for all passes: copied to each of them, it would take the
+// compiler longer than their loops do. So bodies of loops are called by their addresses, and never become part of what
+// calls them: inside of a function that has grown large gcc gives up vectorising them.
 #define ONCE __attribute__((noinline))
 
 namespace piste {
@@ -20,6 +21,24 @@ const int64_t SLOTS = 32;      // tasks of a weight whose axes matter
 const int MAX_RANK = 8;
 
 struct Group { int64_t task, weight; };
+struct Tasks;
+
+// What a call of a kernel was given, and what its threads share.
+struct Call {
+  const int64_t* T;
+  int64_t n;
+  int axes;
+  const double* hp;
+  int64_t hyper;
+  const Tasks* tasks;
+  double* parts;
+  const void* shares;
+};
+
+// does the tasks up to `end`, of which the first is of weight w
+typedef void (*Work)(const Call& call, int64_t task, int64_t end, int64_t w);
+
+static INLINE int64_t chunks(int64_t size) { return (size + CHUNK - 1) / CHUNK; }
 
 // The tasks of all weights, numbered through.
 struct Tasks {
@@ -27,11 +46,12 @@ struct Tasks {
   int64_t* first;  // of each weight; one more at the end
   Group* group;
 
-  // `size` elements per weight, cut into `pieces` tasks
-  template <class Pieces> ONCE Tasks(int64_t n, int64_t most, const int64_t* size, Pieces pieces) : n(n) {
+  // `size` elements per weight, cut into `pieces` tasks, or into chunks where that is null
+  ONCE Tasks(int64_t n, int64_t most, const int64_t* size, const int64_t* pieces) : n(n) {
     int64_t elements = 0;
     first = (int64_t*)malloc((n + 1) * sizeof(int64_t));
-    for (int64_t w = 0; w < n; ++w) first[w] = count, count += pieces(w), elements += size[w];
+    for (int64_t w = 0; w < n; ++w)
+      first[w] = count, count += pieces ? pieces[w] : chunks(size[w]), elements += size[w];
     first[n] = count;
     threads = elements / SHARE < most ? elements / SHARE : most;
     int64_t share = threads > 1 ? elements / (8 * threads) : elements;
@@ -47,24 +67,31 @@ struct Tasks {
   }
   ~Tasks() { free(first), free(group); }
 
-  // calls visit(task, weight) for every task; such an object is made for each group of tasks
-  template <class Make> void run(Make make) const {
+  ONCE void run(Work work, const Call& call) const {
     if (threads > 1) {
 #pragma omp parallel for num_threads((int)threads) schedule(dynamic, 1)
-      for (int64_t g = 0; g < groups; ++g) visit(g, make());
+      for (int64_t g = 0; g < groups; ++g) work(call, group[g].task, group[g + 1].task, group[g].weight);
     } else {
-      for (int64_t g = 0; g < groups; ++g) visit(g, make());
-    }
-  }
-
-  template <class Visit> ONCE void visit(int64_t g, Visit visitor) const {
-    int64_t weight = group[g].weight;
-    for (int64_t task = group[g].task; task < group[g + 1].task; ++task) {
-      while (task >= first[weight + 1]) ++weight;
-      visitor(task, weight);
+      for (int64_t g = 0; g < groups; ++g) work(call, group[g].task, group[g + 1].task, group[g].weight);
     }
   }
 };
+
+// Partial results of tasks, `each` of them per task: where they begin, and one of them put together over some tasks.
+static ONCE double* begun(int64_t tasks, int each, const bool* peak) {
+  double* parts = (double*)malloc((tasks + 1) * each * sizeof(double));
+  for (int64_t i = 0; i < tasks * each; ++i) parts[i] = peak[i % each] ? -__builtin_inf() : 0;
+  return parts;
+}
+
+static ONCE double joined(const double* parts, int64_t from, int64_t to, int each, int place, bool peak) {
+  double value = peak ? -__builtin_inf() : 0;
+  for (int64_t task = from; task < to; ++task) {
+    const double part = parts[task * each + place];
+    value = peak ? maximum(value, part) : value + part;
+  }
+  return value;
+}
 
 static inline double product(const int64_t* shape, int64_t n, int axes) {
   double all = 1;
@@ -72,26 +99,76 @@ static inline double product(const int64_t* shape, int64_t n, int axes) {
   return all;
 }
 
-static INLINE int64_t chunks(int64_t size) { return (size + CHUNK - 1) / CHUNK; }
-
 // The first element of the block of codes that an element is in. Blocks begin anew in each row.
 static INLINE int64_t begin_of_block(int64_t at, int64_t row) { return at - at % row % BLOCK; }
+
+// Sums over rows that lie side by side: a few rows in the precision of the numbers, and then in double.
+template <class Real> struct RowSum {
+  Real* row;
+  double* share;
+  int axes;  // the choice of axes that the sum keeps
+  int64_t at = -1, length = 0, held = 0;
+
+  ONCE RowSum(int64_t longest, double* share, int axes)
+      : row((Real*)calloc(longest + 1, sizeof(Real))), share(share), axes(axes) {}
+  ONCE ~RowSum() { flush(), free(row); }
+
+  // the next rows belong to the elements from k on
+  INLINE void take(int64_t k, int64_t n, int64_t rows) {
+    if (k != at || n != length || held + rows > ROWS) flush(), at = k, length = n;
+    held += rows;
+  }
+
+  ONCE void flush() {
+    for (int64_t i = 0; held > 0 && i < length; ++i) share[at + i] += row[i], row[i] = 0;
+    held = 0;
+  }
+};
+
+// What a loop works on, besides the numbers and its place there.
+template <class Real> struct Place {
+  const int64_t* T;
+  int64_t n, w;
+  double* part;                     // results of the whole task
+  double** share = nullptr;         // ... and those that keep axes
+  const int64_t* s = nullptr;       // how each choice of axes goes along the innermost one
+  RowSum<Real>* const* sum = nullptr;
+  int sums = 0;
+  Real** rows = nullptr;            // where the sums are
+  void* tile = nullptr;             // decoded numbers, from element `base` on
+  int64_t base = 0;
+};
+
+// One run of elements from `at` on, or several that begin `across` and `next` behind each other; k is where each choice
+// of axes begins. Nothing that is written lies among the numbers h.
+template <class Real>
+using Body = void (*)(const Place<Real>& here, const Real* __restrict h, int64_t at, int64_t length, const int64_t* k,
+                      int64_t across, const int64_t* next);
+
+// Shapes and strides of all weights, in a table with one column an axis, and the choices of axes that a pass tells apart.
+// Without strides the order of axes is that of memory, and what is walked has the axes `within` only.
+struct Space {
+  const int64_t* table;
+  bool strides, tiled;  // tiled: slots begin at whole blocks of codes, wherever that is in a row
+  int64_t within, n;
+  int axes;
+  const int* keep;
+};
 
 // A weight as nested loops in the order of memory. Axes are merged where nothing tells them apart. `K` choices of axes
 // are followed: for each, where the current element lies in a tensor that has these axes only.
 template <int K> struct Grid {
   int rank = 0, split = 0;
   int64_t size[MAX_RANK + 1], step[MAX_RANK + 1][K], extent[K], slots, numel = 1;
-  bool tiled;  // slots begin at whole blocks of codes, wherever that is in a row
+  bool tiled;
 
-  // Shapes and strides stand in a table, one column an axis. Without strides the order of axes is that of memory, and
-  // what is walked has the axes `within` only.
-  ONCE Grid(const int64_t* table, bool strides, int64_t within, int64_t n, int64_t w, int axes, const int* keep,
-            bool tiled = false) : tiled(tiled) {
+  ONCE Grid(const Space& space, int64_t w) : tiled(space.tiled) {
+    const int axes = space.axes, *keep = space.keep;
+    const int64_t* table = space.table + w;
     int64_t shape[MAX_RANK], stride[MAX_RANK];
     for (int a = 0; a < axes; ++a) {
-      shape[a] = within >> a & 1 ? table[a * n + w] : 1;
-      stride[a] = strides ? table[(axes + a) * n + w] : axes - a;
+      shape[a] = space.within >> a & 1 ? table[a * space.n] : 1;
+      stride[a] = space.strides ? table[(axes + a) * space.n] : axes - a;
     }
     int order[MAX_RANK], found = 0;
     for (int a = 0; a < axes; ++a) {
@@ -144,8 +221,9 @@ template <int K> struct Grid {
   // where a slot begins in the order of memory, more or less
   int64_t edge(int64_t slot) const { return numel * slot / slots; }
 
-  // row(at, length, offsets) for every run along the innermost axis, of the elements from low to high
-  template <class Row> void stretch(int64_t low, int64_t high, Row row) const {
+  // `row` for every run along the innermost axis, of the elements from low to high
+  template <class Real>
+  ONCE void stretch(int64_t low, int64_t high, const Place<Real>& here, const Real* h, Body<Real> row) const {
     const int last = rank - 1;
     int64_t index[MAX_RANK + 1], left = low;
     for (int d = last; d >= 0; --d) index[d] = left % size[d], left /= size[d];
@@ -156,19 +234,19 @@ template <int K> struct Grid {
         offset[j] = 0;
         for (int d = 0; d < rank; ++d) offset[j] += index[d] * step[d][j];
       }
-      row(at, length, offset);
+      take(here, offset, length, 1);
+      row(here, h, at, length, offset, 0, nullptr);
       at += length;
       index[last] = 0;
       for (int d = last - 1; d >= 0 && ++index[d] == size[d]; --d) index[d] = 0;
     }
   }
 
-  // row(at, length, offsets) for every run along the innermost axis
-  template <class Row> void walk(int64_t slot, Row row) const { walk(slot, row, [](auto...) {}, 1); }
-
-  // the same, and group(at, length, offsets, across, next) for so many runs at once, where they are more than one, that
-  // lie side by side; each begins `across` and `next` behind the one before
-  template <class Row, class Group> void walk(int64_t slot, Row row, Group group, int64_t rows) const {
+  // `row` for every run along the innermost axis of a slot, and `group` for so many runs at once, where they are more than
+  // one, that lie side by side
+  template <class Real>
+  ONCE void walk(int64_t slot, const Place<Real>& here, const Real* h, Body<Real> row, Body<Real> group = nullptr,
+                 int64_t rows = 1) const {
     const int64_t low = size[split] * slot / slots, high = size[split] * (slot + 1) / slots;
     const int last = rank - 1;
     int64_t index[MAX_RANK + 1];
@@ -182,10 +260,12 @@ template <int K> struct Grid {
       }
       const int64_t length = (last == split ? high : size[last]) - index[last];
       if (rows > 1 && index[last - 1] + rows <= (last - 1 == split ? high : size[last - 1])) {
-        group(at, length, offset, size[last], step[last - 1]);
+        take(here, offset, length, rows);
+        group(here, h, at, length, offset, size[last], step[last - 1]);
         index[last - 1] += rows - 1;
       } else {
-        row(at, length, offset);
+        take(here, offset, length, 1);
+        row(here, h, at, length, offset, 0, nullptr);
       }
       int d = last - 1;
       for (; d >= 0; --d) {
@@ -196,71 +276,78 @@ template <int K> struct Grid {
     }
   }
 
+  template <class Real>
+  static INLINE void take(const Place<Real>& here, const int64_t* offset, int64_t length, int64_t rows) {
+    for (int j = 0; j < here.sums; ++j)
+      if (here.s[here.sum[j]->axes] == 1) here.sum[j]->take(offset[here.sum[j]->axes], length, rows);
+  }
+
   // do runs that lie side by side meet the same elements of a tensor with the axes j, if they go along it?
   bool shared(int j) const { return step[rank - 1][j] == 0 || step[rank - 2][j] == 0; }
 };
 
-// Sums over rows that lie side by side: a few rows in the precision of the numbers, and then in double.
-template <class Real> struct RowSum {
-  Real* row;
-  double* share;
-  int64_t at = -1, length = 0, held = 0;
-
-  ONCE RowSum(int64_t longest, double* share) : row((Real*)calloc(longest + 1, sizeof(Real))), share(share) {}
-  ONCE ~RowSum() { flush(), free(row); }
-
-  // the next rows belong to the elements from k on
-  void take(int64_t k, int64_t n, int64_t rows = 1) {
-    if (k != at || n != length || held + rows > ROWS) flush(), at = k, length = n;
-    held += rows;
-  }
-
-  void flush() {
-    for (int64_t i = 0; held > 0 && i < length; ++i) share[at + i] += row[i], row[i] = 0;
-    held = 0;
-  }
-};
+// Into how many tasks each weight is cut; to be freed.
+template <int K> static ONCE int64_t* pieces(const Space& space) {
+  int64_t* slots = (int64_t*)malloc((space.n + 1) * sizeof(int64_t));
+  for (int64_t w = 0; w < space.n; ++w) slots[w] = Grid<K>(space, w).slots;
+  return slots;
+}
 
 // Partial results that keep axes, of all weights: one buffer per weight and reduction where slots have elements of their
 // own, else one per slot. Sums are doubles; peaks, which are numbers that were there, are of their type.
-template <class Real, int K, int R> struct Shares {
+template <class Real, int K> struct Shares {
+  const Space& space;
+  const int count, *axes_of;  // reduction r keeps the axes of choice axes_of[r]
+  const bool* peak;
   int64_t* offset;  // of weight w and reduction r
   double* data;
-  const bool* peak;
 
-  // reduction r keeps the axes of choice `axes_of[r]` and begins at `start[r]`
-  template <class MakeGrid>
-  ONCE Shares(int64_t n, const int* axes_of, const double* start, const bool* peak, MakeGrid grid_of) : peak(peak) {
-    offset = (int64_t*)malloc((n * R + 1) * sizeof(int64_t));
+  ONCE Shares(const Space& space, int count, const int* axes_of, const bool* peak)
+      : space(space), count(count), axes_of(axes_of), peak(peak) {
+    const int64_t n = space.n;
+    offset = (int64_t*)malloc((n * count + 1) * sizeof(int64_t));
     int64_t size = 0;
     for (int64_t w = 0; w < n; ++w) {
-      const Grid<K> grid = grid_of(w);
-      for (int r = 0; r < R; ++r) offset[w * R + r] = size, size += grid.extent[axes_of[r]] * copies(grid, axes_of[r]);
+      const Grid<K> grid(space, w);
+      for (int r = 0; r < count; ++r)
+        offset[w * count + r] = size, size += grid.extent[axes_of[r]] * copies(grid, axes_of[r]);
     }
-    offset[n * R] = size;
+    offset[n * count] = size;
     data = (double*)malloc((size + 1) * sizeof(double));
-    for (int64_t x = 0; x < n * R; ++x)
+    for (int64_t x = 0; x < n * count; ++x)
       for (int64_t i = offset[x]; i < offset[x + 1]; ++i)
-        if (peak[x % R])
-          ((Real*)(data + i))[0] = ((Real*)(data + i))[sizeof(double) / sizeof(Real) - 1] = (Real)start[x % R];
+        if (peak[x % count])
+          ((Real*)(data + i))[0] = ((Real*)(data + i))[sizeof(double) / sizeof(Real) - 1] = (Real)-__builtin_inf();
         else
-          data[i] = start[x % R];
+          data[i] = 0;
   }
   ~Shares() { free(offset), free(data); }
 
   // one even of a weight without elements, whose results are where they began
   static int64_t copies(const Grid<K>& grid, int j) { return grid.own(j) || !grid.slots ? 1 : grid.slots; }
 
-  double* of(const Grid<K>& grid, int64_t w, int r, int j, int64_t slot) const {
-    return data + offset[w * R + r] + (grid.own(j) ? 0 : slot * grid.extent[j]);
+  double* of(const Grid<K>& grid, int64_t w, int r, int64_t slot) const {
+    const int j = axes_of[r];
+    return data + offset[w * count + r] + (grid.own(j) ? 0 : slot * grid.extent[j]);
   }
 
-  template <class Join> ONCE void finish(const Grid<K>& grid, int64_t w, int r, int j, Real* out, Join join) const {
-    const double* from = data + offset[w * R + r];
-    for (int64_t i = 0; i < grid.extent[j]; ++i) {
-      double value = at(from, r, i);
-      for (int64_t c = 1; c < copies(grid, j); ++c) value = join(value, at(from + c * grid.extent[j], r, i));
-      out[i] = (Real)value;
+  // puts them together where the columns of the table say
+  ONCE void finish(const int64_t* T, const int* column) const {
+    for (int64_t w = 0; w < space.n; ++w) {
+      const Grid<K> grid(space, w);
+      for (int r = 0; r < count; ++r) {
+        const int64_t extent = grid.extent[axes_of[r]], more = copies(grid, axes_of[r]);
+        const double* from = data + offset[w * count + r];
+        Real* out = (Real*)T[column[r] * space.n + w];
+        for (int64_t i = 0; i < extent; ++i) {
+          double value = at(from, r, i);
+          for (int64_t c = 1; c < more; ++c) {
+            const double other = at(from + c * extent, r, i);
+            value = peak[r] ? maximum(value, other) : value + other;
+          }
+          out[i] = (Real)value;
+        }
+      }
     }
   }
 

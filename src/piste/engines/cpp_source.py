@@ -10,7 +10,7 @@ group.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -19,11 +19,11 @@ import torch
 from piste.codecs import Codec
 from piste.engines.cpp_codecs import definitions
 from piste.engines.cpp_host import host_function, hyper_names
-from piste.engines.cpp_statements import JOIN, START, TYPES
+from piste.engines.cpp_statements import TYPES
 from piste.engines.cpp_visit import Visits
 from piste.engines.kernel import Column, Pass, host_numbers
 from piste.plan import Plan
-from piste.symbol import ALL
+from piste.symbol import ALL, Sym
 
 __all__ = ["write"]
 
@@ -82,66 +82,55 @@ class _Writer(Visits):
         return [*bodies, *self.visitor(patterns), *self.function()]
 
     def function(self) -> list[str]:
-        single, spread = self.single, self.spread
-        pieces = f"{self.grid}.slots" if self.axes else "chunks(T[w])"
+        single, spread, count = self.single, self.spread, len(self.axes)
         lines = [
             f'extern "C" void {self.name}(int64_t n, int64_t threads, int64_t hyper, int64_t axes, const int64_t* T, '
             "const double* hp) {",
-            f"  const Tasks tasks(n, threads, T, [&](int64_t w) {{ return {pieces}; }});",
         ]
-        parts, shares = "nullptr", "nullptr"
+        pieces, parts, shares = "nullptr", "nullptr", "nullptr"
+        if self.axes:
+            pieces = "slots"
+            lines += [
+                f"  const Space space = {self.name}_space(T, n, (int)axes);",
+                f"  int64_t* slots = pieces<{count}>(space);",
+            ]
+        lines.append(f"  const Tasks tasks(n, threads, T, {pieces});")
         if single:
             parts = "parts"
-            starts = ", ".join(START[r.op] for r in single)
             lines += [
-                f"  const double start[] = {{{starts}}};",
-                f"  double* parts = (double*)malloc((tasks.count + 1) * {len(single)} * sizeof(double));",
-                f"  for (int64_t i = 0; i < tasks.count * {len(single)}; ++i) parts[i] = start[i % {len(single)}];",
+                f"  const bool peak[] = {{{_peaks(single)}}};",
+                f"  double* parts = begun(tasks.count, {len(single)}, peak);",
             ]
         if spread:
             shares = "&shares"
             axes = ", ".join(str(self.axes.index(r.kind.keep)) for r in spread)
-            starts = ", ".join(START[r.op] for r in spread)
-            peaks = ", ".join("true" if r.op == "peak" else "false" for r in spread)
             lines += [
                 f"  const int axes_of[] = {{{axes}}};",
-                f"  const double begin[] = {{{starts}}};",
-                f"  const bool peak[] = {{{peaks}}};",
-                f"  const Shares<R, {len(self.axes)}, {len(spread)}> shares(n, axes_of, begin, peak, "
-                f"[&](int64_t w) {{ return {self.grid}; }});",
+                f"  const bool high[] = {{{_peaks(spread)}}};",
+                f"  const Shares<R, {count}> shares(space, {len(spread)}, axes_of, high);",
             ]
-        made = f"{self.name}_visit{{T, n, (int)axes, hp, hyper, &tasks, {parts}, {shares}}}"
-        lines.append(f"  tasks.run([&] {{ return {made}; }});")
-        return [*lines, *self.finish(), "}"]
+        lines.append(f"  tasks.run({self.name}_work, {{T, n, (int)axes, hp, hyper, &tasks, {parts}, {shares}}});")
+        return [*lines, *self.finish(), *(["  free(slots);"] if self.axes else []), "}"]
 
     def finish(self) -> list[str]:
         """Put partial results together, in the order of tasks."""
         lines: list[str] = []
         for place, reduction in enumerate(self.single):
-            out = f"T[{self.place(Column('partial', reduction))} * n{'' if reduction.kind == ALL else ' + w'}]"
-            join = f"value = {JOIN[reduction.op]}(value, parts[task * {len(self.single)} + {place}]);"
-            start = f"double value = {START[reduction.op]};"
+            column = f"T[{self.place(Column('partial', reduction))} * n"
+            which = f"{len(self.single)}, {place}, peak[{place}]"
             if reduction.kind == ALL:
-                lines += [
-                    f"  {{ {start}",
-                    f"    for (int64_t task = 0; task < tasks.count; ++task) {join}",
-                    f"    *(R*){out} = (R)value; }}",
-                ]
+                lines.append(f"  *(R*){column}] = (R)joined(parts, 0, tasks.count, {which});")
             else:
-                lines += [
-                    "  for (int64_t w = 0; w < n; ++w) {",
-                    f"    {start}",
-                    f"    for (int64_t task = tasks.first[w]; task < tasks.first[w + 1]; ++task) {join}",
-                    f"    *(R*){out} = (R)value;",
-                    "  }",
-                ]
+                one = f"joined(parts, tasks.first[w], tasks.first[w + 1], {which})"
+                lines.append(f"  for (int64_t w = 0; w < n; ++w) *(R*){column} + w] = (R){one};")
         if self.single:
             lines.append("  free(parts);")
         if self.spread:
-            lines += ["  for (int64_t w = 0; w < n; ++w) {", f"    const Grid<{len(self.axes)}> grid = {self.grid};"]
-            for place, reduction in enumerate(self.spread):
-                axes = self.axes.index(reduction.kind.keep)
-                out = f"(R*){self.entry(Column('partial', reduction))}"
-                lines.append(f"    shares.finish(grid, w, {place}, {axes}, {out}, {JOIN[reduction.op]});")
-            lines.append("  }")
+            columns = ", ".join(str(self.place(Column("partial", r))) for r in self.spread)
+            lines += [f"  const int columns[] = {{{columns}}};", "  shares.finish(T, columns);"]
         return lines
+
+
+def _peaks(reductions: Sequence[Sym]) -> str:
+    """Which of them are peaks and no sums, as C++ has it."""
+    return ", ".join("true" if r.op == "peak" else "false" for r in reductions)

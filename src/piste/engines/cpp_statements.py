@@ -120,7 +120,7 @@ class Statements(PassWriter):
             return
         if key in self.codecs:
             self.before.append(
-                f"float* __restrict c{i}{self.row} = tile[{list(self.codecs).index(str(key))}] + (at - base);"
+                f"float* __restrict c{i}{self.row} = tile[{list(self.codecs).index(str(key))}] + (at - here.base);"
             )
             return
         at = f"k{self.row}[{self.axes.index(kind.keep)}]" if kind.keep and kind != self.one.space else ""
@@ -187,17 +187,17 @@ class Statements(PassWriter):
             return []
         before: list[str] = []
         if self.is_single(reduction):
-            at = f"part[{_place_of(self.single, reduction)}]"
+            at = f"here.part[{_place_of(self.single, reduction)}]"
         else:
             place = _place_of(self.spread, reduction)
             axes = self.axes.index(reduction.kind.keep)
-            at = f"(({wide}*)share[{place}])[k{self.row}[{axes}]]"
+            at = f"(({wide}*)here.share[{place}])[k{self.row}[{axes}]]"
             if self.meets(reduction) != OUT:
                 step = "i" if self.meets(reduction) == IN else f"i * s[{axes}]"
                 if peak or general:
-                    before = [f"{wide}* __restrict b{number} = ({wide}*)share[{place}] + k[{axes}];"]
+                    before = [f"{wide}* __restrict b{number} = ({wide}*)here.share[{place}] + k[{axes}];"]
                 else:
-                    before = [f"R* __restrict b{number} = rows[{place}];"]
+                    before = [f"R* __restrict b{number} = here.rows[{place}];"]
                 self.before += [] if self.row else before
                 self.grow(f"b{number}[{step}]", value, reduction)
                 return []

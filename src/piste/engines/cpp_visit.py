@@ -19,54 +19,49 @@ __all__ = ["Visits"]
 class Visits(Loops):
     """The loops of a pass, and a structure whose call is one task."""
 
-    @property
-    def grid(self) -> str:
-        """A grid for weight w."""
+    def space(self) -> list[str]:
+        """Where the weights lie, and which axes are told apart."""
         within = -1 if self.one.space == FULL else sum(1 << a for a in self.one.space.keep)
-        strides = "true" if self.one.space == FULL else "false"
-        tiled = ", true" if self.codecs else ""
-        return (
-            f"Grid<{len(self.axes)}>(T + {self.geometry} * n, {strides}, {within}, n, w, axes, {self.name}_keep{tiled})"
-        )
+        strides, tiled = ("true" if yes else "false" for yes in (self.one.space == FULL, bool(self.codecs)))
+        keep = ", ".join(str(sum(1 << a for a in axes)) for axes in self.axes)
+        return [
+            f"static const int {self.name}_keep[] = {{{keep}}};",
+            f"static ONCE Space {self.name}_space(const int64_t* T, int64_t n, int axes) {{",
+            f"  return {{T + {self.geometry} * n, {strides}, {tiled}, {within}, n, axes, {self.name}_keep}};",
+            "}",
+        ]
 
     def visitor(self, patterns: list[tuple[int, ...]]) -> list[str]:
-        shapes = f"T + ({self.geometry} + 2 * axes) * n + w"
+        """The function that does some tasks, in a row."""
         changed = "weight != w" if self.by_shape else "group != T[n + w] || t != T[2 * n + w]"
-        spread, single = len(self.spread), len(self.single)
-        lines = []
-        if self.axes:
-            keep = ", ".join(str(sum(1 << a for a in axes)) for axes in self.axes)
-            lines.append(f"static const int {self.name}_keep[] = {{{keep}}};")
-        share_type = f"Shares<R, {len(self.axes)}, {spread}>" if spread else "void"
-        lines += [
-            f"struct {self.name}_visit {{",
-            "  const int64_t* T; int64_t n; int axes; const double* hp; int64_t hyper; const Tasks* tasks;",
-            f"  double* parts; const {share_type}* shares;",
+        lines = [
+            *(self.space() if self.axes else []),
+            f"static ONCE void {self.name}_work(const Call& call, int64_t task, const int64_t last, int64_t w) {{",
+            "  const int64_t *T = call.T, n = call.n, *first = call.tasks->first;",
+            "  const int axes = call.axes;",
             f"  int64_t group = -1, t = -1, weight = -1; R h[{max(1, len(self.numbers))}];",
-            "  void operator()(int64_t task, int64_t w) {",
+            *([f"  const Space space = {self.name}_space(T, n, axes);"] if self.axes else []),
+            "  for (; task < last; ++task) {",
+            "    while (task >= first[w + 1]) ++w;",
             f"    if ({changed}) {{",
             "      group = T[n + w]; t = T[2 * n + w]; weight = w;",
-            f"      numbers(hp + group * hyper, (double)t, {shapes}, n, axes, h);",
+            f"      const int64_t* shapes = T + ({self.geometry} + 2 * axes) * n + w;",
+            "      numbers(call.hp + group * call.hyper, (double)t, shapes, n, axes, h);",
             "    }",
-            f"    double* part = parts + task * {single};",
+            f"    Place<R> here = {{T, n, w, call.parts + task * {len(self.single)}}};",
         ]
         if self.axes:
             lines += self.walk(patterns)
         else:
-            next_ = self.edge("(task + 1 - tasks->first[w]) * CHUNK")
-            run = f"{self.body_name(())}(T, n, w, at, length, h, nullptr, nullptr, part, nullptr, nullptr{self.tile})"
+            next_ = self.edge("(task + 1 - first[w]) * CHUNK")
             lines += [
-                f"    const int64_t low = {self.edge('(task - tasks->first[w]) * CHUNK')};",
-                f"    const int64_t high = task + 1 < tasks->first[w + 1] ? {next_} : T[w];",
-                *self.tiled("const int64_t at = base, length = size;", f"{run};"),
+                f"    const int64_t low = {self.edge('(task - first[w]) * CHUNK')};",
+                f"    const int64_t high = task + 1 < first[w + 1] ? {next_} : T[w];",
+                *self.tiled(f"{self.body_name(())}(here, h, base, size, nullptr, 0, nullptr);"),
             ]
-        return [*lines, "  }", "};"]
+        return [*lines, "  }", "}"]
 
     # codes -----------------------------------------------------------------------------------------------------------
-    @property
-    def tile(self) -> str:
-        return ", tile, base" if self.codecs else ""
-
     def tiled(self, *work: str) -> list[str]:
         """Work on the elements from ``low`` to ``high``: at once, or between decoding and encoding a tile."""
         if not self.codecs:
@@ -85,6 +80,7 @@ class Visits(Loops):
         row, start = self.entry(ROW), self.entry(PHASE)
         return [
             f"    float tile[{len(self.codecs)}][TILE];",
+            "    here.tile = tile;",
             f"    const int64_t row = {row};",
             f"    const uint32_t phase = {phase(start, 't')};",
             "    int64_t size;",
@@ -92,6 +88,7 @@ class Visits(Loops):
             "      const int64_t line = base / row, column = base % row, end = base - column + row;",
             "      const int64_t stop = end < high ? end : high;",
             "      size = stop - base < TILE ? stop - base : TILE;",
+            "      here.base = base;",
             *(f"      {line}" for line in (*decodes, *work, *encodes)),
             "    }",
         ]
@@ -101,54 +98,53 @@ class Visits(Loops):
         return f"begin_of_block({place}, {self.entry(ROW)})" if self.codecs else place
 
     def walk(self, patterns: list[tuple[int, ...]]) -> list[str]:
-        count = len(self.axes)
+        """All rows of a task, each by the body for the way in which the innermost axis meets the choices of axes."""
+        count, places = len(self.axes), range(len(self.spread))
         lines = [
-            f"    const Grid<{count}> grid = {self.grid};",
-            "    const int64_t slot = task - tasks->first[w], *s = grid.step[grid.rank - 1];",
-            f"    double* share[{max(1, len(self.spread))}];",
+            f"    const Grid<{count}> grid(space, w);",
+            "    const int64_t slot = task - first[w], *s = here.s = grid.step[grid.rank - 1];",
         ]
-        for place, reduction in enumerate(self.spread):
-            axes = self.axes.index(reduction.kind.keep)
-            lines.append(f"    share[{place}] = shares->of(grid, w, {place}, {axes}, slot);")
-        arguments = f"(T, n, w, at, length, h, k, s, part, share, rows{self.tile})"
-        calls = []
-        for pattern in patterns[:-1]:
-            test = " && ".join(f"s[{j}] == {step}" for j, step in enumerate(pattern))
-            calls.append(f"  if ({test}) return {self.body_name(pattern)}{arguments};")
-        calls.append(f"  {self.body_name(patterns[-1])}{arguments};")
-        sums = [(place, self.axes.index(r.kind.keep)) for place, r in enumerate(self.spread) if r.op != "peak"]
-        lines.append(f"    R* rows[{max(1, len(self.spread))}];")
-        for place, _ in sums:
-            lines.append(f"    RowSum<R> sum{place}(grid.size[grid.rank - 1], share[{place}]);")
-            lines.append(f"    rows[{place}] = sum{place}.row;")
-        takes = [f"  if (s[{axes}] == 1) sum{place}.take(k[{axes}], length);" for place, axes in sums]
-        calls = [*takes, *calls]
-        row = "[&](int64_t at, int64_t length, const int64_t* k) {"
-        if not self.codecs:
-            lines += ["    const auto row = " + row, *(f"    {line}" for line in calls), "    };"]
-            return [*lines, *self.groups(self.together(patterns), takes, arguments)]
-        low, high = (self.edge(f"grid.edge(slot{more})") for more in ("", " + 1"))
-        lines.append(f"    const int64_t low = {low}, high = slot + 1 < grid.slots ? {high} : grid.numel;")
-        return [*lines, *self.tiled(f"grid.stretch(base, base + size, {row}", *calls, "});")]
-
-    def groups(self, patterns: list[tuple[int, ...]], takes: list[str], arguments: str) -> list[str]:
-        """The walk of single rows, and of some at once where there are functions for that."""
-        if not patterns:
-            return ["    grid.walk(slot, row);"]
-        tests = [" && ".join(f"s[{j}] == {step}" for j, step in enumerate(pattern)) for pattern in patterns]
+        if self.spread:
+            of = ", ".join(f"shares->of(grid, w, {place}, slot)" for place in places)
+            lines += [
+                f"    const Shares<R, {count}>* shares = (const Shares<R, {count}>*)call.shares;",
+                f"    double* share[] = {{{of}}};",
+                "    here.share = share;",
+            ]
+        sums = [place for place in places if self.spread[place].op != "peak"]
+        if sums:
+            axes = [self.axes.index(self.spread[place].kind.keep) for place in sums]
+            lines += [
+                f"    RowSum<R> sum{place}(grid.size[grid.rank - 1], share[{place}], {a});"
+                for place, a in zip(sums, axes, strict=True)
+            ]
+            rows = ", ".join(f"sum{place}.row" if place in sums else "nullptr" for place in places)
+            lines += [
+                f"    RowSum<R>* const sum[] = {{{', '.join(f'&sum{place}' for place in sums)}}};",
+                f"    R* rows[] = {{{rows}}};",
+                f"    here.sum = sum, here.sums = {len(sums)}, here.rows = rows;",
+            ]
+        lines += self.chosen("single", patterns[:-1], 1, self.body_name(patterns[-1]))
+        if self.codecs:
+            low, high = (self.edge(f"grid.edge(slot{more})") for more in ("", " + 1"))
+            lines.append(f"    const int64_t low = {low}, high = slot + 1 < grid.slots ? {high} : grid.numel;")
+            return [*lines, *self.tiled("grid.stretch<R>(base, base + size, here, h, single);")]
+        together = self.together(patterns)
+        if not together:
+            return [*lines, "    grid.walk<R>(slot, here, h, single);"]
         # each row has addresses of its own, but for what grows along it
         shared = [f"grid.shared({axes})" for axes in sorted({self.axes.index(r.kind.keep) for r in self.spread})]
-        known = " || ".join(f"({test})" for test in tests)
         return [
-            f"    const bool known = {known};",
-            "    const auto group = [&](int64_t at, int64_t length, const int64_t* k, int64_t across,",
-            "                           const int64_t* next) {",
-            *(f"    {line.replace('length)', f'length, {self.rows})')}" for line in takes),
-            *(
-                f"      if ({test}) {self.body_name(pattern, self.rows)}{arguments[:-1]}, across, next);"
-                for test, pattern in zip(tests, patterns, strict=True)
-            ),
-            "    };",
-            f"    const bool grouped = {' && '.join(['grid.rank > 1', *shared, 'known'])};",
-            f"    grid.walk(slot, row, group, grouped ? {self.rows} : 1);",
+            *lines,
+            *self.chosen("together", together, self.rows, "nullptr"),
+            f"    const bool grouped = {' && '.join(['together', 'grid.rank > 1', *shared])};",
+            f"    grid.walk<R>(slot, here, h, single, together, grouped ? {self.rows} : 1);",
         ]
+
+    def chosen(self, name: str, patterns: list[tuple[int, ...]], rows: int, otherwise: str) -> list[str]:
+        """The body for the pattern that is found at run time."""
+        choices = []
+        for pattern in patterns:
+            test = " && ".join(f"s[{j}] == {step}" for j, step in enumerate(pattern))
+            choices.append(f"{test} ? {self.body_name(pattern, rows)} : ")
+        return [f"    const Body<R> {name} = {''.join(choices)}{otherwise};"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from piste.optimizer import Optimizer, Options, Params
+from piste.optimizer import Optimizer
+from piste.options import Options, Params
 from piste.parts import decay
 from piste.parts.scale import rectified_step
 from piste.parts.standard import standard
@@ -45,7 +46,7 @@ class AdaBelief(Optimizer):
         rectify: RAdam's step size.
         degenerated_to_sgd: with ``rectify``, take momentum steps until the step is rectified; else none.
         fixed_decay: decoupled decay shrinks by ``weight_decay`` alone, not times ``lr``.
-        **options: see :class:`piste.optimizer.Options`.
+        **options: see :class:`piste.options.Options`.
 
     Raises:
         ValueError: a value is out of range.

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from piste.optimizer import Optimizer, Options, Params
+from piste.optimizer import Optimizer
+from piste.options import Options, Params
 from piste.parts.standard import check_update, standard
 from piste.rules.factored import adafactor, adafactor_last
 from piste.slots import Pipeline
@@ -52,7 +53,7 @@ class Adafactor(Optimizer):
         warmup_init: relative steps that begin at ``1e-6 * t``.
         factor: ``"matrix"``: a convolution is the matrix (out, in * kernel); ``"last"``: the last two axes are factored
             for each index of the others, as in fairseq and transformers, which saves little on a convolution.
-        **options: see :class:`piste.optimizer.Options`.
+        **options: see :class:`piste.options.Options`.
 
     Raises:
         ValueError: a value is out of range, or ``lr``, ``relative_step`` and ``warmup_init`` contradict each other.

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from piste.optimizer import Optimizer, Options, Params
+from piste.optimizer import Optimizer
+from piste.options import Options, Params
 from piste.parts.standard import standard
 from piste.rules.adaptive import adam
 from piste.slots import Pipeline
@@ -38,7 +39,7 @@ class Adam(Optimizer):
             it more like SGD.
         weight_decay: L2 penalty; shrinks by ``lr * weight_decay`` with ``decoupled_weight_decay=True``.
         amsgrad: divide by the largest mean square so far (Reddi et al. 2018).
-        **options: see :class:`piste.optimizer.Options`.
+        **options: see :class:`piste.options.Options`.
 
     Raises:
         ValueError: a value is out of range.
@@ -96,7 +97,7 @@ class AdamW(Optimizer):
         weight_decay: decay, multiplied by the current ``lr``. (The paper's decay is not: its value is about
             ``lr * weight_decay`` here.)
         amsgrad: divide by the largest mean square so far (Reddi et al. 2018).
-        **options: see :class:`piste.optimizer.Options`.
+        **options: see :class:`piste.options.Options`.
 
     Raises:
         ValueError: a value is out of range.

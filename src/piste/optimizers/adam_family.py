@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from piste.optimizer import Optimizer, Options, Params
+from piste.optimizer import Optimizer
+from piste.options import Options, Params
 from piste.parts import decay
 from piste.parts.standard import standard
 from piste.rules.adaptive import ademamix, adopt, laprop, nadam, stable_adam
@@ -36,7 +37,7 @@ class LaProp(Optimizer):
         betas: fractions of momentum and mean square that are kept; any two go together.
         eps: added to the root; 1e-15 in the authors' code.
         weight_decay: decoupled decay; L2 with ``decoupled_weight_decay=False``.
-        **options: see :class:`piste.optimizer.Options`.
+        **options: see :class:`piste.options.Options`.
 
     Raises:
         ValueError: a value is out of range.
@@ -90,7 +91,7 @@ class ADOPT(Optimizer):
         eps: the least that a gradient is divided by.
         weight_decay: decoupled decay; L2 with ``decoupled_weight_decay=False``.
         clip_exponent: normalised gradients may reach ``(t - 1) ** clip_exponent``; the authors' 0.25.
-        **options: see :class:`piste.optimizer.Options`.
+        **options: see :class:`piste.options.Options`.
 
     Raises:
         ValueError: a value is out of range.
@@ -145,7 +146,7 @@ class NAdamW(Optimizer):
         eps: added to the root of the mean square.
         weight_decay: decoupled decay; L2 with ``decoupled_weight_decay=False``.
         momentum_decay: psi, how fast the momentum warms up; 4e-3 is Dozat's.
-        **options: see :class:`piste.optimizer.Options`.
+        **options: see :class:`piste.options.Options`.
 
     Raises:
         ValueError: a value is out of range.
@@ -198,7 +199,7 @@ class StableAdamW(Optimizer):
         betas: fractions of the two averages that are kept; a second of 0.99 or less is recommended.
         eps: added to the root; its square is the least mean square.
         weight_decay: decoupled decay, which shrinks with the step; L2 with ``decoupled_weight_decay=False``.
-        **options: see :class:`piste.optimizer.Options`.
+        **options: see :class:`piste.options.Options`.
 
     Raises:
         ValueError: a value is out of range.
@@ -253,7 +254,7 @@ class AdEMAMix(Optimizer):
         weight_decay: decoupled decay; L2 with ``decoupled_weight_decay=False``.
         alpha: weight of the slow average, at least 0; 5 to 10 for language.
         warmup_steps: over how many steps alpha and the third beta grow; None for not at all.
-        **options: see :class:`piste.optimizer.Options`.
+        **options: see :class:`piste.options.Options`.
 
     Raises:
         ValueError: a value is out of range.

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from piste.checks import check_choice
-from piste.optimizer import Optimizer, Options, Params
+from piste.optimizer import Optimizer
+from piste.options import Options, Params
 from piste.parts import decay
 from piste.parts.apply import proximal
 from piste.parts.standard import standard
@@ -46,7 +47,7 @@ class Adan(Optimizer):
         weight_decay: decay, as a proximal map after the step; L2 with ``decoupled_weight_decay=False``.
         no_prox: shrink by ``lr * weight_decay`` before the step instead, as AdamW does.
         betas_convention: ``"code"``, or ``"paper"`` for betas as the paper writes them; groups keep the code's.
-        **options: see :class:`piste.optimizer.Options`; ``clip_norm`` is the released code's ``max_grad_norm``.
+        **options: see :class:`piste.options.Options`; ``clip_norm`` is the released code's ``max_grad_norm``.
 
     Raises:
         ValueError: a value is out of range, or ``betas`` look like the paper's without ``betas_convention="paper"``.

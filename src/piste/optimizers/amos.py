@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from piste.groups import model_scales, param_groups
-from piste.optimizer import Optimizer, Options, Params
+from piste.optimizer import Optimizer
+from piste.options import Options, Params
 from piste.parts.prepare import clip_value as hold
 from piste.parts.standard import check_update, standard
 from piste.rules.factored import amos, amos_transposed
@@ -51,7 +52,7 @@ class Amos(Optimizer):
         d_coef: how fast b slows learning down.
         clip_value: hold each number of the gradient within this, None for no limit; 1.0 for BERT.
         transposed: outputs lie along the second axis of weights, as in transposed convolutions, not along the first.
-        **options: see :class:`piste.optimizer.Options`.
+        **options: see :class:`piste.options.Options`.
 
     Raises:
         ValueError: a value is out of range.

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from piste.optimizer import Optimizer, Options, Params
+from piste.optimizer import Optimizer
+from piste.options import Options, Params
 from piste.parts import decay
 from piste.parts.scale import trust_ratio
 from piste.parts.standard import standard
@@ -43,7 +44,7 @@ class Lamb(Optimizer):
         always_adapt: scale weights that are not decayed too, as in the paper; timm and apex do not by default.
         trust_clip: let no ratio exceed 1 (LAMBC).
         max_weight_norm: the most that a weight's norm may count, 10 in some published codes; None for no bound.
-        **options: see :class:`piste.optimizer.Options`.
+        **options: see :class:`piste.options.Options`.
 
     Raises:
         ValueError: a value is out of range.

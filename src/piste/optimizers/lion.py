@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from piste.optimizer import Optimizer, Options, Params
+from piste.optimizer import Optimizer
+from piste.options import Options, Params
 from piste.parts.standard import standard
 from piste.rules.sign import lion
 from piste.slots import Pipeline
@@ -35,7 +36,7 @@ class Lion(Optimizer):
         betas: fractions of the momentum that are kept: in the sign, and in the average itself. (0.95, 0.98) is said to
             be steadier on language.
         weight_decay: decoupled decay; L2 with ``decoupled_weight_decay=False``, of which only the sign would be left.
-        **options: see :class:`piste.optimizer.Options`.
+        **options: see :class:`piste.options.Options`.
 
     Raises:
         ValueError: a value is out of range.

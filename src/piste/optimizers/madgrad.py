@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from piste.optimizer import Optimizer, Options, Params
+from piste.optimizer import Optimizer
+from piste.options import Options, Params
 from piste.parts.standard import check_update, standard
 from piste.rules.dual import madgrad, mirror_madgrad
 from piste.slots import Pipeline
@@ -38,7 +39,7 @@ class MADGRAD(Optimizer):
         weight_decay: L2 penalty; with ``decoupled_weight_decay=True`` the weight before the step, times
             ``(lr + eps) * weight_decay``, is taken off after it.
         eps: added to the cube root, and to a learning rate that is not 0, as in the released code.
-        **options: see :class:`piste.optimizer.Options`; ``gc_loc=False`` is refused.
+        **options: see :class:`piste.options.Options`; ``gc_loc=False`` is refused.
 
     Raises:
         ValueError: a value is out of range.
@@ -94,7 +95,7 @@ class MirrorMADGRAD(MADGRAD):
         momentum: fraction of the weight that is kept when it is averaged towards z.
         weight_decay: L2 penalty; with ``decoupled_weight_decay=True`` z shrinks by ``(lr + eps) * weight_decay``.
         eps: added to the cube root, and to a learning rate that is not 0.
-        **options: see :class:`piste.optimizer.Options`; ``gc_loc=False`` is refused.
+        **options: see :class:`piste.options.Options`; ``gc_loc=False`` is refused.
 
     Raises:
         ValueError: a value is out of range.

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from piste.optimizer import Optimizer, Options, Params
+from piste.optimizer import Optimizer
+from piste.options import Options, Params
 from piste.parts.standard import standard
 from piste.rules.layerwise import novograd
 from piste.slots import Pipeline
@@ -41,7 +42,7 @@ class NovoGrad(Optimizer):
         amsgrad: divide by the largest norm so far.
         grad_averaging: weigh what enters the momentum with ``1 - beta1``; learning rates are ``1 / (1 - beta1)`` times
             as large then.
-        **options: see :class:`piste.optimizer.Options`.
+        **options: see :class:`piste.options.Options`.
 
     Raises:
         ValueError: a value is out of range.

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from piste.optimizer import Optimizer, Options, Params
+from piste.optimizer import Optimizer
+from piste.options import Options, Params
 from piste.parts.after import late_lookahead, lookahead
 from piste.parts.scale import corrected_step, rectified, rectified_step, trust_of_new_weights, trust_ratio
 from piste.parts.standard import standard
@@ -55,7 +56,7 @@ class Ralamb(Optimizer):
             ``decoupled_weight_decay=False``.
         trust_denominator: "update", or "weights" for the released code.
         max_weight_norm: the most that a weight's norm may count; None for no bound.
-        **options: see :class:`piste.optimizer.Options`.
+        **options: see :class:`piste.options.Options`.
 
     Raises:
         ValueError: a value is out of range.
@@ -118,7 +119,7 @@ class RangerLars(Optimizer):
         max_weight_norm: the most that a weight's norm may count; None for no bound.
         late_start: slow weights begin after the first k steps, so that the first synchronisation moves nothing, as in
             the released code; else they begin as the initial weights (Zhang et al. 2019).
-        **options: see :class:`piste.optimizer.Options`.
+        **options: see :class:`piste.options.Options`.
 
     Raises:
         ValueError: a value is out of range.
@@ -184,7 +185,7 @@ class LookaheadAdam(Optimizer):
         alpha: fraction of the way that is kept.
         late_start: slow weights begin after the first k steps, so that the first synchronisation moves nothing, as in
             over9000 and timm; else they begin as the initial weights, as in the paper.
-        **options: see :class:`piste.optimizer.Options`.
+        **options: see :class:`piste.options.Options`.
 
     Raises:
         ValueError: a value is out of range.

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from piste.optimizer import Optimizer, Options, Params
+from piste.optimizer import Optimizer
+from piste.options import Options, Params
 from piste.parts.standard import standard
 from piste.rules.positive_negative import adapnm, pnm
 from piste.slots import Pipeline
@@ -34,7 +35,7 @@ class PNM(Optimizer):
         momentum: beta1, fraction of an average that is kept over two steps is its square.
         beta0: how much of the older average is taken off; 0 is momentum over every other gradient.
         weight_decay: L2 penalty; shrinks by ``lr * weight_decay`` with ``decoupled_weight_decay=True``.
-        **options: see :class:`piste.optimizer.Options`.
+        **options: see :class:`piste.options.Options`.
 
     Raises:
         ValueError: a value is out of range.
@@ -90,7 +91,7 @@ class AdaPNM(Optimizer):
         weight_decay: decoupled decay; L2 with ``decoupled_weight_decay=False``.
         amsgrad: divide by the largest mean square so far, as the authors do.
         beta0: how much of the older average is taken off.
-        **options: see :class:`piste.optimizer.Options`.
+        **options: see :class:`piste.options.Options`.
 
     Raises:
         ValueError: a value is out of range.

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from piste.optimizer import Optimizer, Options, Params
+from piste.optimizer import Optimizer
+from piste.options import Options, Params
 from piste.parts.standard import check_update, standard
 from piste.rules.prodigy import DENOMINATOR, NUMERATOR, grown, prodigy
 from piste.slots import Pipeline
@@ -52,7 +53,7 @@ class Prodigy(Optimizer):
         d0: the first estimate.
         d_coef: multiplies the estimate: 0.5 to 2, in the place of a learning rate.
         growth_rate: how much larger the estimate may become in one step.
-        **options: see :class:`piste.optimizer.Options`.
+        **options: see :class:`piste.options.Options`.
 
     Raises:
         ValueError: a value is out of range.

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from piste.optimizer import Optimizer, Options, Params, hyperparameters
+from piste.optimizer import Optimizer
+from piste.options import Options, Params, hyperparameters
 from piste.parts.standard import standard
 from piste.rules.psgd import psgd_kron
 from piste.slots import Pipeline
@@ -66,7 +67,7 @@ class PSGDKron(Optimizer):
         merge_dims: weights of more than two axes are taken for matrices, the most nearly square of (first, others) and
             (others, last).
         factors: how factors are kept: ``"fp32"`` (float64 for float64 weights) or ``"bf16"``.
-        **options: see :class:`piste.optimizer.Options`.
+        **options: see :class:`piste.options.Options`.
 
     Factors that are not finite are not taken: the last ones stay, and the log says so.
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from piste.optimizer import Optimizer, Options, Params
+from piste.optimizer import Optimizer
+from piste.options import Options, Params
 from piste.parts import decay
 from piste.parts.scale import rectified_step
 from piste.parts.standard import standard
@@ -40,7 +41,7 @@ class RAdam(Optimizer):
         eps: added to the root of the second moment, before the bias correction, as in the released code.
         weight_decay: L2 penalty, torch's choice; ``decoupled_weight_decay=True`` is the authors'.
         degenerated_to_sgd: take momentum steps until the step is rectified; else none.
-        **options: see :class:`piste.optimizer.Options`.
+        **options: see :class:`piste.options.Options`.
 
     Raises:
         ValueError: a value is out of range.

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from piste.optimizer import EngineOptions, Optimizer, Params
+from piste.optimizer import Optimizer
+from piste.options import EngineOptions, Params
 from piste.parts import decay
 from piste.parts.after import lookahead
 from piste.parts.scale import rectified_step
@@ -45,7 +46,7 @@ class Ranger(Optimizer):
         use_gc: centralize gradients. (The released ``ranger.py`` ignores ``use_gc=False``; here it is honoured.)
         gc_conv_only: of 2-D and 3-D convolutions alone.
         gc_loc: centralize the gradient; else the final direction.
-        **options: see :class:`piste.optimizer.EngineOptions`.
+        **options: see :class:`piste.options.EngineOptions`.
 
     Raises:
         ValueError: a value is out of range.
@@ -112,7 +113,7 @@ class RangerAdaBelief(Optimizer):
         use_gc: centralize gradients.
         gc_conv_only: of 2-D and 3-D convolutions alone.
         gc_loc: centralize the gradient; else the direction, with the decay in it.
-        **options: see :class:`piste.optimizer.EngineOptions`.
+        **options: see :class:`piste.options.EngineOptions`.
 
     Raises:
         ValueError: a value is out of range.

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from piste.optimizer import EngineOptions, Optimizer, Params, hyperparameters
+from piste.optimizer import Optimizer
 from piste.optimizers.ranger21_released import as_released, check_faithful, released, released_start, struck_flag
 from piste.optimizers.ranger21_schedule import START, check_schedule, length, scheduled
+from piste.options import EngineOptions, Params, hyperparameters
 from piste.parts import decay
 from piste.parts.after import lookahead
 from piste.parts.prepare import adaptive_clip, keep_second_moment, normalize
@@ -87,7 +88,7 @@ class Ranger21(Optimizer):
             have no effect on the step. Sigma is a cube root then, and the decay's rate grows with the step.
         momentum: see ``use_madgrad``.
         faithful: do what the released code does, bugs included; see below.
-        **options: see :class:`piste.optimizer.EngineOptions`.
+        **options: see :class:`piste.options.EngineOptions`.
 
     Raises:
         ValueError: a value is out of range, ``faithful`` with what crashes in the released code; in ``step``, another

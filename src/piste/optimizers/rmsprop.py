@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from piste.optimizer import Optimizer, Options, Params
+from piste.optimizer import Optimizer
+from piste.options import Options, Params
 from piste.parts.apply import lr_in_momentum as momentum_over_steps
 from piste.parts.scale import heavy_ball
 from piste.parts.standard import standard
@@ -45,7 +46,7 @@ class RMSprop(Optimizer):
         centered: divide by the running standard deviation instead.
         tf: TensorFlow's form.
         lr_in_momentum: with ``tf``, keep the learning rate inside the buffer.
-        **options: see :class:`piste.optimizer.Options`.
+        **options: see :class:`piste.options.Options`.
 
     Raises:
         ValueError: a value is out of range.

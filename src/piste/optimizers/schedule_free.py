@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from piste.optimizer import Optimizer, Options, Params
+from piste.optimizer import Optimizer
+from piste.options import Options, Params
 from piste.parts.standard import check_update, standard
 from piste.rules import schedule_free
 from piste.slots import Pipeline
@@ -127,7 +128,7 @@ class ScheduleFreeSGD(ScheduleFree):
         warmup_steps: steps in which lr climbs from 0; None for none.
         r: power of the step number in the weights of the average.
         weight_lr_power: power of the largest lr so far in the weights of the average.
-        **options: see :class:`piste.optimizer.Options`.
+        **options: see :class:`piste.options.Options`.
 
     Raises:
         ValueError: a value is out of range.
@@ -191,7 +192,7 @@ class ScheduleFreeAdamW(ScheduleFree):
         warmup_steps: steps in which lr climbs from 0; None for none.
         r: power of the step number in the weights of the average.
         weight_lr_power: power of the largest lr so far in the weights of the average.
-        **options: see :class:`piste.optimizer.Options`.
+        **options: see :class:`piste.options.Options`.
 
     Raises:
         ValueError: a value is out of range.
@@ -252,7 +253,7 @@ class ScheduleFreeRAdam(ScheduleFree):
         silent_sgd_phase: rest until the step is rectified.
         r: power of the step number in the weights of the average.
         weight_lr_power: power of the largest lr so far in the weights of the average.
-        **options: see :class:`piste.optimizer.Options`.
+        **options: see :class:`piste.options.Options`.
 
     Raises:
         ValueError: a value is out of range.

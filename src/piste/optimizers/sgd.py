@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from piste.optimizer import Optimizer, Options, Params
+from piste.optimizer import Optimizer
+from piste.options import Options, Params
 from piste.parts.apply import scaled_lr
 from piste.parts.standard import standard
 from piste.rules.sgd import sgd
@@ -43,7 +44,7 @@ class SGD(Optimizer):
             does not feel it). :meth:`piste.Graft.scaled_groups` fills it in. timm's layer-wise decay uses the same
             entry, and timm's schedulers multiply it into ``lr`` themselves, so under those it would count twice:
             leave it out of this class's groups there.
-        **options: see :class:`piste.optimizer.Options`.
+        **options: see :class:`piste.options.Options`.
 
     Raises:
         ValueError: a value is out of range, or ``nesterov`` without momentum or with dampening.

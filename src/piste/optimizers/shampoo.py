@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from piste.kronecker import kronecker
-from piste.optimizer import Options, Params, hyperparameters
 from piste.optimizers.statistics import FactorsOfOthers
+from piste.options import Options, Params, hyperparameters
 from piste.parts.prepare import l2
 from piste.parts.standard import standard
 from piste.rules.shampoo import shampoo_google, shampoo_meta
@@ -90,7 +90,7 @@ class Shampoo(FactorsOfOthers):
         average_momentum: momentum is an average, not a sum; ``"google"`` alone.
         preconditioner_gradients: factors are made of gradients that :meth:`give_preconditioner_gradients` brings, not
             of those of the loss; 4 more bytes per parameter.
-        **options: see :class:`piste.optimizer.Options`.
+        **options: see :class:`piste.options.Options`.
 
     A root whose residual is 0.1 or more, or that is not finite, is not taken: the last one stays, and the log says so.
 

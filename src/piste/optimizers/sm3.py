@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from piste.optimizer import Optimizer, Options, Params
+from piste.optimizer import Optimizer
+from piste.options import Options, Params
 from piste.parts.standard import standard
 from piste.rules.cover import sm3
 from piste.slots import Pipeline
@@ -42,7 +43,7 @@ class SM3(Optimizer):
             shrink, where some ports take the larger of the old and the new and they cannot.
         eps: added under the root; 1e-30 in the authors' code, 1e-8 in optax, which tiny gradients notice.
         weight_decay: decoupled decay; L2 with ``decoupled_weight_decay=False``. (The authors' code has none.)
-        **options: see :class:`piste.optimizer.Options`.
+        **options: see :class:`piste.options.Options`.
 
     Raises:
         ValueError: a value is out of range.

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from piste.kronecker import kronecker
-from piste.optimizer import Options, Params, hyperparameters
 from piste.optimizers.statistics import FactorsOfOthers
+from piste.options import Options, Params, hyperparameters
 from piste.parts.apply import decayed_last
 from piste.parts.prepare import l2
 from piste.parts.standard import standard
@@ -62,7 +62,7 @@ class SOAP(FactorsOfOthers):
         preconditioner_gradients: factors, and so bases, are made of gradients that
             :meth:`give_preconditioner_gradients` brings, not of those of the loss, of which both moments stay; 4 more
             bytes per parameter of weights that have a basis.
-        **options: see :class:`piste.optimizer.Options`.
+        **options: see :class:`piste.options.Options`.
 
     A basis that is not finite, or whose residual is 0.1 or more, is not taken: the last one stays, and the log says so.
 

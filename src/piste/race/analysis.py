@@ -12,7 +12,7 @@ from piste.race.lints import BASELINES
 from piste.race.record import CONFIRM, TUNE, RunRecord, TaskResult
 from piste.race.search import BudgetCurve, Sensitivity, budget_curve, counted, sensitivity
 from piste.race.statistics import Pair, pairs
-from piste.race.targets import EVALUATIONS, SECONDS, STEPS, Reach, SpeedUp, median_reach, reach, speed_up, targets
+from piste.race.targets import EVALUATIONS, SECONDS, STEPS, Reach, SpeedUp, median_reaches, reach, speed_up, targets
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,7 @@ def analyse(task: TaskResult, runs: Sequence[RunRecord]) -> Analysis:
     """
     higher = task.higher_is_better
     names = [standing.contender for standing in task.standings]
-    confirmed = {name: _of(runs, name, CONFIRM) for name in names}
-    confirmed = {name: sorted(group, key=lambda run: run.key.seed) for name, group in confirmed.items() if group}
+    confirmed = {name: sorted(group, key=lambda run: run.key.seed) for name, group in _of(runs, names, CONFIRM).items()}
     made = [run for group in confirmed.values() for run in group]
     currencies = [STEPS, EVALUATIONS, *([SECONDS] if same_machine(made) else [])]
     goals = targets(made, higher)
@@ -67,10 +66,7 @@ def analyse(task: TaskResult, runs: Sequence[RunRecord]) -> Analysis:
         target=target,
         targets=goals,
         needed={
-            what: {
-                name: [median_reach([reach(run, goal, higher, what) for run in group]) for goal in goals]
-                for name, group in confirmed.items()
-            }
+            what: {name: median_reaches(group, goals, higher, what) for name, group in confirmed.items()}
             for what in currencies
         },
         at_target={}
@@ -122,7 +118,8 @@ def speed_up_to_common(
     Returns:
         None where one of them has no finished run, or they have been run on different numbers of seeds.
     """
-    groups = [sorted(_of(runs, name, CONFIRM), key=lambda run: run.key.seed) for name in (first, second)]
+    both = _of(runs, (first, second), CONFIRM)
+    groups = [sorted(both.get(name, []), key=lambda run: run.key.seed) for name in (first, second)]
     ends = [[run.curve.valid_metric[-1] for run in group if run.finished] for group in groups]
     if not all(ends) or len(groups[0]) != len(groups[1]):
         return None
@@ -138,8 +135,7 @@ def same_machine(runs: Sequence[RunRecord]) -> bool:
 
 def equal_trials(task: TaskResult, runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
     """The trials that every contender was given, in the order of the search and without extensions."""
-    tuned = {standing.contender: _of(runs, standing.contender, TUNE) for standing in task.standings}
-    tuned = {name: group for name, group in tuned.items() if group}
+    tuned = _of(runs, [standing.contender for standing in task.standings], TUNE)
     fewest = min(map(len, tuned.values()), default=0)
     return {name: group[:fewest] for name, group in tuned.items()}
 
@@ -161,8 +157,8 @@ def _searches(task: TaskResult, runs: Sequence[RunRecord], names: Sequence[str])
     worst = untrained_score(runs, higher)
     if math.isnan(worst):
         return {"budgets": {}, "sensitivities": {}}
-    tuned = {name: _of(runs, name, TUNE) for name in names}
-    varied = {name: group for name, group in tuned.items() if len({run.key.lr for run in group}) > 1}
+    tuned = _of(runs, names, TUNE).items()
+    varied = {name: group for name, group in tuned if len({run.key.lr for run in group}) > 1}
     return {
         "budgets": {
             name: budget_curve(final_scores(group, worst), higher) for name, group in equal_trials(task, runs).items()
@@ -174,5 +170,10 @@ def _searches(task: TaskResult, runs: Sequence[RunRecord], names: Sequence[str])
     }
 
 
-def _of(runs: Sequence[RunRecord], contender: str, phase: str) -> list[RunRecord]:
-    return [run for run in runs if (run.key.contender, run.key.phase) == (contender, phase)]
+def _of(runs: Sequence[RunRecord], names: Sequence[str], phase: str) -> dict[str, list[RunRecord]]:
+    """The runs of these contenders in one phase; without those that have none."""
+    found: dict[str, list[RunRecord]] = {name: [] for name in names}
+    for run in runs:
+        if run.key.phase == phase and run.key.contender in found:
+            found[run.key.contender].append(run)
+    return {name: group for name, group in found.items() if group}

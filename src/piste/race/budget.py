@@ -11,12 +11,14 @@ from piste.race.attempt import EVALUATIONS
 from piste.race.contenders import Contender
 from piste.race.inspection import TaskCard
 from piste.race.protocol import FEWEST_TRIALS_TO_EXTEND, TIMED_STEPS, Plan
+from piste.race.record import RunRecord
 from piste.race.words import count, duration
 
 # What is planned has to fit with some room: runs side by side slow each other down, now more, now less.
 ROOM = 1.15
 FEWEST_SEEDS = 3
 SHORTEST = 4  # a run keeps at least this part of its steps, one over it
+_PACKED = "; trials are counted as if made one by one, and packs of them may be done before"
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -31,10 +33,30 @@ class Pace:
     Args:
         first_seconds: of its first step, what is compiled for it included; of a whole run where a script makes it.
         step_seconds: of a later one.
+        pass_seconds: of a timing pass, where these do not say it: of a script, whose start they do not know.
     """
 
     first_seconds: float
     step_seconds: float
+    pass_seconds: float | None = None
+
+    def of_a_pass(self, steps: int) -> float:
+        """Seconds of a timing pass of so many steps."""
+        return self.first_seconds + steps * self.step_seconds if self.pass_seconds is None else self.pass_seconds
+
+
+def pace_of_script(run: RunRecord, seconds: float) -> Pace:
+    """What a first run of a script says of others.
+
+    Args:
+        run: the first.
+        seconds: all that it took.
+    """
+    # A pass begins as the run did and ends after so many steps; evaluations later on are counted, too, for nobody
+    # knows them: rather too much than too little.
+    later = max(0, run.cost.steps - TIMED_STEPS)
+    spared = 0.0 if math.isnan(run.cost.step_seconds) else later * run.cost.step_seconds
+    return Pace(seconds, 0.0, max(0.0, seconds - spared))
 
 
 Paces = Mapping[tuple[str, str], Pace]
@@ -81,7 +103,7 @@ def expected_seconds(plan: Plan, paces: Paces, workers: int, made: int = 0) -> f
             extension = whole if plan.trials >= FEWEST_TRIALS_TO_EXTEND else 0.0
             total += trials + extension + plan.seeds * whole
             longest = max(longest, whole)
-            alone += plan.timing * (pace.first_seconds + min(TIMED_STEPS, plan.steps_of(card)) * pace.step_seconds)
+            alone += plan.timing * pace.of_a_pass(min(TIMED_STEPS, plan.steps_of(card)))
     return ROOM * (max(total / workers, longest) + alone)
 
 
@@ -114,7 +136,8 @@ def fitted(
     for smaller in _smaller(plan, contenders_for):
         needed = expected_seconds(smaller, paces, workers, made)
         if needed <= left:
-            remark = f"Budget {duration(seconds)}: {_given_up(plan, smaller)} The plan takes about {duration(needed)}."
+            takes = f"The plan takes about {duration(needed)}{_PACKED if any(c.packs for c in plan.cards) else ''}."
+            remark = f"Budget {duration(seconds)}: {_given_up(plan, smaller)} {takes}"
             return replace(smaller, remarks=(*plan.remarks, remark))
     rest = f"{duration(left)} of it are" if left > 0 else "nothing of it is"
     raise BudgetError(

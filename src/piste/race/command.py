@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import shlex
 import sys
 import traceback
@@ -101,6 +102,12 @@ def _sweeps(context: click.Context, parameter: click.Parameter, value: tuple[str
     return value
 
 
+def _finite(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not legal; legal: a finite number")
+    return value
+
+
 def _time(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
     try:
         return None if value is None else parse_budget(value)
@@ -164,7 +171,7 @@ def _debug(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--screens", type=click.IntRange(0, 4), default=0, show_default=True, help="Halvings on short schedules.")
 @click.option("--timing", type=click.IntRange(min=0), default=3, show_default=True, help="Rounds of timing passes.")
 @click.option("--pack", is_flag=True, help="Train trials of small models together: faster, equal to rounding.")
-@click.option("--target", type=float, help="Score to be timed. [default: what tuned baselines reach]")
+@click.option("--target", type=float, callback=_finite, help="Score to be timed. [default: what tuned baselines reach]")
 @click.option("--agnostic", is_flag=True, help="No settings by field: the same for every task.")
 @click.option("--budget", callback=_time, metavar="TIME", help="Plan the race to fit, such as 10m or 1h30m.")
 @click.option("--script", type=click.Path(), help="Race a script of yours; its arguments stand after --.")
@@ -231,6 +238,9 @@ def _race(
         raise click.UsageError(f"one task at a time, not {' '.join((str(task), *arguments))}; ARGS belong to --script")
     if stay and serve is None:
         raise click.UsageError("--stay goes with --serve")
+    for name in ("metric", "higher_is_better"):
+        if script is None and not resume and _is_given(context, name):
+            raise click.UsageError(f"--{name.replace('_', '-')} goes with --script: a task names its own")
     asked = Settings((task,) if task else _TASKS, script=script is not None, arguments=arguments, **options)
     given = [name for name in (*options, "script", "task", "arguments") if _is_given(context, name)]
     if out is None:

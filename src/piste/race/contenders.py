@@ -6,7 +6,7 @@ import difflib
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -126,7 +126,8 @@ def make_contenders(
         script: the schedule is that of a script.
 
     Raises:
-        ContenderError: a name is unknown (the nearest one is suggested) or given twice; nobody has what is swept.
+        ContenderError: a name is unknown (the nearest one is suggested) or given twice; nobody has what is swept, or
+            somebody refuses such a value.
     """
     names = [name for pattern in optimizers for name in _names(pattern)]
     _refuse_repeats("optimizer", names)
@@ -146,7 +147,20 @@ def make_contenders(
                 f"no contender has a number {sweep.name!r} to sweep{_near(sweep.name, sorted(known))}; "
                 f"there are {_list(sorted(known))}"
             )
+        for contender in made:
+            _refuse_illegal(contender, sweep)
     return tuple(made)
+
+
+def _refuse_illegal(contender: Contender, sweep: Sweep) -> None:
+    """A value that the optimizer does not take would be a failed run for each of its learning rates."""
+    values = [value for each in contender.space if each.name == sweep.name for value in each.values]
+    alone = replace(contender, schedule="constant")  # a script has one of its own
+    for value in values:
+        try:
+            make_optimizer(alone, nn.Linear(2, 2), contender.lr_center, 10, others={sweep.name: value})
+        except ValueError as error:
+            raise ContenderError(f"--sweep {sweep.name}={value:g} is not legal for {contender.name}: {error}") from None
 
 
 def preset_behind(optimizer: str) -> piste.Preset:

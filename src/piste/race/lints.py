@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
 
 import piste
-from piste.race.protocol import FEWEST_TRIALS_TO_EXTEND, MOST_EXTENSIONS, Plan, Records, Tuning, tuning
+from piste.race.protocol import FEWEST_TRIALS_TO_EXTEND, MOST_EXTENSIONS, Lane, Plan, Records, Tuning, lanes
 from piste.race.record import CONFIRM, TUNE, RunRecord
 from piste.race.wishes import STOPPED
 from piste.race.words import count, listing
@@ -38,6 +38,7 @@ class Evidence:
         used: the runs of this race among them.
         missing: runs that have not been made.
         workers: runs that went side by side.
+        known: how far every contender is, where that was worked out before.
     """
 
     plan: Plan
@@ -45,6 +46,7 @@ class Evidence:
     used: list[RunRecord]
     missing: int
     workers: int
+    known: Sequence[Lane] | None = None
 
     @cached_property
     def confirmed(self) -> list[RunRecord]:
@@ -64,11 +66,10 @@ class Evidence:
     @cached_property
     def searches(self) -> list[tuple[str, dict[str, Tuning]]]:
         """Of each task, how far the searches of all contenders came."""
-        plan = self.plan
-        return [
-            (card.name, {who.name: tuning(plan, card, who, self.records) for who in plan.contenders})
-            for card in plan.cards
-        ]
+        found: dict[str, dict[str, Tuning]] = {card.name: {} for card in self.plan.cards}
+        for each in lanes(self.plan, self.records) if self.known is None else self.known:
+            found[each.card.name][each.contender.name] = each.search
+        return list(found.items())
 
 
 # Tuning --------------------------------------------------------------------------------------------------------------
@@ -200,8 +201,9 @@ def other_start(evidence: Evidence) -> str:
 
 def cost_hidden_by_steps(evidence: Evidence) -> str:
     """Whose steps make more gradient evaluations than others': they were given equal steps, not equal evaluations."""
-    finished = [run for run in evidence.used if run.finished and run.key.steps]
-    passes = {run.key.contender: run.cost.gradient_evaluations / run.key.steps for run in finished}
+    finished = [run for run in (*evidence.tuned, *evidence.confirmed) if run.finished]
+    made = [(run, run.key.steps or run.cost.steps) for run in finished]  # a script says itself how many it makes
+    passes = {run.key.contender: run.cost.gradient_evaluations / steps for run, steps in made if steps}
     fewest = min(passes.values(), default=0)
     more = {name: many for name, many in sorted(passes.items()) if many > fewest}
     if not more:
@@ -209,7 +211,7 @@ def cost_hidden_by_steps(evidence: Evidence) -> str:
     words = listing([f"{name} {many:.3g}" for name, many in more.items()], NAMED)
     return (
         f"Gradient evaluations a step: {words}, the others {fewest:.3g}. All were given equal steps; what the others "
-        "do with as many evaluations, a race with more --steps tells."
+        "do with as many evaluations, a race of longer runs tells."
     )
 
 
@@ -259,7 +261,10 @@ def other_clipping(evidence: Evidence) -> str:
 
 def toy(evidence: Evidence) -> str:
     """A function of two variables is a picture and no evidence."""
-    small = [card.name for card in evidence.plan.cards if card.parameters < _TOY]
+    weights = {card.name: card.parameters for card in evidence.plan.cards}
+    for run in evidence.used:  # how large a script's model is, its runs say
+        weights[run.key.task] = max(weights[run.key.task], run.cost.parameters)
+    small = [name for name, many in weights.items() if 0 < many < _TOY]
     if not small:
         return ""
     return f"{listing(small)}: fewer than {_TOY} weights. What wins here need not win on any model that is of use."

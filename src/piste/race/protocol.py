@@ -186,7 +186,7 @@ def confirmations(plan: Plan, card: TaskCard, contender: Contender, best: Mappin
 
 def timings(plan: Plan, card: TaskCard, contender: Contender, best: Mapping[str, float]) -> list[RunKey]:
     """The timing passes of a setting, a round each."""
-    steps = min(TIMED_STEPS, plan.steps_of(card))
+    steps = min(TIMED_STEPS, plan.steps_of(card) or TIMED_STEPS)  # a script is ended after so many
     return [plan.key(card, contender, best, round_, TIME, steps) for round_ in range(plan.timing)]
 
 
@@ -231,7 +231,12 @@ def lanes(plan: Plan, records: Records) -> list[Lane]:
 
 def keys_so_far(plan: Plan, records: Records) -> Iterator[Asked]:
     """Every run the plan asks for, as far as the records decide it."""
-    for each_card in _by_card(lanes(plan, records)):
+    return asked_of(lanes(plan, records))
+
+
+def asked_of(known: Iterable[Lane]) -> Iterator[Asked]:
+    """The same from what is known of all contenders on all tasks."""
+    for each_card in _by_card(known):
         for each in each_card:
             for key in each.search.runs + each.confirmations:
                 yield each.card, each.contender, key

@@ -10,8 +10,9 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass, field, is_dataclass
+from functools import cached_property, lru_cache
 from typing import Any, Final
 
 # 2 added traces and totals; what 1 wrote is read, with those left empty. 3 has the checksum in front, over the bytes
@@ -363,8 +364,30 @@ class StudyResult:
 
 def fingerprint(machine: dict[str, str]) -> str:
     """Twelve hex digits for all that decides wall times on a machine, of those things that ``machine`` names."""
-    decisive = {name: machine[name] for name in ("system", "processor", "cores", "accelerator") if name in machine}
-    return _digest(canonical_json(decisive))[:12]
+    return _fingerprint(*((name, machine[name]) for name in _DECISIVE if name in machine))
+
+
+_DECISIVE: Final = ("system", "processor", "cores", "accelerator")
+
+
+@lru_cache(maxsize=64)
+def _fingerprint(*decisive: tuple[str, str]) -> str:
+    return _digest(canonical_json(dict(decisive)))[:12]
+
+
+def plain(value: Any) -> Any:
+    """A record or a study as JSON data, where ``asdict`` would copy all it holds; non-finite numbers by name."""
+    if value is None or isinstance(value, (str, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, (list, tuple)):
+        return value if _all_finite(value) else [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(name): plain(item) for name, item in value.items()}
+    if is_dataclass(value):
+        return {name: plain(item) for name, item in _fields(value).items()}
+    return value
 
 
 def canonical_json(content: Any) -> str:
@@ -372,14 +395,14 @@ def canonical_json(content: Any) -> str:
     try:
         return _compact(content)
     except ValueError:
-        return _compact(_plain(content))
+        return _compact(plain(content))
 
 
 def _compact(content: Any) -> str:
     return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def _fields(of: RunKey | Curve | Cost | RunRecord) -> dict[str, Any]:
+def _fields(of: Any) -> dict[str, Any]:
     """The fields of a dataclass as they are, where ``asdict`` would copy all they hold."""
     return {name: vars(of)[name] for name in of.__dataclass_fields__}
 
@@ -393,15 +416,12 @@ def _checksum(content: dict[str, Any]) -> str:
     return _digest(canonical_json({name: value for name, value in content.items() if name != "checksum"}))
 
 
-def _plain(value: Any) -> Any:
-    """Replace non-finite floats, which JSON has no notation for, by their names."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
+def _all_finite(values: Sequence[Any]) -> bool:
+    """Whether these are numbers, and small enough to be added up."""
+    try:
+        return math.isfinite(sum(values))
+    except TypeError:
+        return False
 
 
 def _revive(content: dict[str, Any]) -> dict[str, Any]:

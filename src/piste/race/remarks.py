@@ -7,23 +7,24 @@ from collections.abc import Iterator, Sequence
 from piste.race import script
 from piste.race.contenders import Contender
 from piste.race.inspection import TaskCard
-from piste.race.protocol import Plan, Records, Tuning, best_trial, tuning
+from piste.race.protocol import Lane, Plan, Records, Tuning, best_trial
 from piste.race.record import TUNE, RunRecord
 from piste.race.space import Dimension
 from piste.race.words import listing, short
 
 
-def remarks(plan: Plan, records: Records, used: Sequence[RunRecord]) -> list[str]:
+def remarks(plan: Plan, known: Sequence[Lane], records: Records, used: Sequence[RunRecord]) -> list[str]:
     """Sentences for the report.
 
     Args:
         plan: of the race.
+        known: how far every contender is on every task.
         records: by id.
         used: those that the result rests on.
     """
     found = list(plan.remarks)
     for card in plan.cards:
-        searches = [(contender, tuning(plan, card, contender, records)) for contender in plan.contenders]
+        searches = [(each.contender, each.search) for each in known if each.card is card]
         for contender, search in searches:
             found += _swept(plan, card, contender, search, records)
         found += _edges(card, searches)

@@ -5,6 +5,7 @@ The process is started through ``piste.race.launch``, which seeds random numbers
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -15,23 +16,26 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from piste.race import record
 from piste.race.attempt import new_record
 from piste.race.contenders import Contender, preset_behind
+from piste.race.costs import Stopwatch
 from piste.race.inspection import TaskCard
 from piste.race.record import Cost, Curve, RunKey, RunRecord, canonical_json
 from piste.race.seeds import derived_seed
 from piste.race.space import create_arguments
 from piste.race.task import TaskError
+from piste.race.words import count, listing
 
 RUN_VARIABLE = "PISTE_RACE_RUN"  # of piste.race_optimizer
 SEED_VARIABLE = "PISTE_RACE_SEED"  # for scripts that seed themselves
 SEED_MARK = "{seed}"  # in arguments
 _POLL_SECONDS = 0.1
+_CLEAN_UP_SECONDS = 10.0  # for a script that was told to end after its timing pass
 _CALLS = ("race_optimizer", "race_report")
 
 
@@ -86,6 +90,8 @@ class Script:
 def run(script: Script, contender: Contender, key: RunKey, progress: Callable[[int], None]) -> RunRecord:
     """Start the script with one contender and wait for its end. Whatever goes wrong inside is an outcome.
 
+    In a timing pass the script is ended after so many steps as the key says, from inside of the optimizer's step.
+
     Args:
         script: what to run.
         contender: who runs.
@@ -95,8 +101,14 @@ def run(script: Script, contender: Contender, key: RunKey, progress: Callable[[i
     with tempfile.TemporaryDirectory(prefix="piste-race-") as folder:
         reports = _Reports(Path(folder) / "reports.jsonl", script.metric)
         asked = Path(folder) / "run.json"
-        arguments = create_arguments(preset_behind(contender.optimizer), key.hyperparameters)
-        content = {"optimizer": contender.optimizer, "arguments": arguments, "report": str(reports.path)}
+        arguments: dict[str, Any] = create_arguments(preset_behind(contender.optimizer), key.hyperparameters)
+        content: dict[str, Any] = {
+            "optimizer": contender.optimizer,
+            "arguments": arguments,
+            "report": str(reports.path),
+        }
+        if key.phase == record.TIME:
+            content["timed_steps"] = key.steps
         asked.write_text(json.dumps(content), encoding="utf-8")
         process = _start(script, key, asked, reports.path)
         try:
@@ -104,12 +116,17 @@ def run(script: Script, contender: Contender, key: RunKey, progress: Callable[[i
                 time.sleep(_POLL_SECONDS)
                 if reports.read():
                     progress(reports.step)
+                if reports.times is not None:
+                    _wait(process, _CLEAN_UP_SECONDS)
+                    break
         finally:
             _end(process)
         reports.read()
+        passes = preset_behind(contender.optimizer).gradient_evaluations
+        if key.phase == record.TIME:
+            return new_record(key, *reports.timed_outcome(process.returncode), cost=reports.timed_cost(passes))
         status, message = reports.outcome(process.returncode)
         test = reports.test if key.phase == record.CONFIRM and status == record.FINISHED else (None, None)
-        passes = preset_behind(contender.optimizer).gradient_evaluations
         return new_record(key, status, message, reports.curve, reports.cost(passes), *test)
 
 
@@ -121,6 +138,7 @@ class _Reports:
     metric: str
     curve: Curve = field(default_factory=Curve)
     lines: list[dict[str, Any]] = field(default_factory=list)
+    times: list[tuple[int, float, float, bool]] | None = None
     place: int = 0
     message: str = ""
 
@@ -135,6 +153,8 @@ class _Reports:
         self.place += len(whole)
         new = [json.loads(line) for line in whole.splitlines()]
         self.lines += new
+        for line in new:
+            self.times = line.get("times", self.times)
         found = [line for line in new if "step" in line]
         for line in found:
             self._add(line)
@@ -177,6 +197,26 @@ class _Reports:
         if not self.curve.step:
             return record.FAILED, "the script ended without a piste.race_report"
         return record.FINISHED, ""
+
+    def timed_outcome(self, code: int) -> tuple[str, str]:
+        """Status and message of a timing pass, which is whole once a step was timed, however the script ended."""
+        if self.times:
+            return record.FINISHED, ""
+        if self.times is None or code:
+            status, message = self.outcome(code)
+            if status != record.FINISHED:
+                return status, message
+        made = count(max((int(line.get("steps", 0)) for line in self.lines), default=0), "step")
+        return record.FAILED, f"of the {made} none came after the warm-up and without a report since the one before"
+
+    def timed_cost(self, passes: float) -> Cost:
+        """What a timing pass needed, its times step by step as those of tasks."""
+        stopwatch = Stopwatch()
+        for number, whole, own, renewed in self.times or ():
+            stopwatch.add(number, whole, own, refreshed=renewed)
+        timed = replace(self.cost(passes), **stopwatch.times())  # type: ignore[arg-type]
+        # Nobody sees when a script's first step begins, and so nothing of what is compiled in it.
+        return replace(timed, compile_seconds=math.nan)
 
     def cost(self, passes: float) -> Cost:
         """What the run needed, as far as its last report knows."""
@@ -222,12 +262,22 @@ def notes(records: Sequence[RunRecord]) -> list[str]:
     for made in records:
         if made.key.phase == record.CONFIRM and made.finished:
             confirmed.setdefault((made.key.task, made.key.contender), []).append(made)
+    found = []
     if any(len(runs) > 1 and len({tuple(r.curve.valid_loss) for r in runs}) == 1 for runs in confirmed.values()):
-        return [
+        found.append(
             "The script's runs do not depend on the seed, as if it seeded itself: their intervals mean nothing. Hand "
             f"the seed on, with {SEED_MARK} among its arguments or from the environment variable {SEED_VARIABLE}."
-        ]
-    return []
+        )
+    passes = [made for made in records if made.key.phase == record.TIME]
+    timed = {made.key.contender for made in passes if made.finished}
+    untimed = {made.key.contender: made.message for made in passes if made.key.contender not in timed}
+    if untimed:
+        why = listing(sorted(set(untimed.values())), 1)
+        found.append(
+            f"No timing pass of {listing(sorted(untimed), 3)} came to anything ({why}): their times are those of "
+            "whole runs, taken side by side, and hardly to be compared with the others'."
+        )
+    return found
 
 
 def _start(script: Script, key: RunKey, asked: Path, reports: Path) -> subprocess.Popen[bytes]:
@@ -237,6 +287,11 @@ def _start(script: Script, key: RunKey, asked: Path, reports: Path) -> subproces
     command = [sys.executable, "-m", "piste.race.launch", str(reports), str(seed), script.path, *arguments]
     # The pipe is a lifeline: when the worker dies, however it dies, its other end closes and the launcher ends.
     return subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
+
+
+def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from piste.race import costs
 from piste.race.contenders import Contender
 from piste.race.inspection import TaskCard
 from piste.race.lints import Evidence
-from piste.race.protocol import Plan, Records, Tuning, confirmations, keys_so_far, timings, tuning
+from piste.race.protocol import Lane, Plan, Records, Tuning, asked_of, lane, lanes
 from piste.race.record import TUNE, RunRecord, Standing, StudyResult, TaskResult
 from piste.race.remarks import remarks
 from piste.race.search import counted
@@ -21,17 +22,18 @@ def study_result(
     plan: Plan, records: Records, *, title: str, created: str, command: str, workers: int, machine: dict[str, str]
 ) -> StudyResult:
     """All that can be said from the records so far; a race cut short gives a result that says so."""
-    ids = [key.id for _, _, key in keys_so_far(plan, records)]
+    known = lanes(plan, records)
+    ids = [key.id for _, _, key in asked_of(known)]
     used = [records[id_] for id_ in ids if id_ in records]
     missing = len(ids) - len(used)
-    evidence = Evidence(plan, records, used, missing, workers)
+    evidence = Evidence(plan, records, used, missing, workers, known)
     findings = audit(evidence)
     return StudyResult(
         title=title,
         created=created,
-        results=[task_result(plan, card, records) for card in plan.cards],
+        results=[_task_result(card, _on(card, known), records, plan.target) for card in plan.cards],
         records=used,
-        notes=[*remarks(plan, records, used), *notes(evidence, findings)],
+        notes=[*remarks(plan, known, records, used), *notes(evidence, findings)],
         machine=machine,
         command=command,
         findings=findings,
@@ -40,20 +42,26 @@ def study_result(
 
 def task_result(plan: Plan, card: TaskCard, records: Records) -> TaskResult:
     """Standings and verdict on one task."""
-    tunings = {contender.name: tuning(plan, card, contender, records) for contender in plan.contenders}
-    confirmed = {
-        contender.name: _confirmed(plan, card, contender, tunings[contender.name], records)
-        for contender in plan.contenders
-    }
+    return _task_result(card, [lane(plan, card, who, records) for who in plan.contenders], records, plan.target)
+
+
+def _on(card: TaskCard, known: Iterable[Lane]) -> list[Lane]:
+    return [each for each in known if each.card is card]
+
+
+def _task_result(card: TaskCard, known: Iterable[Lane], records: Records, target: float | None) -> TaskResult:
+    lanes_of = {each.contender.name: each for each in known}
+    tunings = {name: each.search for name, each in lanes_of.items()}
+    confirmed = {name: [records.get(key.id) for key in each.confirmations] for name, each in lanes_of.items()}
     keys = [key for state in tunings.values() for key in state.runs]
     made = [records[key.id] for key in keys if key.id in records]
     made += [run for runs in confirmed.values() for run in runs if run is not None]
     scores = _scores(confirmed, _worst_score(card, made))
     compared = compare(scores, card.higher_is_better) if scores else {}
     leader = next(iter(compared), None)
-    contenders = {contender.name: contender for contender in plan.contenders}
+    contenders = {name: each.contender for name, each in lanes_of.items()}
     ranked = [*compared, *(name for name in contenders if name not in compared)]
-    passes = {name: _timed(plan, card, contenders[name], tunings[name], records) for name in contenders}
+    passes = {name: [records[key.id] for key in each.timings if key.id in records] for name, each in lanes_of.items()}
     machine = costs.home([*made, *(run for runs in passes.values() for run in runs)])
     standings = [
         _standing(
@@ -68,7 +76,7 @@ def task_result(plan: Plan, card: TaskCard, records: Records) -> TaskResult:
     searches = {name: _searched(card, state, records) for name, state in tunings.items()}
     about = verdict(card.name, card.metric_name, card.higher_is_better, standings)
     beside = caveats(standings, searches, card.higher_is_better)
-    return TaskResult(card.name, card.metric_name, card.higher_is_better, standings, about, plan.target, caveats=beside)
+    return TaskResult(card.name, card.metric_name, card.higher_is_better, standings, about, target, caveats=beside)
 
 
 def _searched(card: TaskCard, state: Tuning, records: Records) -> list[float]:
@@ -80,23 +88,6 @@ def _searched(card: TaskCard, state: Tuning, records: Records) -> list[float]:
     sign = -1.0 if card.higher_is_better else 1.0
     worst = max((sign * value for value in untrained if math.isfinite(value)), default=math.nan)
     return counted(scores, sign * worst)
-
-
-def _confirmed(
-    plan: Plan, card: TaskCard, contender: Contender, state: Tuning, records: Records
-) -> list[RunRecord | None]:
-    """The confirmation runs in seed order, None where one has not been made."""
-    if state.best is None:
-        return []
-    return [records.get(key.id) for key in confirmations(plan, card, contender, state.best.key.hyperparameters)]
-
-
-def _timed(plan: Plan, card: TaskCard, contender: Contender, state: Tuning, records: Records) -> list[RunRecord]:
-    """The timing passes that have been made."""
-    if state.best is None:
-        return []
-    keys = timings(plan, card, contender, state.best.key.hyperparameters)
-    return [records[key.id] for key in keys if key.id in records]
 
 
 def _scores(confirmed: dict[str, list[RunRecord | None]], worst: float) -> dict[str, list[float]]:

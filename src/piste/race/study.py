@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from piste.race import environment, sampling
-from piste.race.budget import BudgetError, Pace, Paces, fitted
+from piste.race.budget import BudgetError, Paces, fitted, pace_of_script
 from piste.race.contenders import Contender, ContenderError, make_contenders
 from piste.race.driver import Driver, InterruptedRaceError, State, View, stop_signals
 from piste.race.executors import LOCAL, Executor, make_executor, sizing
@@ -228,7 +228,7 @@ def _plan(
         *(cards, contenders, settings.steps, settings.trials, settings.seeds, device, environment.versions()),
         sampler=settings.sampler,
         screens=settings.screens,
-        timing=0 if settings.script else settings.timing,
+        timing=settings.timing,
         machine=fingerprint(machine),
         target=settings.target,
         remarks=tuple(remarks),
@@ -271,8 +271,10 @@ def _measured(
     if math.isnan(longest):
         raise BudgetError(f"no first run of {script.path} finished, so nothing can be planned: {runs[0][0].message}")
     # One that was lost says little of the others at other rates.
-    seconds_of = {run.key.contender: seconds if run.finished else max(seconds, longest) for run, seconds in runs}
-    return {(script.path, name): Pace(seconds, 0.0) for name, seconds in seconds_of.items()}, 1
+    return {
+        (script.path, run.key.contender): pace_of_script(run, seconds if run.finished else max(seconds, longest))
+        for run, seconds in runs
+    }, 1
 
 
 def _planned_before(settings: Settings, plan: Plan, store: Store) -> Plan | None:

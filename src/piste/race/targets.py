@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats  # type: ignore[import-untyped]
 
 from piste.race.record import DIVERGED, RunRecord
@@ -23,6 +23,7 @@ MOST_BEHIND: Final = 4.0
 # How much of the way from the untrained model to the best is left at the first target, and at the last but one.
 _FIRST_TARGET, _LAST_TARGET = 0.9, 0.01
 _RESAMPLES = 2000
+Values = NDArray[np.float64]
 _SEED = 20
 
 
@@ -48,14 +49,12 @@ def spent(run: RunRecord, what: str) -> list[float]:
     Raises:
         ValueError: ``what`` is none of these.
     """
-    readers: dict[str, Callable[[], list[float]]] = {
-        STEPS: lambda: [float(step) for step in run.curve.step],
-        EVALUATIONS: lambda: [step * passes_a_step(run) for step in run.curve.step],
-        SECONDS: lambda: list(run.curve.train_seconds),
-    }
-    if what not in readers:
-        raise ValueError(f"what={what!r} is not legal; legal: {', '.join(readers)}")
-    return readers[what]()
+    if what == SECONDS:
+        return list(run.curve.train_seconds)
+    if what not in (STEPS, EVALUATIONS):
+        raise ValueError(f"what={what!r} is not legal; legal: {STEPS}, {EVALUATIONS}, {SECONDS}")
+    each = 1.0 if what == STEPS else passes_a_step(run)
+    return [step * each for step in run.curve.step]
 
 
 def passes_a_step(run: RunRecord) -> float:
@@ -86,13 +85,41 @@ def median_reach(reaches: Sequence[Reach]) -> float:
         return math.inf
     longest = max(each.at for each in known if math.isfinite(each.at))
     met = [each.at for each in known if each.met]
-    if len(met) == len(known):
-        return statistics.median_low(met)  # the same without censored ones, and of a report's thousands nearly all are
     missed = [min(each.at, longest) for each in known if not each.met]
+    if min(missed, default=math.inf) >= max(met):  # as most of a report's thousands: then a miss is only a late one
+        return sorted([*met, *(math.inf for _ in missed)])[(len(known) - 1) // 2]
     left = stats.ecdf(stats.CensoredData(uncensored=met, right=missed)).sf
     # rounding of products of shares must not hide that exactly half are left
     below = np.flatnonzero(left.probabilities <= 0.5 + 1e-9)
     return float(left.quantiles[below[0]]) if len(below) else math.inf
+
+
+def median_reaches(runs: Sequence[RunRecord], goals: Sequence[float], higher_is_better: bool, what: str) -> list[float]:
+    """The ``median_reach`` of these runs for each of several targets."""
+    if not runs or not goals:
+        return [math.inf] * len(goals)
+    sign = -1.0 if higher_is_better else 1.0
+    found = [_reaches(run, sign * np.asarray(goals), sign, what) for run in runs]
+    at, met = np.array([each for each, _ in found]), np.array([each for _, each in found])
+    longest = np.max(at, axis=0, where=np.isfinite(at), initial=-math.inf)
+    missed = np.min(np.minimum(at, longest), axis=0, where=~met, initial=math.inf)
+    # with a number that is not known, no comparison holds
+    plain = met.any(axis=0) & (missed >= np.max(at, axis=0, where=met, initial=-math.inf))
+    medians = np.sort(np.where(met, at, math.inf), axis=0)[(len(runs) - 1) // 2]
+    return [
+        float(median) if is_plain else median_reach([Reach(*pair) for pair in zip(*column, strict=True)])
+        for median, is_plain, *column in zip(medians, plain, at.T.tolist(), met.T.tolist(), strict=True)
+    ]
+
+
+def _reaches(run: RunRecord, goals: Values, sign: float, what: str) -> tuple[Values, NDArray[np.bool_]]:
+    """``reach`` for many targets, of which the sign is such that lower is better: what was spent, and whether met."""
+    places = spent(run, what)
+    values = sign * np.asarray(run.curve.valid_metric, dtype=float)
+    best = np.minimum.accumulate(np.where(np.isnan(values), math.inf, values))
+    first = np.searchsorted(-best, -goals)
+    end = math.inf if run.status == DIVERGED else max(places, default=0.0)
+    return np.array([*places, end])[first], first < len(places)
 
 
 def targets(runs: Sequence[RunRecord], higher_is_better: bool, count: int = 24) -> list[float]:

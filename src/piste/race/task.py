@@ -153,6 +153,8 @@ def load_task(reference: str) -> LoadedTask:
         module = importlib.import_module(BUILT_IN[reference])
         return _checked(module, reference, f"the built-in task {reference}")
     path, name = split_reference(reference)
+    if not name:
+        _refuse_script(path)
     module = import_file(path)
     where = str(path)
     return _checked(module, name or _only_task(module, where), where)
@@ -197,6 +199,21 @@ def import_file(path: Path) -> ModuleType:
     except (Exception, SystemExit) as error:
         raise TaskError(f"{path}{_line_of(error, path)} raises {_in_one_line(error)}") from error
     return module
+
+
+def _refuse_script(path: Path) -> None:
+    """A training script would train from its first line to its last, only to turn out to hold no task."""
+    source = path.read_bytes()
+    if b"race_optimizer" in source and b"Task(" not in source:
+        raise TaskError(
+            f"{path} is a training script and no task, and is not run to look for one; piste race --script {path} "
+            "races it, and piste.advise(model, optimizer) in the script gives advice"
+        )
+    if b"task" not in source.lower():
+        raise TaskError(
+            f"{path} holds no piste.race.Task (piste race --new FILE writes one to start from), and is not run to look "
+            "for one; in a training script, piste.race_optimizer lets it race, and piste.advise gives advice"
+        )
 
 
 def _in_one_line(error: BaseException) -> str:

@@ -175,10 +175,10 @@ class _Worker:
         return inspect_task(job.reference, ready.task, ready.task_hash, ready.splits, device, pack=job.pack)
 
     def _run(self, job: Run) -> RunRecord:
-        if job.script is not None:
-            return script.run(job.script, job.contender, job.key, self._progress())
         if job.key.machine not in ("", fingerprint(environment.machine(job.key.device))):
             raise TaskError("a timing pass came to another machine than its own; start the race again")
+        if job.script is not None:
+            return script.run(job.script, job.contender, job.key, self._progress())
         ready = self._unchanged(job.reference, job.key)
         made = run(ready.task, ready.splits, job.contender, job.key, self._progress())
         _release()

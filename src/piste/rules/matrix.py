@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from piste.matrices import orthogonalizer
 from piste.ops import Value, lerp, maximum, mean, norm, opaque, size, sqrt, square
+from piste.orthogonal import ITERATIONS, orthogonalizer
 from piste.rules.adaptive import adam_step
 from piste.slots import Hyper, States, direction
 from piste.storage import kept_over, moment, second_moment
@@ -17,7 +17,8 @@ def _orthogonal(g: Value, st: States, hp: Hyper) -> tuple[Value, Value]:
     """The new momentum, and what it points at made orthogonal."""
     buf = lerp(st.buf, g, 1 - hp.momentum)
     x = lerp(g, buf, hp.momentum) if hp.nesterov else buf
-    return buf, opaque(orthogonalizer(hp.iteration, hp.precision), x, hp.steps, hp.split)
+    steps = ITERATIONS[hp.iteration].steps if hp.steps is None else hp.steps
+    return buf, opaque(orthogonalizer(hp.iteration, hp.precision), x, steps, hp.split)
 
 
 def _length(x: Value, hp: Hyper, shape: tuple[Value, ...]) -> Value:

@@ -48,7 +48,7 @@ class ModelEMA:
         buffers: ``"copy"`` keeps the buffers (BatchNorm's running statistics) as they were at the last update;
             ``"average"`` averages those of floating point as weights. See :func:`piste.recalibrate` for statistics that
             belong to the averaged weights.
-        engine: as in :class:`piste.optimizer.EngineOptions`.
+        engine: as in :class:`piste.options.EngineOptions`.
 
     Raises:
         TypeError: ``model`` is no module.

@@ -6,7 +6,6 @@ second one finds the gradient that the optimizer inside steps with, from the wei
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -23,24 +22,12 @@ from piste.roster import real
 from piste.storage import State, companion
 from piste.wrappers.arithmetic import formats_of
 from piste.wrappers.base import Wrapper
+from piste.wrappers.climb import Climb, aligned, gradient_of, guard, is_new, refuse_lightning
 
-__all__ = ["SAM", "gradient_of"]
+__all__ = ["SAM"]
 
 _GRADIENT = State("gradient")
 _STEPS, _PERTURBED = "sharpness.steps", "sharpness.perturbed"
-
-
-class _Climb:
-    """The weights of one step between its two passes.
-
-    Attributes:
-        weights: those that were moved, in order.
-        kept: for each, copies of what it was: itself, and what belongs to it where its format keeps a rest.
-        clean: for each, the gradient of the first pass, if it is still needed.
-    """
-
-    def __init__(self, weights: list[Tensor], kept: list[list[Tensor]], clean: list[Tensor] | None) -> None:
-        self.weights, self.kept, self.clean = weights, kept, clean
 
 
 class SAM(Wrapper):
@@ -146,8 +133,8 @@ class SAM(Wrapper):
     def _start(self) -> None:
         if self._guard is not None:
             self._guard.remove()
-        self._guard, self._stepping = _guard(self), False
-        self._climb: _Climb | None = None
+        self._guard, self._stepping = guard(self), False
+        self._climb: Climb | None = None
         self._skip = self._returned = False
         self._finished = True
         self._clip_norm: float | None = None
@@ -163,6 +150,11 @@ class SAM(Wrapper):
         yield from super().buffers()
         yield from (x for copies in self._buffers.values() for x in copies)
         yield from (x for entries in self._scratch.values() for x in entries.values() if isinstance(x, Tensor))
+
+    @property
+    def copies(self) -> list[Tensor]:
+        """What the weights come back from; none but between the passes."""
+        return [] if self._climb is None else [x for kept in self._climb.kept for x in kept]
 
     # what members of the family do otherwise -------------------------------------------------------------------------
 
@@ -206,12 +198,12 @@ class SAM(Wrapper):
             )
         weights = self._with_new_gradients("first_step")
         gradients = [gradient_of(p) for p in weights]
-        climb = _Climb(weights, self._copies(weights), gradients if self.combines else None)
+        climb = Climb(weights, self._copies(weights), gradients if self.combines else None)
         if self.needs_two_passes:
             total = self._ascend(weights, gradients)
             if not torch.isfinite(total).item():
                 self._put_back(climb)
-                self._climb, self._skip = _Climb([], [], None), True
+                self._climb, self._skip = Climb([], [], None), True
                 return False
             torch.clear_autocast_cache()  # casts of the weights that autocast keeps for a loop inside of it
         self._climb, self._returned = climb, False
@@ -254,7 +246,7 @@ class SAM(Wrapper):
         if climb is None:
             self._plain(weights)
         elif climb.clean is not None and self.needs_two_passes:
-            self._combine(*_aligned(weights, climb))
+            self._combine(*aligned(weights, climb))
         self._returned = True
         return True
 
@@ -264,7 +256,7 @@ class SAM(Wrapper):
         A closure may call it, in either pass.
         """
         self.restore()
-        self._climb, self._skip, self._finished = _Climb([], [], None), True, False
+        self._climb, self._skip, self._finished = Climb([], [], None), True, False
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -296,8 +288,8 @@ class SAM(Wrapper):
             loss = closure()
             self._step_without_closure()
             return loss
-        _refuse_lightning(type(self).__name__, closure)
-        if any(_is_new(p, self._used) for p in self._weights()) and self._climb is None:
+        refuse_lightning(type(self).__name__, closure)
+        if any(is_new(p, self._used) for p in self._weights()) and self._climb is None:
             raise RuntimeError(
                 f"{type(self).__name__}.step(closure) makes both gradients itself, and there are some that no step has "
                 "had: call zero_grad() before, or first_step() and second_step() for gradients that you made"
@@ -372,7 +364,7 @@ class SAM(Wrapper):
     def _with_new_gradients(self, action: str, after: str = "nothing was changed") -> list[Tensor]:
         self._finished = False
         present = [p for p in self._weights() if p.grad is not None and p.numel()]
-        fresh = [p for p in present if _is_new(p, self._used)]
+        fresh = [p for p in present if is_new(p, self._used)]
         if not fresh:
             why = "gradients that a step has had before" if present else "no gradients"
             raise RuntimeError(
@@ -389,7 +381,7 @@ class SAM(Wrapper):
         Between the passes it has to, for weights to be restored; and where there is nothing that it could have
         unscaled, for only a closure can be what it brings, and that is refused.
         """
-        waits = self._finished and not any(_is_new(p, self._used) for p in self._weights())
+        waits = self._finished and not any(is_new(p, self._used) for p in self._weights())
         return self._climb is not None or waits or super()._step_supports_amp_scaling
 
     def _overflowed(self) -> bool:
@@ -435,7 +427,7 @@ class SAM(Wrapper):
             kept.append(buffers)
         return kept
 
-    def _put_back(self, climb: _Climb) -> None:
+    def _put_back(self, climb: Climb) -> None:
         for p, kept in zip(climb.weights, climb.kept, strict=True):
             for tensor, before in zip(self._belonging(p), kept, strict=True):
                 tensor.copy_(before)
@@ -474,7 +466,7 @@ class SAM(Wrapper):
         if perturbed:
             kept = [[own.pop(k) for k in ("kept0", "kept1") if k in own] for own in between.values()]
             clean = [own.pop("clean") for own in between.values()] if self.combines else None
-            self._climb = _Climb(list(between), kept, clean)
+            self._climb = Climb(list(between), kept, clean)
         self.own = {p: own for p, own in self.own.items() if set(own) > {"step"}}
 
     def _checked(self, entries: Mapping[str, Any], weight: Tensor, name: str) -> dict[str, Any]:
@@ -513,56 +505,3 @@ class SAM(Wrapper):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._start()
-
-
-def _guard(wrapper: SAM) -> RemovableHandle:
-    """Let nobody else step the optimizer inside, which would go from perturbed weights, or without a second pass."""
-    owner = weakref.ref(wrapper)
-
-    def check(inner: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        outer = owner()
-        if outer is not None and outer.optimizer is inner and not outer._stepping:
-            raise RuntimeError(
-                f"{type(inner).__name__}.step() was called from outside, and this optimizer is inside of "
-                f"{type(outer).__name__}: step that one; to go on without it, delete it first. Nothing was changed"
-            )
-
-    return wrapper.optimizer.register_step_pre_hook(check)
-
-
-def _refuse_lightning(owner: str, closure: Callable[[], Any]) -> None:
-    """Refuse the closure of Lightning's automatic optimization, which clips, logs and accumulates in each of its calls.
-
-    That of manual optimization is the user's own. Neither package is imported for this.
-    """
-    made_by = getattr(getattr(closure, "func", None), "__module__", None) or ""
-    if made_by.partition(".")[0] not in ("lightning", "pytorch_lightning"):
-        return
-    if any(getattr(argument, "automatic_optimization", False) for argument in getattr(closure, "args", ())):
-        raise RuntimeError(
-            f"{owner} under Lightning's automatic optimization: derive the module from "
-            "piste.integrations.lightning.PisteModule instead of LightningModule, and call super().optimizer_step() "
-            "where that is overridden: it makes both passes right under accumulation, clipping and scaling"
-        )
-
-
-def gradient_of(p: Tensor) -> Tensor:
-    """A weight's gradient, which it has."""
-    assert p.grad is not None
-    return p.grad
-
-
-def _is_new(p: Tensor, used: Mapping[Tensor, tuple[Tensor, int]]) -> bool:
-    """Has a weight a gradient that no step has had?"""
-    known = used.get(p)
-    return p.grad is not None and (known is None or known[0] is not p.grad or known[1] != p.grad._version)
-
-
-def _aligned(weights: list[Tensor], climb: _Climb) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights of either pass, each with a gradient of both; where a pass has none it is zero."""
-    first = dict(zip(climb.weights, climb.clean or (), strict=True))
-    for p in first:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    both = [*weights, *(p for p in first if p not in set(weights))]
-    return both, [first[p] if p in first else torch.zeros_like(p) for p in both]

@@ -15,7 +15,8 @@ from piste.roster import real
 from piste.sharding import local
 from piste.slots import Part
 from piste.storage import State, allocate
-from piste.wrappers.sharpness import SAM, gradient_of
+from piste.wrappers.climb import gradient_of
+from piste.wrappers.sharpness import SAM
 
 __all__ = ["ESAM", "GSAM", "LookSAM"]
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import html
@@ -21,7 +20,7 @@ import jinja2
 import plotly.offline  # type: ignore[import-untyped]
 from markupsafe import Markup
 
-from piste.race.record import StudyResult, canonical_json
+from piste.race.record import StudyResult, plain
 
 from .exports import COLUMNS, derived_tables
 from .files import FORMATS, ExportError, export, pictures_of
@@ -121,12 +120,11 @@ def policy(live: bool) -> str:
 
 def _data(result: StudyResult, content: Page) -> dict[str, Any]:
     """All that the page's scripts read."""
-    worked_out = {name: dataclasses.asdict(table) for name, table in derived_tables(result, content.analyses).items()}
     return {
         "figures": [plot.data() for plot in pictures_of(content)],
-        "study": json.loads(canonical_json(dataclasses.asdict(result))),
+        "study": plain(result),
         "columns": COLUMNS,
-        "tables": json.loads(canonical_json(worked_out)),
+        "tables": plain(derived_tables(result, content.analyses)),
     }
 
 

@@ -19,6 +19,8 @@ from .figure import Option, Picture, Series, Switch, blank, rounded, time_unit, 
 from .measures import Measure, is_logarithmic, measures, value_axis
 from .palette import Look
 
+MOST_LINES = 20  # thin ones, of a contender
+
 
 def curves(task: TaskResult, runs: list[RunRecord], looks: dict[str, Look], identifier: str) -> Picture:
     """Loss against steps and against time, one thick median a contender and one thin line a seed."""
@@ -113,12 +115,18 @@ def _curve_traces(name: str, group: list[RunRecord], look: Look) -> list[tuple[A
     traces: list[tuple[Any, Points]] = []
     if len(group) > 1:
         traces.append((band, lambda position, measure: _band(group, position, measure)))
-        traces.append((seeds, lambda position, measure: _all_seeds(group, position, measure)))
+        drawn = thinned(group)
+        traces.append((seeds, lambda position, measure: _all_seeds(drawn, position, measure)))
     traces.append((median, lambda position, measure: _median(group, position, measure)))
     broken = [run for run in group if not run.finished]
     if broken:
         traces.append((ended, lambda position, measure: _last_points(broken, position, measure)))
     return traces
+
+
+def thinned(group: list[RunRecord]) -> list[RunRecord]:
+    """Every k-th seed, however it went, so that no more lines are drawn than can be told apart."""
+    return group[:: math.ceil(len(group) / MOST_LINES)]
 
 
 def _band(group: list[RunRecord], position: Read, measure: Measure) -> tuple[Series, Series]:
@@ -187,9 +195,12 @@ def _measure_layout(measure: Measure, values: list[Series]) -> dict[str, Any]:
 
 def _curves_caption(groups: dict[str, list[RunRecord]], task: TaskResult) -> str:
     seeds = max((len(group) for group in groups.values()), default=0)
+    thin = max((len(thinned(group)) for group in groups.values()), default=0)
+    lines = "every seed" if thin == seeds else f"{thin} seeds of {seeds}, at even distances"
     sentences = [
         "Confirmation runs at each contender's best learning rate.",
-        f"Thick: the median of {words.count(seeds, 'seed')}. Thin: every seed, shaded between. Nothing is smoothed."
+        f"Thick: the median of {words.count(seeds, 'seed')}. Thin: {lines}. Shaded: from the best of all seeds to the "
+        "worst. Nothing is smoothed."
         if seeds > 1
         else "One seed each: chance is not visible here.",
     ]

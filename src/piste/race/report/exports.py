@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from piste.race.analysis import Analysis
-from piste.race.record import StudyResult, canonical_json
+from piste.race.record import StudyResult, canonical_json, plain
 
 _KEY = ("task", "contender", "optimizer", "schedule", "steps", "seed", "phase", "device")
 _COSTS = (
@@ -119,9 +119,8 @@ def as_csv(table: Table) -> str:
 
 def as_json(result: StudyResult, analyses: Mapping[str, Analysis]) -> str:
     """The study as it is stored, with the tables that were worked out."""
-    worked_out = {name: dataclasses.asdict(table) for name, table in derived_tables(result, analyses).items()}
-    content = {**dataclasses.asdict(result), "tables": worked_out}
-    return json.dumps(json.loads(canonical_json(content)), indent=1) + "\n"
+    content = {**plain(result), "tables": plain(derived_tables(result, analyses))}
+    return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
 
 def write_parquet(table: Table, path: Path) -> None:

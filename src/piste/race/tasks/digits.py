@@ -11,14 +11,13 @@ Cost: 1 to 2 s a run on one core; ``digits_vit`` and ``digits_mixer`` 3 s.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from piste.race.data import Splits
 from piste.race.task import Task
+from piste.race.tasks.classification import accuracy, cross_entropy
 
 CLASSES = 10
 _HELD_OUT = 360  # images in each of the two parts that are not trained on
@@ -126,23 +125,12 @@ class VisionTransformer(nn.Module):
         return logits
 
 
-def _loss(model: nn.Module, batch: Any) -> Tensor:
-    images, labels = batch
-    return functional.cross_entropy(model(images), labels)
-
-
-def _accuracy(model: nn.Module, batch: Any) -> Tensor:
-    images, labels = batch
-    hits: Tensor = model(images).argmax(dim=1) == labels
-    return hits.float().mean()
-
-
 digits = Task(
     name="digits",
     model=_cnn,
     data=_data,
-    loss=_loss,
-    metric=_accuracy,
+    loss=cross_entropy,
+    metric=accuracy,
     metric_name="accuracy",
     higher_is_better=True,
     steps=150,

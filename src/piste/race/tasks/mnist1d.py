@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter1d  # type: ignore[import-untyped]
 from torch import Tensor, nn
-from torch.nn import functional
 
 from piste.race.data import Splits
 from piste.race.task import Task
+from piste.race.tasks.classification import accuracy, cross_entropy
 
 CLASSES = 10
 LENGTH = 40
@@ -106,23 +106,12 @@ def convolutional() -> nn.Module:
     )
 
 
-def _loss(model: nn.Module, batch: Any) -> Tensor:
-    signals, labels = batch
-    return functional.cross_entropy(model(signals), labels)
-
-
-def _accuracy(model: nn.Module, batch: Any) -> Tensor:
-    signals, labels = batch
-    hits: Tensor = model(signals).argmax(dim=1) == labels
-    return hits.float().mean()
-
-
 mnist1d = Task(
     name="mnist1d",
     model=convolutional,
     data=_data,
-    loss=_loss,
-    metric=_accuracy,
+    loss=cross_entropy,
+    metric=accuracy,
     metric_name="accuracy",
     higher_is_better=True,
     steps=1_000,
