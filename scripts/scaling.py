@@ -102,12 +102,12 @@ def shampoo(every: int = 10, how: Kronecker = SHAMPOO, *, graft: bool = True) ->
 
 
 def soap(every: int = 10, how: Kronecker = SOAP) -> Family:
-    """Factors and bases; the gradient into the basis, the step out of it; at renewals the first moment, both ways."""
+    """Factors and bases; the gradient into the basis, the step out of it; the first moment into each new basis."""
     bases = rebasing(how, "qr")
 
     def work(w: Weight) -> float:
         product = flops(how.times, w.shape)
-        renewal = flops(bases, w.shape) + flops(how.moved, w.shape) + 2 * product
+        renewal = flops(bases, w.shape) + flops(how.moved, w.shape) + flops(how.rebased, w.shape)
         return flops(how.gram, w.shape) + 2 * product + renewal / every
 
     return Family(

@@ -30,11 +30,10 @@ from piste.matrices import (
     eigen,
     inverse_roots,
     largest_eigenvalue,
-    outer,
     root_by_eigen,
     root_by_newton,
-    triangular_products,
 )
+from piste.products import outer, triangular_products
 
 PROBLEM = random_problem([(), (5,), (6, 4), (7, 3), (6, 2, 3, 3), (1, 7), (2, 3, 4)], seed=8, steps=9)
 PLAIN: dict[str, Any] = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-4, "weight_decay": 0.3, "every": 2, "start": 3}
@@ -401,7 +400,7 @@ def test_refused() -> None:
 @pytest.mark.parametrize("n", [7, 384, 401])
 def test_symmetric_products(n: int) -> None:
     """Half of them and its mirror image, below and above the size from which on that is done, with what was there."""
-    rows = torch.randn(2, n, 40, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    rows = torch.randn(2, n, 200, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
     before = rows @ rows.mT + torch.eye(n)
     found = outer(rows, before.clone().view(1, 2, n, n), beta=0.75, alpha=0.5)[0]
     torch.testing.assert_close(found, 0.75 * before + 0.5 * rows @ rows.mT, rtol=1e-12, atol=1e-12)

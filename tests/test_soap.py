@@ -21,6 +21,7 @@ from oracles.replay import (
 from torch import nn
 
 import piste
+from piste.householder import orthogonal_factors
 from piste.kronecker import kronecker, rebasing
 from piste.matrices import descending, eigenbases, moved, next_bases
 
@@ -104,6 +105,18 @@ def test_power_iterations_find_the_basis() -> None:
         found, failed = next_bases(moved(a[None], found), found)
         assert failed == 0
     torch.testing.assert_close((found[0].T @ basis[:, [1, 2, 0]]).abs(), torch.eye(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("rank", [519, 100, 0])
+def test_large_orthogonal_factors_are_lapack_s(rank: int) -> None:
+    """With its signs, column by column up to the rank; what is beyond it is anybody's choice, and orthogonal."""
+    n = 519
+    generator = torch.Generator().manual_seed(rank)
+    a = torch.randn(n, rank, generator=generator, dtype=torch.float64) @ torch.eye(rank, n, dtype=torch.float64)
+    expected = torch.linalg.qr(a).Q
+    found = orthogonal_factors(a.clone()[None])[0]
+    torch.testing.assert_close(found[:, :rank], expected[:, :rank], rtol=0, atol=1e-11)
+    torch.testing.assert_close(found.T @ found, torch.eye(n, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 def test_second_moments_follow_their_columns() -> None:

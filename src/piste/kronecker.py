@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from piste.costs import EIGEN, QR, costing
-from piste.matrices import Work, descending, eigenbases, inverse_roots, moved, next_bases, outer
+from piste.matrices import Work, descending, eigenbases, inverse_roots, moved, next_bases, picked
+from piste.products import outer, symmetric_products
 
 __all__ = ["Kronecker", "Layout", "kronecker", "merged", "rebasing", "rooting"]
 
@@ -58,12 +59,14 @@ class _Alike(NamedTuple):
         counts: how many there are along each axis.
         box: where they are in the weight.
         starts: for each axis that has factors, where those of all blocks begin in the flat tensor.
+        joint: all axes, narrow neighbours with factors together: they are multiplied at once.
     """
 
     shape: tuple[int, ...]
     counts: tuple[int, ...]
     box: tuple[slice, ...]
     starts: dict[int, int]
+    joint: tuple[tuple[int, ...], ...]
 
     def _of(self, x: Tensor) -> Tensor:
         where = slice(None), *self.box
@@ -106,14 +109,25 @@ class Layout:
             for axis in self.axes:
                 starts[axis] = self.total
                 self.total += prod(counts) * size[axis] ** 2
-            self.kinds.append(_Alike(size, counts, box, starts))
+            self.kinds.append(_Alike(size, counts, box, starts, _joint(size, self.axes)))
 
     def factors(self, flat: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         """For each kind of blocks (by number) and axis, a view of the factors there, ``(weights, blocks, n, n)``."""
+        weights = flat.shape[0]
         for kind, alike in enumerate(self.kinds):
+            count = prod(alike.counts)
             for axis, start in alike.starts.items():
-                count, n = prod(alike.counts), alike.shape[axis]
-                yield kind, axis, flat[:, start : start + count * n * n].view(len(flat), count, n, n)
+                n = alike.shape[axis]
+                yield kind, axis, flat[:, start : start + count * n * n].view(weights, count, n, n)
+
+    def factors_of(self, flat: Tensor) -> dict[tuple[int, int], Tensor]:
+        """The same, by kind and axis."""
+        return {(kind, axis): factors for kind, axis, factors in self.factors(flat)}
+
+    def joints(self) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """For each kind of blocks the axes with factors, narrow neighbours together."""
+        for kind, alike in enumerate(self.kinds):
+            yield from ((kind, joint) for joint in alike.joint if joint[0] in alike.starts)
 
     def sides(self) -> Iterator[tuple[int, tuple[int, ...], int]]:
         """For each kind of blocks and axis with factors: how many blocks there are, their shape, the axis."""
@@ -145,12 +159,50 @@ def _parts(n: int, block: int | None) -> list[tuple[int, int, slice]]:
     return [*whole, (rest, 1, slice(n - rest, n))] if rest else whole
 
 
-def _rows(blocks: Tensor, axis: int) -> Tensor:
-    """Blocks as matrices whose rows go along one of their axes; the last axis costs no copy either."""
-    n = blocks.shape[axis + 1]
-    if axis + 2 == blocks.ndim:
-        return blocks.reshape(len(blocks), -1, n).mT
-    return blocks.movedim(axis + 1, 1).reshape(len(blocks), n, -1)
+#: the most numbers along neighbouring axes that are taken together: the 3 x 3 of a convolution's window
+_NARROW = 16
+
+
+def _joint(size: tuple[int, ...], axes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    found: list[tuple[int, ...]] = []
+    for axis in range(len(size)):
+        longer = (*found[-1], axis) if found else (axis,)
+        if len(longer) > 1 and prod(size[i] for i in longer) <= _NARROW and {*longer} <= {*axes}:
+            found[-1] = longer
+        else:
+            found.append((axis,))
+    return tuple(found)
+
+
+def _rows(blocks: Tensor, joint: tuple[int, ...]) -> Tensor:
+    """Blocks as matrices whose rows go along some neighbouring axes; the last ones cost no copy, nor do the first."""
+    size = blocks.shape[1:]
+    before, n, after = prod(size[: joint[0]]), prod(size[i] for i in joint), prod(size[joint[-1] + 1 :])
+    if after == 1:
+        return blocks.reshape(len(blocks), before, n).mT
+    return blocks.reshape(len(blocks), before, n, after).transpose(1, 2).reshape(len(blocks), n, before * after)
+
+
+def _outers(rows: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """For each of the axes that rows go along together, the sum of outer products along it alone."""
+    if rows.shape[1] == 1:
+        return [torch.linalg.vector_norm(rows, dim=(1, 2)).square().view(-1, 1, 1)] * len(sizes)
+    together = symmetric_products(rows, rows.mT).view(len(rows), *sizes, *sizes)
+    axes = [*range(1, len(sizes) + 1)]
+    found = []
+    for axis in axes:  # the trace over all others
+        second = [0 if i == axis else i for i in axes]
+        found.append(torch.einsum(together, [len(axes) + 1, *axes, *second], [len(axes) + 1, axis, 0]))
+    return found
+
+
+def _kronecker(factors: list[Tensor]) -> Tensor:
+    """The Kronecker products of stacks of matrices."""
+    found = factors[0]
+    for factor in factors[1:]:
+        n = found.shape[-1] * factor.shape[-1]
+        found = (found[:, :, None, :, None] * factor[:, None, :, None, :]).reshape(len(found), n, n)
+    return found
 
 
 def _products(how: Kronecker, shape: Sequence[int], numbers: Sequence[float]) -> float:
@@ -172,6 +224,12 @@ def _eigen(how: Kronecker, shape: Sequence[int]) -> float:
 
 def _norms(how: Kronecker, shape: Sequence[int], numbers: Sequence[float]) -> float:
     return 2.0 * prod(shape)
+
+
+def _rebasing(how: Kronecker, shape: Sequence[int], numbers: Sequence[float]) -> float:
+    """Two products of each block along each axis, or one and that of both factors, whichever is less."""
+    sides = ((count, prod(size), size[axis]) for count, size, axis in how.layout(shape).sides())
+    return sum(2.0 * count * n * (every + min(every, n * n)) for count, every, n in sides)
 
 
 def _ordering(how: Kronecker, shape: Sequence[int], numbers: Sequence[float]) -> float:
@@ -254,12 +312,7 @@ class Kronecker:
     @costing(_products)
     def gram(self, stack: Tensor) -> Tensor:
         """For each axis of each block the sum of outer products along it: ``G G^T`` and ``G^T G`` of a matrix."""
-        layout = self.layout(stack.shape[1:])
-        blocks = layout.taken_apart(stack)
-        flat = stack.new_empty(len(stack), layout.total)
-        for kind, axis, factors in layout.factors(flat):
-            outer(_rows(blocks[kind], axis), factors)
-        return flat
+        return self.averaged(stack, stack.new_zeros(len(stack), self.layout(stack.shape[1:]).total), 0.0, 1.0)
 
     @costing(_products)
     def averaged(self, stack: Tensor, before: Tensor, kept: float, share: float) -> Tensor:
@@ -267,39 +320,68 @@ class Kronecker:
         layout = self.layout(stack.shape[1:])
         blocks = layout.taken_apart(stack)
         flat = torch.empty_like(before)
-        for (kind, axis, factors), (_, _, old) in zip(layout.factors(flat), layout.factors(before), strict=True):
-            outer(_rows(blocks[kind], axis), factors, plus=old, beta=kept, alpha=share)
+        old, new = layout.factors_of(before), layout.factors_of(flat)
+        for kind, joint in layout.joints():
+            rows, places = _rows(blocks[kind], joint), [(kind, axis) for axis in joint]
+            if len(joint) == 1 and rows.shape[1] > 1:
+                outer(rows, new[places[0]], plus=old[places[0]], beta=kept, alpha=share)
+                continue
+            sums = _outers(rows, [blocks[kind].shape[axis + 1] for axis in joint])
+            for place, own in zip(places, sums, strict=True):
+                torch.add(kept * old[place], own.view_as(old[place]), alpha=share, out=new[place])
         return flat
 
     @costing(_products)
     def times(self, stack: Tensor, flat: Tensor) -> Tensor:
         """Each block multiplied by its factor along every axis: ``L G R`` for symmetric factors of a matrix."""
-        return self._through(stack, flat, lambda factors: factors.mT)
+        return self._through(stack, lambda length, factor: [factor.mT], flat)
 
     @costing(_products)
     def turned(self, stack: Tensor, flat: Tensor) -> Tensor:
         """The same with transposed factors: into the basis that the columns of the factors are."""
-        return self._through(stack, flat, lambda factors: factors)
+        return self._through(stack, lambda length, factor: [factor], flat)
 
-    def _through(self, stack: Tensor, flat: Tensor, right: Callable[[Tensor], Tensor]) -> Tensor:
+    @costing(_rebasing)
+    def rebased(self, stack: Tensor, old: Tensor, new: Tensor) -> Tensor:
+        """From one basis into another, as by :meth:`times` and :meth:`turned`.
+
+        Where there are more columns than an axis is long, both factors are multiplied first.
+        """
+
+        def right(length: int, before: Tensor, after: Tensor) -> list[Tensor]:
+            return [before.mT @ after] if before.shape[-1] <= length else [before.mT, after]
+
+        return self._through(stack, right, old, new)
+
+    def _through(self, stack: Tensor, right: Callable[..., list[Tensor]], *flats: Tensor) -> Tensor:
         """Blocks times what ``right`` makes of their factors, axis by axis.
 
-        The first axis is multiplied and becomes the last. So few products need a copy, and once every axis has had its
-        turn all are where they were.
+        The first axis, or the first narrow ones together, are multiplied and become the last. So few products need a
+        copy, and once every axis has had its turn all are where they were.
+
+        Args:
+            stack: weights.
+            right: of the number of columns and of one factor out of each of ``flats``: the matrices to multiply with,
+                one after the other.
+            flats: factors.
         """
         layout = self.layout(stack.shape[1:])
-        factors: dict[tuple[int, int], Tensor] = {(kind, axis): f for kind, axis, f in layout.factors(flat)}
+        factors = [layout.factors_of(flat) for flat in flats]
         blocks = []
         for kind, x in enumerate(layout.taken_apart(stack)):
-            for axis in range(x.ndim - 1):
-                if (kind, axis) not in factors:
-                    x = x.movedim(1, -1)
+            size, count = x.shape[1:], x.shape[0]
+            for joint in layout.kinds[kind].joint:
+                columns = x.reshape(count, prod(size[axis] for axis in joint), -1)
+                if joint[0] not in layout.kinds[kind].starts:
+                    x = columns.mT
                     continue
-                columns, factor = x.reshape(len(x), x.shape[1], -1), right(factors[kind, axis].flatten(0, 1))
+                own = [_kronecker([each[kind, axis].flatten(0, 1) for axis in joint]) for each in factors]
+                first, *others = right(columns.shape[2], *own)
                 # on CPUs a product with few columns takes twice as long as one with few rows and the copy that follows
-                moved = (factor.mT @ columns).mT if x.shape[1] <= _NARROW else columns.mT @ factor
-                x = moved.reshape(len(x), *x.shape[2:], x.shape[1])
-            blocks.append(x)
+                x = (first.mT @ columns).mT if columns.shape[1] <= _NARROW else columns.mT @ first
+                for factor in others:
+                    x = x @ factor
+            blocks.append(x.reshape(count, *size))
         return layout.put_together(blocks, stack)
 
     @costing(_ordering)
@@ -319,9 +401,7 @@ class Kronecker:
         blocks = layout.taken_apart(stack)
         for (kind, axis, seen), (_, _, columns) in zip(layout.factors(images), layout.factors(bases), strict=True):
             order = descending(seen.flatten(0, 1), columns.flatten(0, 1))
-            part = blocks[kind]
-            index = order.view(len(part), *(n if i == axis else 1 for i, n in enumerate(part.shape[1:])))
-            blocks[kind] = part.gather(axis + 1, index.expand_as(part))
+            blocks[kind] = picked(blocks[kind], order, axis)
         return layout.put_together(blocks, stack)
 
     @costing(_norms)
@@ -333,10 +413,6 @@ class Kronecker:
             norm = torch.linalg.vector_norm(part.flatten(1), dim=1)
             blocks.append(norm.view(-1, *[1] * (part.ndim - 1)).expand_as(part))
         return layout.put_together(blocks, stack)
-
-
-#: axes of convolutions, mostly
-_NARROW = 16
 
 
 @cache

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from piste.costs import costing, orthogonalization
-from piste.matrices import Work, eigen, probes, symmetric_products
+from piste.matrices import Work, eigen, probes
+from piste.products import symmetric_products
 
 __all__ = ["ITERATIONS", "PRECISIONS", "Iteration", "orthogonalizer"]
 

@@ -18,7 +18,8 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from piste.matrices import full_precision, symmetric_products, triangular_products
+from piste.matrices import full_precision
+from piste.products import symmetric_products, triangular_products
 
 __all__ = ["Whitening", "whitening"]
 

@@ -57,7 +57,7 @@ def soap(how: Kronecker, low: bool) -> Part:
         if taken % hp.every == 0:
             images = opaque(how.moved, factors, st.bases, *shape, kind=MATRIX)
             bases = new["bases"] = opaque(rebasing(how, "qr"), images, st.bases, *shape, kind=MATRIX)
-            m = opaque(how.turned, opaque(how.times, m, st.bases), bases)
+            m = opaque(how.rebased, m, st.bases, bases)
             v = opaque(how.in_order, v, images, st.bases)
         return _sized(d, hp, taken), new | {"m": m, "v": v}
 
