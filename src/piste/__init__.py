@@ -6,6 +6,7 @@ from piste.advise import advise as advise
 from piste.batchnorm import recalibrate as recalibrate
 from piste.groups import describe_groups as describe_groups
 from piste.groups import param_groups as param_groups
+from piste.joint import JointStep as JointStep
 from piste.memory import MemoryEstimate as MemoryEstimate
 from piste.memory import estimate_memory as estimate_memory
 from piste.optimizer import Optimizer as Optimizer

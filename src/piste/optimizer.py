@@ -362,11 +362,15 @@ class Optimizer(torch.optim.Optimizer):
             renewed = any(bucket.plan.renews for bucket in step.buckets)
             step.finish()
             if step.counts:  # where no weight had a gradient, no step was taken
-                for group, new in zip(self.param_groups, advanced, strict=True):
-                    group.update(new)
-                    group.update(self.absorb(group, totals))
+                self._keep(advanced, totals)
         self.last_step = LastStep(self.param_groups, totals, inverse_scale, skipped, renewed)
         return loss
+
+    def _keep(self, advanced: Sequence[Mapping[str, Any]], totals: Mapping[str, Tensor]) -> None:
+        """Keep in the groups what they carry from step to step, once a step is taken."""
+        for group, new in zip(self.param_groups, advanced, strict=True):
+            group.update(new)
+            group.update(self.absorb(group, totals))
 
     def _step_on_device(self) -> None:
         """Take a step of which the host knows nothing that changes."""

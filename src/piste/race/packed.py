@@ -8,26 +8,25 @@ small model spends its time on: calls. The trials of a pack have one seed, hence
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
 
+import piste
 from piste.race.attempt import Attempt, Times, one_line
 from piste.race.contenders import Contender
 from piste.race.data import Split, Splits, evaluation_batches, to_device, training_batches
 from piste.race.record import RunKey, RunRecord
 from piste.race.seeds import derived_seed, seed_everything
+from piste.race.stack import Stack
 from piste.race.task import Task
 from piste.race.training import EVALUATION_BATCH, Loop, Progress, fresh_model, mean_scores, prepare
 
 MOST_PARAMETERS = 1_000_000  # a step of larger models is spent on arithmetic and memory, which packs only crowd
 _TRIED_MODELS, _TRIED_BATCHES = 3, 2
 _TOLERANCE = 1e-4  # of the largest number: sums are taken in another order, and nothing else may differ
-
-Function = Callable[[nn.Module, Any], Tensor | float]
 
 
 def run_pack(
@@ -85,6 +84,7 @@ class Stacked:
 
     def __init__(self, runs: Sequence[Attempt]) -> None:
         self.task = runs[0].task
+        self.joint: piste.JointStep | None = None
         self._pack(runs)
 
     def gradients(self, runs: Sequence[Attempt], batch: Any, *, again: bool) -> Sequence[Tensor]:
@@ -101,6 +101,13 @@ class Stacked:
             found.append(losses[place])
         return found
 
+    def step(self, runs: Sequence[Attempt]) -> None:
+        """All in one where their optimizers allow it; see :class:`piste.JointStep`."""
+        optimizers = [run.optimizer for run in runs]
+        if self.joint is None or self.joint.optimizers != optimizers:
+            self.joint = piste.JointStep(optimizers)
+        self.joint.step()
+
     def scores(self, runs: Sequence[Attempt], split: Split) -> Sequence[tuple[float, float]]:
         """Each as alone, to rounding."""
         self.stack.check()
@@ -115,86 +122,6 @@ class Stacked:
         self.runs = list(runs)
         self.places = {run: place for place, run in enumerate(runs)}
         self.stack = Stack(self.task, [run.model for run in runs])
-
-
-class Stack:
-    """Models of one shape whose weights and buffers lie one above the other, as slices of common tensors.
-
-    Args:
-        task: whose models they are.
-        models: they stay as they are, but for where their numbers lie.
-    """
-
-    def __init__(self, task: Task, models: Sequence[nn.Module]) -> None:
-        self.task = task
-        self.shell = models[0]  # what is called, with all models' numbers in the place of its own
-        weights = [dict(model.named_parameters()) for model in models]
-        self.weights = {name: _stacked([each[name] for each in weights]) for name in weights[0]}
-        buffers = [dict(model.named_buffers()) for model in models]
-        self.buffers = {name: _stacked([each[name] for each in buffers]) for name in buffers[0]}
-        self.leaves = [tensor for tensor in self.weights.values() if tensor.requires_grad]
-        self.trained = [[weight for weight in each.values() if weight.requires_grad] for each in weights]
-        self.addresses = self._addresses()
-
-    def gradients(self, batch: Any) -> tuple[Sequence[Tensor], list[Sequence[Tensor] | None]]:
-        """The losses of all models, and for each trained weight the gradients of all, None where it has none."""
-        losses = self._all(self.task.loss, batch)
-        gradients = torch.autograd.grad(losses.sum(), self.leaves, allow_unused=True)
-        return losses.detach().unbind(), [None if each is None else each.contiguous().unbind() for each in gradients]
-
-    @torch.no_grad()
-    def scores(self, batch: Any) -> list[tuple[float, float]]:
-        """Loss and metric of all models on a batch, in evaluation mode."""
-        was_training = self.shell.training
-        self.shell.eval()
-        losses = self._all(self.task.loss, batch)
-        metrics = losses if self.task.metric is None else self._all(self.task.metric, batch)
-        self.shell.train(was_training)
-        return list(zip(losses.tolist(), metrics.tolist(), strict=True))
-
-    def check(self) -> None:
-        """See that weights still lie in the stack.
-
-        Raises:
-            RuntimeError: an optimizer has put one elsewhere.
-        """
-        if self._addresses() != self.addresses:
-            raise RuntimeError("an optimizer moved weights: they are no longer slices of the stack")
-
-    def _all(self, function: Function, batch: Any) -> Tensor:
-        """A function of model and batch, of all models: one number each."""
-        called = _Called(self.shell, function)
-
-        def of_one(weights: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
-            numbers = {f"model.{name}": tensor for name, tensor in {**weights, **buffers}.items()}
-            value: Tensor = functional_call(called, numbers, (batch,))
-            return value.reshape(())
-
-        results: Tensor = vmap(of_one, randomness="same")(self.weights, self.buffers)
-        return results
-
-    def _addresses(self) -> list[int]:
-        return [weight.data_ptr() for weights in self.trained for weight in weights]
-
-
-class _Called(nn.Module):
-    """A function of a model as the forward pass of a module, which is what ``functional_call`` calls."""
-
-    def __init__(self, model: nn.Module, function: Function) -> None:
-        super().__init__()
-        self.model = model
-        self.function = function
-
-    def forward(self, batch: Any) -> Tensor | float:
-        return self.function(self.model, batch)
-
-
-def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """One tensor of all, in which they have their places from now on."""
-    whole = torch.stack([tensor.detach() for tensor in tensors])
-    for tensor, place in zip(tensors, whole.unbind(), strict=True):
-        tensor.data = place
-    return whole.requires_grad_(tensors[0].requires_grad)
 
 
 def _gradients(stack: Stack, batch: Any, number: int) -> Tensor:

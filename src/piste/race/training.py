@@ -137,6 +137,9 @@ class Together(Protocol):
             again: whether it is a second pass.
         """
 
+    def step(self, runs: Sequence[Attempt]) -> None:
+        """Have the optimizers of these runs take their steps."""
+
     def scores(self, runs: Sequence[Attempt], split: Split) -> Sequence[tuple[float, float]]:
         """Loss and metric of these runs on a whole split."""
 
@@ -155,6 +158,11 @@ class Alone:
             loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
         return losses
+
+    def step(self, runs: Sequence[Attempt]) -> None:
+        """See :class:`Together`."""
+        for run in runs:
+            run.optimizer.step()
 
     def scores(self, runs: Sequence[Attempt], split: Split) -> Sequence[tuple[float, float]]:
         """See :class:`Together`."""
@@ -232,8 +240,7 @@ class Loop:
             again = [run for run in going if run.asks_again()]
             if again:
                 self.together.gradients(again, batch, again=True)
-        for run in going:
-            run.optimizer.step()
+        self.together.step(going)
         after = self._clock() if timed else 0.0
         for run in going:
             run.schedule.step()
