@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from piste.race.task import Task
+
+_KEPT_BYTES = 31 << 20
 
 Function = Callable[[nn.Module, Any], Tensor | float]
 Place = tuple[dict[str, Tensor | None], str]  # a module's weights or buffers, and the name of one
@@ -27,6 +30,7 @@ class Stack:
     """
 
     def __init__(self, task: Task, models: Sequence[nn.Module]) -> None:
+        _keep_freed_memory()
         self.task = task
         self.shell = models[0]  # what is called, with all models' numbers in the place of its own
         weights = [dict(model.named_parameters()) for model in models]
@@ -34,13 +38,24 @@ class Stack:
         buffers = [dict(model.named_buffers()) for model in models]
         self.buffers = {name: _stacked([each[name] for each in buffers]) for name in buffers[0]}
         self.places = [_places(self.shell, tensor) for tensor in (*weights[0].values(), *buffers[0].values())]
+        self.generator = _generator_of(next(iter(self.weights.values())).device)
         self.leaves = [tensor for tensor in self.weights.values() if tensor.requires_grad]
         self.trained = [[weight for weight in each.values() if weight.requires_grad] for each in weights]
         self.addresses = self._addresses()
+        self.draws: bool | None = None  # whether the loss draws random numbers, once that is known
 
     def gradients(self, batch: Any) -> tuple[Sequence[Tensor], list[Sequence[Tensor] | None]]:
-        """The losses of all models, and for each trained weight the gradients of all, None where it has none."""
-        losses = self._all(self.task.loss, batch)
+        """The losses of all models, and for each trained weight the gradients of all, None where it has none.
+
+        Raises:
+            RuntimeError: the loss draws random numbers, and did not when it was called first.
+        """
+        before = self._generator()
+        if self.draws is None:
+            self._find_out_whether_it_draws(batch)
+        losses = self._all(self.task.loss, batch, transposed=not self.draws)
+        if not self.draws and not torch.equal(before, self._generator()):
+            raise RuntimeError("the loss began to draw random numbers when it had been called without for some time")
         gradients = torch.autograd.grad(losses.sum(), self.leaves, allow_unused=True)
         return losses.detach().unbind(), [None if each is None else each.contiguous().unbind() for each in gradients]
 
@@ -63,16 +78,39 @@ class Stack:
         if self._addresses() != self.addresses:
             raise RuntimeError("an optimizer moved weights: they are no longer slices of the stack")
 
-    def _all(self, function: Function, batch: Any) -> Tensor:
-        """A function of model and batch, of all models: one number each."""
+    def _all(self, function: Function, batch: Any, *, transposed: bool = False) -> Tensor:
+        """A function of model and batch, of all models: one number each.
+
+        Args:
+            function: of one model.
+            batch: for all of them.
+            transposed: work out linear layers as :class:`_Linear` does.
+        """
+        mode = _Linear if transposed else nullcontext
 
         def of_one(*tensors: Tensor) -> Tensor:
-            with _in_place_of(self.places, tensors), _Linear():
+            with _in_place_of(self.places, tensors), mode():
                 value: Tensor = function(self.shell, batch)  # type: ignore[assignment]
             return value.reshape(())
 
         results: Tensor = vmap(of_one, randomness="same")(*self.weights.values(), *self.buffers.values())
         return results
+
+    @torch.no_grad()
+    def _find_out_whether_it_draws(self, batch: Any) -> None:
+        """Call the loss once and leave everything as it was."""
+        before, kept = self._generator(), self.buffers
+        self.buffers = {name: buffer.clone() for name, buffer in kept.items()}
+        try:
+            self._all(self.task.loss, batch)
+        finally:
+            self.buffers = kept
+        self.draws = not torch.equal(before, self._generator())
+        if self.draws:
+            self.generator.set_state(before)
+
+    def _generator(self) -> Tensor:
+        return self.generator.get_state()
 
     def _addresses(self) -> list[int]:
         return [weight.data_ptr() for weights in self.trained for weight in weights]
@@ -81,7 +119,9 @@ class Stack:
 class _Linear(TorchFunctionMode):
     """Linear layers as ``(W X^T)^T``: the gradient of ``W`` then comes out as ``W`` lies, and is not copied.
 
-    Written as ``X W^T``, which is what ``vmap`` makes of them, it comes out transposed.
+    Written as ``X W^T``, which is what ``vmap`` makes of them, it comes out transposed. The numbers are the same, but
+    outputs lie transposed in memory, and what draws random numbers for them would hand them out in another order than
+    for a model alone.
     """
 
     def __torch_function__(
@@ -126,3 +166,21 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     for tensor, place in zip(tensors, whole.unbind(), strict=True):
         tensor.data = place
     return whole.requires_grad_(tensors[0].requires_grad)
+
+
+def _generator_of(device: torch.device) -> torch.Generator:
+    """What a task's random numbers come from there."""
+    if device.type != "cuda":
+        return torch.default_generator
+    torch.cuda.init()
+    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+
+
+@cache
+def _keep_freed_memory() -> None:
+    """Have the C library keep what is freed: stacked gradients come and go in every step.
+
+    glibc gives large pieces back to the system and gets them anew page by page, a third of the time of a step. How large
+    is more than the largest piece of its own that was ever freed, up to 32 MiB (mallopt(3), ``M_MMAP_THRESHOLD``).
+    """
+    torch.empty(_KEPT_BYTES, dtype=torch.uint8)
