@@ -26,6 +26,25 @@ PERIOD = 14  # steps from the first: past RAdam's switch, and Lookahead has sync
 Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 
 
+_clock = time.perf_counter  # what seconds() reads
+
+
+def seconds() -> float:
+    """Seconds since some moment: those that pass, or inside of :func:`clock` those of this process."""
+    return _clock()
+
+
+@contextmanager
+def clock(*, of_processor: bool) -> Iterator[None]:
+    """Where asked for, count seconds of this process in the place of those that pass."""
+    global _clock
+    _clock = time.process_time if of_processor else time.perf_counter
+    try:
+        yield
+    finally:
+        _clock = time.perf_counter
+
+
 class Ratio(NamedTuple):
     """Median and quartiles of the ratios of single rounds: how sure a figure is on a shared machine."""
 
@@ -39,15 +58,15 @@ def interleaved(jobs: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
 
     Each round starts with another job: none always follows the one that leaves the caches at their worst.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    taken: dict[str, list[float]] = {name: [] for name in jobs}
     names = list(jobs)
     for turn in range(rounds):
         start_with = turn % len(names)
         for name in names[start_with:] + names[:start_with]:
-            start = time.perf_counter()
+            start = seconds()
             jobs[name]()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+            taken[name].append(seconds() - start)
+    return taken
 
 
 def ratio(numerator: list[float], denominator: list[float]) -> Ratio:

@@ -7,19 +7,21 @@ alone leaves to gain: the time that the matrix products of a step take at the sp
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from rich.console import Console
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import Ratio, interleaved, ratio
-from benchmarks.overhead import clock, trial_key
+from benchmarks.measure import Ratio, clock, interleaved, ratio, seconds
+from benchmarks.overhead import trial_key
 from piste.race.contenders import make_contenders
 from piste.race.data import training_batches
 from piste.race.packed import run_pack, why_not
 from piste.race.task import Task, load_task
+from piste.race.tasks.digits import CLASSES
 from piste.race.training import fresh_model, run
 
 TASKS = ("digits_mlp", "digits", "digits_vae", "mnist1d_mlp", "quadratic_axis")
@@ -35,19 +37,28 @@ def product_seconds(task: Task) -> float:
     a, b = torch.randn(32, _SIZE), torch.randn(_SIZE, _SIZE)
     taken = []
     for _ in range(_PRODUCTS):
-        begun = time.perf_counter()
+        begun = seconds()
         a @ b
-        taken.append(time.perf_counter() - begun)
+        taken.append(seconds() - begun)
     return float(counted.get_total_flops()) * min(taken) / (2 * 32 * _SIZE * _SIZE)
 
 
-def compare(name: str, optimizer: str, trials: int, steps: int, rounds: int) -> tuple[Ratio, float, float]:
+def narrowed(task: Task, width: int) -> Task:
+    """The perceptron of ``digits_mlp`` with another width than its 256."""
+
+    def model() -> nn.Module:
+        inner = nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()
+        return nn.Sequential(nn.Flatten(), *inner, nn.Linear(width, CLASSES))
+
+    return replace(task, name=f"{task.name} of width {width}", model=model)
+
+
+def compare(task: Task, optimizer: str, trials: int, steps: int, rounds: int) -> tuple[Ratio, float, float]:
     """How many times the runs a second, the seconds of a trial alone, and the least that products leave of them."""
-    task = load_task(name).task
     data = task.data()
     refused = why_not(task, data, torch.device("cpu"))
     if refused:
-        raise ValueError(f"trials on {name} cannot be packed: {refused}")
+        raise ValueError(f"trials on {task.name} cannot be packed: {refused}")
     (contender,) = make_contenders([optimizer], [])
     lrs = [contender.lr_center * 10 ** (-place / trials) for place in range(trials)]
     keys = [trial_key(task, contender, lr, steps, packed=True) for lr in lrs]
@@ -56,15 +67,17 @@ def compare(name: str, optimizer: str, trials: int, steps: int, rounds: int) -> 
         "alone": lambda: [run(task, data, contender, key, lambda step: None) for key in keys],
     }
     interleaved(jobs, 1)  # compiles and fills the caches
-    seconds = interleaved(jobs, rounds)
-    alone = min(seconds["alone"]) / trials
-    return ratio(seconds["alone"], seconds["together"]), alone, steps * product_seconds(task) / alone
+    taken = interleaved(jobs, rounds)
+    alone = min(taken["alone"]) / trials
+    return ratio(taken["alone"], taken["together"]), alone, steps * product_seconds(task) / alone
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print a line a task."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", action="append", help="a task; may be repeated")
+    width = "digits_mlp with hidden layers of this width in the place of 256; may be repeated"
+    parser.add_argument("--width", action="append", type=int, default=[], help=width)
     parser.add_argument("--optimizer", default="adamw", help="who trains (default: adamw)")
     parser.add_argument("--trials", type=int, default=16, help="of a pack (default: 16)")
     parser.add_argument("--steps", type=int, default=60, help="of a run (default: 60)")
@@ -73,11 +86,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(arguments)
     torch.set_num_threads(1)
     console = Console(width=140)
-    for name in asked.task or TASKS:
-        with clock(asked.processor_time):
-            found, alone, products = compare(name, asked.optimizer, asked.trials, asked.steps, asked.rounds)
+    tasks = [load_task(name).task for name in asked.task or (() if asked.width else TASKS)]
+    tasks += [narrowed(load_task("digits_mlp").task, width) for width in asked.width]
+    for task in tasks:
+        with clock(of_processor=asked.processor_time):
+            found, alone, products = compare(task, asked.optimizer, asked.trials, asked.steps, asked.rounds)
         console.print(
-            f"{name}, {asked.optimizer}, {asked.trials} trials: {found.median:.2f} times the runs a second (quartiles "
+            f"{task.name}, {asked.optimizer}, {asked.trials} trials: {found.median:.2f} times the runs a second (quartiles "
             f"{found.low:.2f} to {found.high:.2f}); {1 / alone:.1f} a second alone, of which products alone need "
             f"{products:.0%}",
             highlight=False,
