@@ -17,6 +17,8 @@ from piste.race import Splits, Task, packed
 from piste.race.contenders import make_contenders
 from piste.race.packed import run_pack, why_not
 from piste.race.record import CONFIRM, DIVERGED, FINISHED, TUNE, RunKey, RunRecord
+from piste.race.seeds import derived_seed, seed_everything
+from piste.race.stack import Stack
 from piste.race.task import load_task
 from piste.race.training import run
 
@@ -92,6 +94,7 @@ def doubles() -> Splits:
     "name",
     [
         *("sam+adamw", "looksam+adamw", "lookahead+sgd", "ranger21", "schedule_free_adamw", "muon", "prodigy", "soap"),
+        *("lamb", "adafactor"),
         "torch.AdamW",
     ],
 )
@@ -127,6 +130,55 @@ def test_masks_and_running_statistics_are_those_of_runs_alone(name: str, inside:
     task = replace(TASK, model=model)
     assert not why_not(task, splits(), CPU)
     for one, other in both(task, name, [1e-3, 1e-2]):
+        assert_alike(one, other)
+
+
+class Sampling(nn.Module):
+    """Adds noise to what a linear layer gives, in the shape and the order in which that lies in memory."""
+
+    def __init__(self, quiet: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 16), nn.Linear(16, 1)
+        self.quiet, self.calls = quiet, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += self.training
+        hidden = self.first(x)
+        if self.training and self.calls > self.quiet:
+            hidden = hidden + torch.randn_like(hidden)
+        out: Tensor = self.last(hidden)
+        return out
+
+
+def test_noise_comes_in_the_order_of_runs_alone() -> None:
+    task = replace(TASK, model=lambda: Sampling(quiet=0))
+    assert not why_not(task, splits(), CPU)
+    for one, other in both(task, "adamw", [1e-3, 1e-2]):
+        assert_alike(one, other)
+
+
+def test_noise_that_begins_late_is_noticed() -> None:
+    with pytest.raises(RuntimeError, match="began to draw"):
+        both(replace(TASK, model=lambda: Sampling(quiet=9)), "adamw", [1e-3, 1e-2])
+
+
+def test_finding_out_whether_a_loss_draws_leaves_no_trace() -> None:
+    stack = Stack(TASK, [net(nn.BatchNorm1d(16), nn.Dropout(0.5))()])
+    before = torch.get_rng_state(), {name: buffer.clone() for name, buffer in stack.buffers.items()}
+    stack._find_out_whether_it_draws(tuple(part[:10] for part in splits().train))
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert all(torch.equal(stack.buffers[name], buffer) for name, buffer in before[1].items())
+
+
+def test_a_weight_that_stands_in_two_places_is_one() -> None:
+    def tied() -> nn.Module:
+        first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+        second.weight = first.weight
+        return nn.Sequential(first, nn.Tanh(), second, nn.Linear(4, 1))
+
+    task = replace(TASK, model=tied)
+    assert not why_not(task, splits(), CPU)
+    for one, other in both(task, "adamw", [1e-3, 1e-2]):
         assert_alike(one, other)
 
 
@@ -219,7 +271,12 @@ def drawing(draws: Callable[[int], Any], seen: list[Any], every: int) -> Task:
     return replace(TASK, loss=loss)
 
 
-@pytest.mark.parametrize("every", [1, 7])
+def drawn_in_step(draw: Callable[[int], Any], step: int) -> Any:
+    seed_everything(derived_seed(3, f"step {step}"))
+    return draw(0)
+
+
+@pytest.mark.parametrize("every", [1, 5])  # step 5 is one between evaluations, whose seeds are spared
 @pytest.mark.parametrize(
     "draw",
     [lambda _: random.random(), lambda _: np.random.rand(), lambda _: float(torch.rand(()))],
@@ -239,6 +296,8 @@ def test_steps_are_seeded_wherever_they_draw(draw: Callable[[int], Any], every: 
     values = [value for _, value in first]
     assert values == [value for _, value in second]
     assert len(set(values)) == len(values)
+    of_steps = [drawn_in_step(draw, step) for step in range(1, 25)]
+    assert set(values) <= set(of_steps)
     if every == 1:
         assert values == [value for _, value in seen["sam+adamw"][-48::2]]
     assert twice

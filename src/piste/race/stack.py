@@ -130,7 +130,7 @@ class _Linear(TorchFunctionMode):
         return (_linear if func is functional.linear else func)(*args, **(kwargs or {}))
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002  # torch's name
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if input.ndim != 2:
         return functional.linear(input, weight, bias)
     product = torch.matmul(weight, input.mT).mT
@@ -180,7 +180,7 @@ def _generator_of(device: torch.device) -> torch.Generator:
 def _keep_freed_memory() -> None:
     """Have the C library keep what is freed: stacked gradients come and go in every step.
 
-    glibc gives large pieces back to the system and gets them anew page by page, a third of the time of a step. How large
-    is more than the largest piece of its own that was ever freed, up to 32 MiB (mallopt(3), ``M_MMAP_THRESHOLD``).
+    glibc gives large pieces back to the system and gets them anew page by page, a third of the time of a step. Large
+    is what is larger than any such piece that was freed before, up to 32 MiB (mallopt(3), ``M_MMAP_THRESHOLD``).
     """
     torch.empty(_KEPT_BYTES, dtype=torch.uint8)
