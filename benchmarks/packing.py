@@ -50,7 +50,7 @@ def narrowed(task: Task, width: int) -> Task:
         inner = nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()
         return nn.Sequential(nn.Flatten(), *inner, nn.Linear(width, CLASSES))
 
-    return replace(task, name=f"{task.name} of width {width}", model=model)
+    return replace(task, name=f"{task.name}_{width}", model=model)
 
 
 def compare(task: Task, optimizer: str, trials: int, steps: int, rounds: int) -> tuple[Ratio, float, float]:
