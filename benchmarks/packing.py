@@ -93,8 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found, alone, products = compare(task, asked.optimizer, asked.trials, asked.steps, asked.rounds)
         console.print(
             f"{task.name}, {asked.optimizer}, {asked.trials} trials: {found.median:.2f} times the runs a second "
-            f"(quartiles {found.low:.2f} to {found.high:.2f}); {1 / alone:.1f} a second alone, of which products alone need "
-            f"{products:.0%}",
+            f"(quartiles {found.low:.2f} to {found.high:.2f}); {1 / alone:.1f} a second alone, of which products alone "
+            f"need {products:.0%}",
             highlight=False,
         )
 

@@ -1,4 +1,4 @@
-"""Steps of several optimizers in one launch: bit for bit those of each by itself, and not tried where they would mix."""
+"""Steps of several optimizers in one launch: bit for bit those of each, and not tried where they would mix."""
 
 from __future__ import annotations
 

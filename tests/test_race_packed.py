@@ -271,6 +271,12 @@ def drawing(draws: Callable[[int], Any], seen: list[Any], every: int) -> Task:
     return replace(TASK, loss=loss)
 
 
+def without_a_trace(_: int) -> float:
+    """The generator is afterwards as it was: whoever looks at it does not see that something was drawn."""
+    with torch.random.fork_rng(devices=[]):
+        return float(torch.rand(()))
+
+
 def drawn_in_step(draw: Callable[[int], Any], step: int) -> Any:
     seed_everything(derived_seed(3, f"step {step}"))
     return draw(0)
@@ -279,8 +285,8 @@ def drawn_in_step(draw: Callable[[int], Any], step: int) -> Any:
 @pytest.mark.parametrize("every", [1, 5])  # step 5 is one between evaluations, whose seeds are spared
 @pytest.mark.parametrize(
     "draw",
-    [lambda _: random.random(), lambda _: np.random.rand(), lambda _: float(torch.rand(()))],
-    ids=["random", "numpy", "torch"],
+    [lambda _: random.random(), lambda _: np.random.rand(), lambda _: float(torch.rand(())), without_a_trace],
+    ids=["random", "numpy", "torch", "torch, forked"],
 )
 def test_steps_are_seeded_wherever_they_draw(draw: Callable[[int], Any], every: int) -> None:
     """Also where the first draw comes late, after steps that seemed to need no seeds."""

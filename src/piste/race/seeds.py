@@ -8,15 +8,14 @@ from collections.abc import Collection
 
 import numpy as np
 import torch
-from torch import Tensor
 
-_PROBED = 2  # steps after which it is known whether a task draws at all
+_PROBED = 2  # steps after which it is known whether a task draws from numpy and random
 _FRESH = np.random.RandomState(0), random.Random(0)  # generators that nobody else draws from
 _AHEAD = 256  # seeds worked out at once: among other work each takes ten times as long
 
 
 class LateDrawError(Exception):
-    """After steps that drew nothing from torch, numpy or ``random``, one did, and that had not been seeded for it."""
+    """After steps that drew nothing from numpy and ``random``, one did, and these had not been seeded for it."""
 
 
 def derived_seed(seed: int, purpose: str) -> int:
@@ -33,11 +32,10 @@ def seed_everything(seed: int) -> None:
 class StepSeeds:
     """Seeds torch, numpy and ``random`` for every step of a run, at little cost where they are not drawn from.
 
-    ``torch.manual_seed`` thinks of all devices, those too that were never used, which takes a tenth of a millisecond,
-    and seeding the CPU's generator alone still takes a hundredth among other work. What nothing draws from is left as
-    it is. Whether something does is found out in the first steps and verified before each evaluation; a run in which
-    seeds turn out to be needed after all has to be made again with ``sparing=False``. Either way a step that draws
-    draws the same.
+    ``torch.manual_seed`` thinks of all devices, those too that were never used, which takes a tenth of a millisecond.
+    numpy and ``random`` are left as they are while nothing draws from them. Whether something does is found out in the
+    first steps and verified before each evaluation; a run in which they turn out to be needed after all has to be made
+    again with ``sparing=False``.
 
     Args:
         seed: of the run.
@@ -51,13 +49,10 @@ class StepSeeds:
         self.seed = seed
         self.steps = steps
         self.stops = stops
-        on_cpu = device.type == "cpu"
-        self.seed_torch = torch.default_generator.manual_seed if on_cpu else torch.manual_seed
-        self.sparing = sparing  # of numpy and random
-        self.sparing_torch = sparing and on_cpu
+        self.seed_torch = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed
+        self.sparing = sparing
         self.ahead: list[int] = []
         self.last: int | None = None  # what numpy and random were seeded with, if they can be as they were then
-        self.state: Tensor | None = None  # of torch's generator after it was seeded, if it can be as it was then
 
     def begin(self, number: int) -> None:
         """Seed for this step.
@@ -69,30 +64,16 @@ class StepSeeds:
             numbers = range(min(self.steps, number + _AHEAD - 1), number - 1, -1)
             self.ahead = [derived_seed(self.seed, f"step {each}") for each in numbers]
         seed = self.ahead.pop()
-        after_stop = number - 1 in self.stops
-        spared = number > _PROBED + 1 and number not in self.stops and not after_stop
-        if not (spared and self.sparing_torch):
-            self._begin_torch(number, seed, after_stop)
-        if not (spared and self.sparing):
-            self._begin_others(number, seed, after_stop)
-
-    def _begin_torch(self, number: int, seed: int, after_stop: bool) -> None:
-        if self.sparing_torch and self.state is not None and not after_stop:
-            self.sparing_torch = self._still(number, torch.equal(self.state, torch.default_generator.get_state()))
         self.seed_torch(seed)
-        self.state = torch.default_generator.get_state() if self.sparing_torch else None
-
-    def _begin_others(self, number: int, seed: int, after_stop: bool) -> None:
-        if self.sparing and self.last is not None and not after_stop:
-            self.sparing = self._still(number, not _drawn_since(self.last))
+        after_stop = number - 1 in self.stops
+        if self.sparing and number > _PROBED + 1 and number not in self.stops and not after_stop:
+            return
+        if self.sparing and self.last is not None and not after_stop and _drawn_since(self.last):
+            if number > _PROBED + 1:
+                raise LateDrawError
+            self.sparing = False
         _seed_others(seed)
         self.last = seed
-
-    def _still(self, number: int, still: bool) -> bool:
-        """Has nobody drawn? To draw first when steps go unseeded already is too late."""
-        if not still and number > _PROBED + 1:
-            raise LateDrawError
-        return still
 
 
 def _seed_others(seed: int) -> None:
