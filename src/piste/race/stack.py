@@ -18,7 +18,7 @@ from piste.race.task import Task
 _KEPT_BYTES = 31 << 20
 
 Function = Callable[[nn.Module, Any], Tensor | float]
-Place = tuple[dict[str, Tensor | None], str]  # a module's weights or buffers, and the name of one
+Place = tuple[dict[str, Any], str]  # a module's weights or buffers, and the name of one
 
 
 class Stack:
@@ -172,7 +172,7 @@ def _generator_of(device: torch.device) -> torch.Generator:
     """What a task's random numbers come from there."""
     if device.type != "cuda":
         return torch.default_generator
-    torch.cuda.init()
+    torch.cuda.init()  # type: ignore[no-untyped-call]
     return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
 
 
