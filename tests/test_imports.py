@@ -57,7 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("execution", "distribution", "roster", "checks", "checkpoint", "sharding", "slots", "storage", "symbol"),
         "variants",
     },
-    "joint": {"device_numbers", "execution", "optimizer", "roster"},
+    "joint": {"execution", "last_step", "optimizer", "roster"},
     "batchnorm": set(),
     "stable_embedding": set(),
     "wrappers": {

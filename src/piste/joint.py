@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from piste import execution
-from piste.optimizer import LastStep, Optimizer
+from piste.last_step import LastStep
+from piste.optimizer import Optimizer
 from piste.roster import Roster
 
 __all__ = ["JointStep"]
@@ -81,7 +82,7 @@ class JointStep:
         for optimizer, new, (given, _) in zip(optimizers, advanced, gathered, strict=True):
             if any(g is not None for g in given):
                 optimizer._keep(new, {})
-            optimizer.last_step = LastStep(optimizer, {}, None, skipped=False, renewed=renewed)
+            optimizer.last_step = LastStep(optimizer.param_groups, {}, None, skipped=False, renewed=renewed)
             optimizer._opt_called = True  # which schedules of torch look at, to say that they came too early
         return True
 
