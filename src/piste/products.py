@@ -17,16 +17,22 @@ __all__ = ["outer", "symmetric_product", "symmetric_products", "triangular_produ
 _PANEL = 128
 #: rows of symmetric products that are worked out at once; bfloat16, which is twice as fast, wants more
 _ROWS, _ROWS_IN_BFLOAT16 = 96, 128
-#: multiplications of a row, ``n * k``, from which half of a product with its mirroring takes less time than the whole:
-#: 0.9 of it there for n from 256 on, 0.8 at 2^18, 0.7 at 2^20; bfloat16 is there at four times as many
-_WORTH = 1 << 16
+#: multiplications of a row, ``n * k``, from which half of a product with its mirroring takes less time than the whole
+#: on one thread: 0.9 of it there for n from 256 on, 0.8 at 2^18, 0.7 at 2^20; bfloat16 is there at four times as many
+_WORTH, _WORTH_IN_BFLOAT16 = 1 << 16, 1 << 18
+#: the same for each of several threads, which are busier with the whole than with panels: two of them take 1.2 of its
+#: time for 512 x 512, and 0.9 for 768 x 768 and 512 x 2048, in either precision
+_WORTH_TOGETHER = 1 << 18
 
 
 def _halves(rows: Tensor) -> bool:
     """Does it pay to work out half of a symmetric product of ``n x k`` with ``k x n``?"""
+    if rows.device.type != "cpu":
+        return False
     n, k = rows.shape[-2:]
-    worth = _WORTH * (4 if rows.dtype == torch.bfloat16 else 1)
-    return rows.device.type == "cpu" and n >= 2 * _ROWS and k >= _ROWS and n * k >= worth
+    threads = torch.get_num_threads()
+    alone = _WORTH_IN_BFLOAT16 if rows.dtype == torch.bfloat16 else _WORTH
+    return n >= 2 * _ROWS and k >= _ROWS and n * k >= (alone if threads == 1 else threads * _WORTH_TOGETHER)
 
 
 def symmetric_product(
