@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from report_studies import plain_study
 
+from piste.race import environment
 from piste.race import store as store_module
 from piste.race.record import RecordError, RunRecord, plain
 from piste.race.store import Store, StoreError
@@ -238,3 +239,13 @@ def test_no_study_is_said(store: Store) -> None:
     store.study.write_text("{")
     with pytest.raises(StoreError, match="is damaged"):
         store.read_study()
+
+
+def test_whatever_works_out_gradients_counts_into_the_version_of_records() -> None:
+    """A run is not made again while its code is the same; probes and tasks have hashes of their own."""
+    folder = Path(environment.__file__).parent
+    texts = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.py")}
+    training = {name for name, text in texts.items() if "autograd.grad(" in text or ".backward(" in text}
+    assert {"stack.py", "training.py"} <= training
+    assert training - {"inspection.py"} <= {Path(name).name for name in environment._DECISIVE}
+    assert all((folder.parent / name).is_file() for name in environment._DECISIVE)

@@ -18,7 +18,7 @@ from piste.race.record import fingerprint
 
 # How a run is driven and reported does not change how it goes; these do.
 _DECISIVE = {
-    *("race/attempt.py", "race/data.py", "race/packed.py", "race/seeds.py", "race/training.py"),
+    *("race/attempt.py", "race/data.py", "race/packed.py", "race/seeds.py", "race/stack.py", "race/training.py"),
     "race/tasks/classification.py",  # no task's own file, and so in no task's hash
 }
 
