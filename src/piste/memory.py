@@ -17,7 +17,7 @@ from piste.bucket import Bucket, beside
 from piste.matrices import Work
 from piste.optimizer import Optimizer
 from piste.plan import Stage
-from piste.registry import create, preset_of
+from piste.registry import create, preset_of, step_with
 from piste.storage import shape_of
 from piste.symbol import ALL, MATRIX, Sym
 from piste.wrappers.base import Wrapper
@@ -107,26 +107,24 @@ def estimate_memory(
             )
     twin = _without_memory(model)
     made = create(optimizer, twin, state=state, weights=weights, **overrides)
-    inside = made
-    while isinstance(inside, Wrapper):
-        inside = inside.optimizer
-    if not isinstance(inside, Optimizer):
+    layers = _layers(made)
+    if not isinstance(layers[-1], Optimizer):
         raise ValueError(
-            f"optimizer={optimizer!r} is of {type(inside).__module__}; legal: presets of piste's own classes"
+            f"optimizer={optimizer!r} is of {type(layers[-1]).__module__}; legal: presets of piste's own classes"
         )
     trained = [p for group in made.param_groups for p in group["params"]]
     seen = _Seen()
     with execution.only_looked_at(seen.look):
         for number in range(_FIRST + _PERIOD):
             seen.begin(counts=number >= _FIRST)
-            seen.copied(_step(made, trained))
+            seen.copied(_bytes(step_with(made, trained, torch.empty_like)))
     return MemoryEstimate(
         optimizer=optimizer,
         precision=state,
         parameters=sum(p.numel() for p in trained),
         weights=_bytes((*twin.parameters(), *twin.buffers())),
         gradients=_bytes(trained),
-        state=_bytes(_kept(made)),
+        state=_bytes(_kept(layers)),
         matrices=_bytes(seen.matrices.values()),
         extra=seen.extra,
         workspace=seen.workspace,
@@ -161,28 +159,19 @@ class _Seen:
             self.moved += sum(map(_moved, buckets))
 
 
-def _step(optimizer: torch.optim.Optimizer, weights: Sequence[Tensor]) -> int:
-    """A step, of two passes where it has to be, on gradients without memory; bytes of the copies between the passes."""
-    for p in weights:
-        p.grad = torch.empty_like(p)
-    copies = 0
-    if getattr(optimizer, "needs_two_passes", False):
-        optimizer.first_step()  # type: ignore[attr-defined]
-        copies = _bytes(optimizer.copies)  # type: ignore[attr-defined]
-        for p in weights:
-            p.grad = torch.empty_like(p)
-    optimizer.step()
-    return copies
+def _layers(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """An optimizer with what it is wrapped round, the outermost first."""
+    found = [optimizer]
+    while isinstance(found[-1], Wrapper):
+        found.append(found[-1].optimizer)
+    return found
 
 
-def _kept(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def _kept(layers: Sequence[torch.optim.Optimizer]) -> list[Tensor]:
     """What an optimizer holds for good, with its wrappers' own: each tensor once."""
-    entries = list(optimizer.state.values())
-    held: list[Any] = list(optimizer.buffers()) if isinstance(optimizer, Wrapper) else []
-    while isinstance(optimizer, Wrapper):
-        entries.extend(optimizer.own.values())
-        optimizer = optimizer.optimizer
-    held.extend(x for one in entries for x in one.values())
+    wrappers = [layer for layer in layers if isinstance(layer, Wrapper)]
+    entries = [*layers[-1].state.values(), *(own for wrapper in wrappers for own in wrapper.own.values())]
+    held = [*(x for one in entries for x in one.values()), *(x for outer in wrappers[:1] for x in outer.buffers())]
     return list({id(x): x for x in held if isinstance(x, Tensor)}.values())
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -42,6 +42,7 @@ __all__ = [
     "preset_of",
     "schedule_for",
     "state_bytes",
+    "step_with",
 ]
 
 logger = logging.getLogger("piste")
@@ -150,14 +151,26 @@ def state_bytes(name: str, shape: tuple[int, ...] = (256, 256), state: str = "fp
     group = {"params": [weight], **({"rule": "muon"} if of_matrices and weight.ndim > 1 else {})}
     optimizer = create(name, [group], weight_decay=0.0, engine="reference", state=state)
     for _ in range(_STEPS_TO_ALL_STATES):
-        weight.grad = torch.ones(shape)
-        if getattr(optimizer, "needs_two_passes", False):
-            optimizer.first_step()  # type: ignore[attr-defined]
-            weight.grad = torch.ones(shape)
-        optimizer.step()
+        step_with(optimizer, [weight], torch.ones_like)
     saved = (x for entries in optimizer.state_dict()["state"].values() for x in entries.values())
     kept = [x for x in (*saved, *getattr(optimizer, "buffers", lambda: ())()) if isinstance(x, torch.Tensor)]
     return sum(x.numel() * x.element_size() for x in kept) / weight.numel()
+
+
+def step_with(
+    optimizer: torch.optim.Optimizer, weights: Sequence[torch.Tensor], gradient: Callable[[torch.Tensor], torch.Tensor]
+) -> list[torch.Tensor]:
+    """Take a step, of two passes where it has to be, on made-up gradients; the copies held between the passes."""
+    for p in weights:
+        p.grad = gradient(p)
+    copies: list[torch.Tensor] = []
+    if getattr(optimizer, "needs_two_passes", False):
+        optimizer.first_step()  # type: ignore[attr-defined]
+        copies = optimizer.copies  # type: ignore[attr-defined]
+        for p in weights:
+            p.grad = gradient(p)
+    optimizer.step()
+    return copies
 
 
 def create(name: str | Preset, model_or_params: nn.Module | Iterable[Any], **overrides: Any) -> torch.optim.Optimizer:
