@@ -21,6 +21,7 @@ import torch
 from click.testing import CliRunner
 from ray_cluster import ENVIRONMENT, running
 from rich.console import Console
+from slurm_call import Call
 
 from piste.race import environment, study
 from piste.race.command import command
@@ -438,27 +439,6 @@ def test_workers_that_are_always_lost_are_given_up(tmp_path: Path, monkeypatch: 
     cluster.say(cluster.actors[-1], lost())
     with pytest.raises(ExecutorError, match="workers are lost as soon as they start"):
         list(executor.events(0))
-
-
-class Call:
-    """A job of Slurm that has ended."""
-
-    job_id = "7"
-    state = "COMPLETED"
-
-    def __init__(self, result: Any) -> None:
-        self.cancelled, self.said = False, result
-
-    def done(self) -> bool:
-        return True
-
-    def cancel(self, check: bool) -> None:
-        self.cancelled = True
-
-    def result(self) -> Any:
-        if isinstance(self.said, Exception):
-            raise self.said
-        return self.said
 
 
 class Queued(Call):

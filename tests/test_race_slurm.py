@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("submitit")
+from slurm_call import Call
 from submitit.core.utils import FailedJobError, UncompletedJobError
 
 from piste.race.executors import Death, ExecutorError, host
@@ -21,26 +22,6 @@ from piste.race.worker import Inspect, Job, Started
 HERE = {"system": "here"}
 TOLD = host.Told(Started(HERE, {}), "node7", host.Heard("card", b""))  # type: ignore[arg-type]
 FULL = FailedJobError("sbatch: error: QOSMaxSubmitJobPerUserLimit")
-
-
-class Call:
-    """A job of Slurm; it has ended once ``over`` is set."""
-
-    job_id = "7"
-
-    def __init__(self, result: Any, state: str = "COMPLETED", over: bool = True) -> None:
-        self.said, self.state, self.over, self.cancelled = result, state, over, False
-
-    def done(self) -> bool:
-        return self.over
-
-    def cancel(self, check: bool) -> None:
-        self.cancelled = True
-
-    def result(self) -> Any:
-        if isinstance(self.said, Exception):
-            raise self.said
-        return self.said
 
 
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *calls: Call | Exception, home: bool = True) -> Slurm:
