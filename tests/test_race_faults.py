@@ -426,7 +426,7 @@ def test_ctrl_c_once_reports_and_twice_stops_at_once(tmp_path: Path) -> None:
 @linux
 @pytest.mark.slow
 def test_fifty_kills_lose_and_repeat_nothing(tmp_path: Path) -> None:
-    """kill -9 of drivers and workers at random moments; the race then says to the bit what an undisturbed one does."""
+    """kill -9 of drivers, workers and what forks them, at random moments; the race ends as an undisturbed one does."""
     task = str(write(tmp_path, "time.sleep(0.002)"))
     draw = random.Random(8)
     victims = ["driver"] * 8 + ["worker"] * 42
@@ -444,7 +444,7 @@ def test_fifty_kills_lose_and_repeat_nothing(tmp_path: Path) -> None:
             time.sleep(draw.uniform(0.0, 4.0))  # also while it starts
         else:
             time.sleep(draw.uniform(0.0, 1.5))
-        workers = sorted(_children(driver.pid))
+        workers = sorted(_workers(driver.pid))
         if victims[-1] == "worker" and not workers:
             continue
         victim = draw.choice(workers) if victims.pop() == "worker" else driver.pid
@@ -473,17 +473,26 @@ def _larger(folder: Path, task: str, trials: int) -> list[str]:
     return command(folder, task, *several)
 
 
-def _children(driver: int) -> set[int]:
-    """Its workers."""
-    found = set()
-    for task in Path(f"/proc/{driver}/task").glob("*/children"):
-        for child in task.read_text().split():
-            try:
-                if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
-                    found.add(int(child))
-            except OSError:
-                continue
-    return found
+def _workers(driver: int) -> set[int]:
+    """Its workers, and the process of which they are forks."""
+    beneath = {process for child in _children(driver) for process in {child} | _children(child)}
+    return {process for process in beneath if is_alive(process) and b"forkserver" in _command_line(process)}
+
+
+def _children(parent: int) -> set[int]:
+    """Those that are there; none of a process that has ended."""
+    try:
+        lists = [path.read_text() for path in Path(f"/proc/{parent}/task").glob("*/children")]
+    except OSError:
+        return set()
+    return {int(child) for children in lists for child in children.split()}
+
+
+def _command_line(process: int) -> bytes:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def _quality(text: str) -> dict[str, object]:

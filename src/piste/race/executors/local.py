@@ -12,12 +12,13 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess, SpawnContext, SpawnProcess
 from pathlib import Path
 
 from piste.race import environment, worker
@@ -28,13 +29,16 @@ from piste.race.worker import Answer, Job, Started
 
 _STOP_SECONDS = 5.0
 _MOST_STARTS = 5  # of workers that are killed before any is ready
+_LOST = 255  # multiprocessing's exit code of one whose death nobody saw: the process that forked it was killed
+
+Worker = ForkServerProcess | SpawnProcess
 
 
 @dataclass
 class _Lane:
     """One worker process, its pipe and its job."""
 
-    process: SpawnProcess
+    process: Worker
     pipe: Connection[Job, Answer]
     job: Job | None = None
     started: Started | None = None
@@ -63,8 +67,7 @@ class Local:
         self.logs, self.device, self.gpus = logs, device, gpus
         self.guard = Guard(memory)
         self.false_starts = 0
-        # "spawn": a forked process inherits torch's threads and locks in whatever state they are.
-        self.context = multiprocessing.get_context("spawn")
+        self.context = _context()
         self.lanes = [self._start(number) for number in range(workers)]
 
     def __enter__(self) -> Local:
@@ -206,9 +209,22 @@ class Local:
         arguments = (theirs, self._log(number), self.device, gpu)
         process = self.context.Process(target=worker.main, args=arguments, daemon=True, name=f"piste-{number}")
         with _interrupt_ignored():
-            process.start()
+            _begin(process)
         theirs.close()
         return _Lane(process, ours)
+
+
+def _context() -> ForkServerContext | SpawnContext:
+    """How workers begin: as forks of a process that has imported torch and nothing more, so in no time.
+
+    Not as forks of this one, whose threads and locks they would inherit in whatever state they are. Elsewhere than on
+    Linux each imports torch itself: there, system libraries do not bear a fork.
+    """
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([worker.__name__])
+    return context
 
 
 def _end(lanes: Sequence[_Lane]) -> None:
@@ -217,6 +233,17 @@ def _end(lanes: Sequence[_Lane]) -> None:
     for lane in lanes:
         lane.process.join()
         lane.pipe.close()
+
+
+def _begin(process: Worker) -> None:
+    """Start a process, though the one that forks it be killed meanwhile: the next try begins another."""
+    for tries in range(1, _MOST_STARTS + 1):
+        try:
+            process.start()
+            return
+        except (EOFError, OSError):
+            if tries == _MOST_STARTS:
+                raise
 
 
 @contextmanager
@@ -239,7 +266,7 @@ def _give(lane: _Lane, job: Job) -> None:
         lane.pipe.send(job)
 
 
-def _kill(process: SpawnProcess) -> None:
+def _kill(process: Worker) -> None:
     """End a worker and all that its task has started: they are its group, once it has begun to work."""
     if process.pid is not None and hasattr(os, "killpg"):
         with contextlib.suppress(OSError):
@@ -249,7 +276,7 @@ def _kill(process: SpawnProcess) -> None:
 
 def _was_killed(lane: _Lane) -> bool:
     """From outside, and not from here."""
-    return not lane.stopped and lane.process.exitcode in (-signal.SIGKILL, -signal.SIGTERM)
+    return not lane.stopped and lane.process.exitcode in (-signal.SIGKILL, -signal.SIGTERM, _LOST)
 
 
 def _reason(code: int | None) -> str:
