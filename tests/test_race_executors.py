@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -36,7 +37,7 @@ from piste.race.terminal import PlainView
 from piste.race.worker import Inspect, Job, Pack, Packed, Progress, Refusal, Run, Started
 
 TASK = """
-import time
+import os, time
 from pathlib import Path
 import torch
 from piste.race import Splits, Task
@@ -127,6 +128,44 @@ def test_a_job_that_was_stopped_too_late_has_its_answer(local: Local, tmp_path: 
     refusal = outcome(local, wrong)
     assert isinstance(refusal, Refusal)
     assert "another machine" in refusal.message
+
+
+def test_a_worker_has_the_environment_of_its_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is now; what forks workers may have been started with another one, as in a notebook."""
+    monkeypatch.setenv("PISTE_TEST_FIRST", "1")
+    with Local(1, tmp_path) as executor:
+        outcome_of(executor, write(tmp_path, "assert 'PISTE_TEST_FIRST' in os.environ", "first.py"))
+    monkeypatch.delenv("PISTE_TEST_FIRST")
+    monkeypatch.setenv("PISTE_TEST_SECOND", "2")
+    asked = "assert os.environ.get('PISTE_TEST_FIRST', '') + os.environ['PISTE_TEST_SECOND'] == '2'"
+    with Local(1, tmp_path) as executor:
+        outcome_of(executor, write(tmp_path, asked, "second.py"))
+
+
+def outcome_of(executor: Local, task: Path) -> None:
+    """Nothing, where a worker finds the task well."""
+    job = Inspect(str(task), "cpu")
+    executor.submit(job)
+    answer = outcome(executor, job)
+    assert isinstance(answer, TaskCard), answer
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers are not forked")
+def test_a_job_outlives_what_has_forked_its_worker(tmp_path: Path) -> None:
+    with Local(1, tmp_path) as executor:
+        job = Inspect(
+            str(write(tmp_path, f"time.sleep(0 if os.path.exists({str(tmp_path / 'go')!r}) else 600)")), "cpu"
+        )
+        executor.submit(job)
+        while not (tmp_path / "marks").exists():  # it is at work
+            list(executor.events(0.05))
+        (tmp_path / "go").touch()
+        before = executor.lanes[0].process.pid
+        status = Path(f"/proc/{before}/stat").read_text().rpartition(")")[2].split()
+        os.kill(int(status[1]), signal.SIGKILL)
+        assert isinstance(outcome(executor, job), TaskCard)
+        assert executor.lanes[0].process.pid != before
+    assert not Path(f"/proc/{before}").exists()
 
 
 # Room

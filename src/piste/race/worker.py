@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
@@ -111,7 +111,7 @@ Job = Inspect | Run | Pack
 Answer = Started | TaskCard | RunRecord | Packed | Apart | Progress | Refusal
 
 
-def main(pipe: Connection[Answer, Job], log: Path, device: str, gpu: str | None) -> None:
+def main(pipe: Connection[Answer, Job], log: Path, device: str, gpu: str | None, variables: Mapping[str, str]) -> None:
     """Serve jobs until the other end of the pipe is closed, as it is when the driver dies, however it dies.
 
     Args:
@@ -119,7 +119,10 @@ def main(pipe: Connection[Answer, Job], log: Path, device: str, gpu: str | None)
         log: file for all that is printed here.
         device: that jobs will ask for.
         gpu: the one that is to be seen here, as ``CUDA_VISIBLE_DEVICES`` names it; None for all.
+        variables: the driver's environment. This process may be the fork of one that was started with an earlier one.
     """
+    os.environ.clear()
+    os.environ.update(variables)
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read when CUDA is first used, which is later
     # Ctrl-C goes to the whole process group; the driver decides what becomes of its workers.

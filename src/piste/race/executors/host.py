@@ -70,7 +70,7 @@ class Host:
             for event in self.local.events(_POLL_SECONDS):
                 if not isinstance(event.answer, Progress):
                     return Heard(self._returned(event.answer, job), self._printed())
-                if time.monotonic() - self.told >= _PROGRESS_SECONDS:
+                if event.answer.step == 0 or time.monotonic() - self.told >= _PROGRESS_SECONDS:
                     self.told = time.monotonic()
                     return Heard(event.answer, b"")
             if self.stopped[0] == number:

@@ -206,7 +206,7 @@ class Local:
     def _start(self, number: int) -> _Lane:
         ours, theirs = self.context.Pipe()
         gpu = self.gpus[number % len(self.gpus)] if self.gpus else None
-        arguments = (theirs, self._log(number), self.device, gpu)
+        arguments = (theirs, self._log(number), self.device, gpu, dict(os.environ))
         process = self.context.Process(target=worker.main, args=arguments, daemon=True, name=f"piste-{number}")
         with _interrupt_ignored():
             _begin(process)
