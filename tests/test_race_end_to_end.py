@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 
 from piste.race.starter import STARTER
@@ -54,11 +53,9 @@ def command(folder: Path, *arguments: str) -> list[str]:
 
 
 def race(folder: Path, *arguments: str, status: int | None = 0) -> str:
-    done = subprocess.run(
-        command(folder, *arguments), capture_output=True, text=True, check=False, cwd=folder, timeout=300
-    )
-    assert done.returncode in ((0, 1) if status is None else (status,)), done.stdout + done.stderr
-    return done.stdout + done.stderr
+    done = commands.run(["race", *arguments, "--out", str(folder / "out")], folder)
+    assert done.returncode in ((0, 1) if status is None else (status,)), done.stdout
+    return done.stdout
 
 
 def records(folder: Path) -> dict[str, dict[str, Any]]:
@@ -140,15 +137,12 @@ def test_kill_at_random_moments_loses_and_repeats_nothing(tmp_path: Path) -> Non
     generator = random.Random(0)
     kept: dict[str, str] = {}
     for _ in range(5):
-        process = subprocess.Popen(
-            command(tmp_path, task, *SMALL), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )  # fmt: skip
+        process = commands.Command(["race", task, *SMALL, "--out", "out"], tmp_path)
         deadline = time.monotonic() + 60
         while not (tmp_path / "out" / "runs").is_dir() and time.monotonic() < deadline:
             time.sleep(0.05)
         time.sleep(generator.uniform(0.0, 8.0))
-        os.kill(process.pid, signal.SIGKILL)  # the driver alone: its workers have to notice
+        process.kill()  # the driver alone: its workers have to notice
         process.wait()
         now = contents(tmp_path)
         assert kept.items() <= now.items()
@@ -162,14 +156,14 @@ def test_kill_at_random_moments_loses_and_repeats_nothing(tmp_path: Path) -> Non
 
 def test_ctrl_c_keeps_runs_and_resume_goes_on(tmp_path: Path) -> None:
     task = str(write(tmp_path, "time.sleep(0.01)", steps=60))
-    process = subprocess.Popen(
-        command(tmp_path, task, *SMALL), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    said = tmp_path / "said"
+    process = commands.Command(["race", task, *SMALL, "--out", str(tmp_path / "out")], tmp_path, said)
     deadline = time.monotonic() + 90
     while len(list((tmp_path / "out").glob("runs/*.json"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    process.wait(60)
+    output = said.read_text()
     assert process.returncode == 130
     assert "all finished runs are kept. Go on with: piste race --resume --out" in output
     assert "Traceback" not in output
@@ -200,11 +194,7 @@ def test_the_starter_races_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "my_task.py").write_text(STARTER.replace("{file}", "my_task.py").replace("{name}", "my_task"))
     output = race(tmp_path, "my_task.py", "--trials", "1", "--seeds", "2", "--steps", "30")
     assert "my_task: accuracy, higher is better" in output
-    done = subprocess.run(
-        [sys.executable, "-c", "from piste.cli import main; main()", "report", str(tmp_path / "out")],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert "report: " in done.stdout
+    assert "report: " in commands.run(["report", str(tmp_path / "out")], tmp_path).stdout
 
 
 def test_a_budget_is_measured_said_and_kept(tmp_path: Path) -> None:

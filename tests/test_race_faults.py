@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import commands
 import pytest
 from test_race_end_to_end import command, contents, race, records, write
 
@@ -357,8 +358,7 @@ def test_a_race_whose_clock_jumps_resumes_and_says_the_same(tmp_path: Path) -> N
 
 def _reported(folder: Path) -> str:
     """The standings and the verdict."""
-    main = [sys.executable, "-c", "from piste.cli import main; main()", "report", "out", "--format", "md"]
-    done = subprocess.run(main, cwd=folder, capture_output=True, text=True, check=True)
+    done = commands.run(["report", "out", "--format", "md"], folder)
     assert "wrote" in done.stdout
     text = next((folder / "out").glob("*.md")).read_text()
     return re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", "", text)  # when the race was last asked for
@@ -368,7 +368,7 @@ def _reported(folder: Path) -> str:
 @pytest.mark.slow
 def test_a_second_race_is_refused_and_takes_over_from_a_killed_one(tmp_path: Path) -> None:
     task = str(write(tmp_path, "time.sleep(0.05)", steps=200))
-    first = subprocess.Popen(command(tmp_path, task, *SMALL), cwd=tmp_path, stdout=subprocess.DEVNULL)
+    first = commands.Command(["race", task, *SMALL, "--out", "out"], tmp_path)
     try:
         until((tmp_path / "out" / "study.json").exists, "the first race never begins")
         output = race(tmp_path, task, *SMALL, status=1)
@@ -392,26 +392,21 @@ def test_ctrl_c_once_reports_and_twice_stops_at_once(tmp_path: Path) -> None:
     task = str(write(tmp_path, "time.sleep(0.06)", steps=100))
     kept: dict[str, str] = {}
     for presses in (2, 1):
-        process = subprocess.Popen(
-            command(tmp_path, task, *SMALL), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        assert process.stdout is not None
+        output = tmp_path / f"{presses} presses"
+        process = commands.Command(["race", task, *SMALL, "--out", "out"], tmp_path, output)
         have = len(kept)
         until(lambda: len(contents(tmp_path)) > have, "no run ends")  # noqa: B023
         time.sleep(1.0)
         process.send_signal(signal.SIGINT)
-        said = ""
-        while "stopping, once" not in said:
-            line = process.stdout.readline()
-            assert line, said
-            said += line
+        until(lambda: "stopping, once" in output.read_text(), "Ctrl-C is not heard")  # noqa: B023
         if presses == 2:
             process.send_signal(signal.SIGINT)
-        rest, _ = process.communicate(timeout=DEADLINE)
+        process.wait(DEADLINE)
+        said = output.read_text()
         assert process.returncode == 130
-        assert "Traceback" not in rest
-        assert "all finished runs are kept. Go on with: piste race --resume --out" in rest
-        assert ("report: " in rest) == (presses == 1)
+        assert "Traceback" not in said
+        assert "all finished runs are kept. Go on with: piste race --resume --out" in said
+        assert ("report: " in said) == (presses == 1)
         now = contents(tmp_path)
         assert kept.items() < now.items()
         kept = now

@@ -13,6 +13,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 
@@ -418,15 +419,13 @@ def test_a_script_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
 def test_a_whole_race_of_a_script(tmp_path: Path) -> None:
     """Planned for a budget by its first runs, which are the race's own; nothing is run twice."""
     path = write(tmp_path)
-    main = "from piste.cli import main; main()"
-    asked = [sys.executable, "-c", main, "race", "--script", str(path), "--optimizers", "sgd,torch.SGD"]
+    asked = ["race", "--script", str(path), "--optimizers", "sgd,torch.SGD"]
     few = ["--trials", "1", "--seeds", "1", "--timing", "1"]
 
     def race(folder: str, *arguments: str, status: int = 0) -> str:
-        command = [*asked, *few, "--out", str(tmp_path / folder), *arguments, "--", "{seed}"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-        assert done.returncode == status, done.stdout + done.stderr
-        return " ".join((done.stdout + done.stderr).split())
+        done = commands.run([*asked, *few, "--out", folder, *arguments, "--", "{seed}"], tmp_path)
+        assert done.returncode == status, done.stdout
+        return " ".join(done.stdout.split())
 
     said = race("out", "--budget", "1h")
     assert "as long as the script says" in said

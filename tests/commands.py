@@ -1,0 +1,89 @@
+"""The command ``piste`` in processes of their own that need not import torch again.
+
+Each is a fork of one that has imported what a race needs and done nothing else, and so are the workers of its races.
+Arguments, folder, environment, output, signals and exit code are those of a command from a shell. Where a test is about
+what a command starts with, or about the process that forks, it uses ``subprocess``.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from multiprocessing import forkserver
+from pathlib import Path
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["piste.race.command", "piste.race.report", "piste.race.worker"])
+
+
+class Command:
+    """A running ``piste``, as ``subprocess.Popen`` would show it.
+
+    Args:
+        arguments: after the command's name.
+        folder: where it runs.
+        output: file for all that it prints; None throws it away.
+    """
+
+    def __init__(self, arguments: Sequence[str], folder: Path, output: Path | None = None) -> None:
+        target = Path(os.devnull) if output is None else output
+        self.process = _CONTEXT.Process(target=_main, args=(list(arguments), folder, target, dict(os.environ)))
+        self.process.start()
+        assert self.process.pid is not None
+        self.pid = self.process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """None while it runs; minus the signal that killed it."""
+        return self.process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired("piste", timeout or 0.0)
+        return self.returncode
+
+    def send_signal(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.process.kill()
+
+
+def run(arguments: Sequence[str], folder: Path, timeout: float = 600.0) -> subprocess.CompletedProcess[str]:
+    """Wait for a command; all that it has printed is its ``stdout``."""
+    with tempfile.TemporaryDirectory() as place:
+        output = Path(place) / "output"
+        running = Command(arguments, folder, output)
+        try:
+            status = running.wait(timeout)
+        finally:
+            running.kill()
+        return subprocess.CompletedProcess(list(arguments), status, output.read_text(), "")
+
+
+def _main(arguments: list[str], folder: Path, output: Path, variables: dict[str, str]) -> None:
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(variables)
+    with output.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = ["piste", *arguments]
+    # The server that has forked this process forks its workers, too; it is ready, as this process shows.
+    forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]
+    from piste.cli import main
+
+    try:
+        main()
+    finally:
+        atexit._run_exitfuncs()  # a process of multiprocessing ends without them
