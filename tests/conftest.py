@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from torchvision_stub import declare_operators
 
 declare_operators()  # before any test imports what imports torchvision
@@ -16,6 +17,9 @@ declare_operators()  # before any test imports what imports torchvision
 os.environ.setdefault("TRITON_INTERPRET", "1")
 # compiled kernels are kept beside the checkout, not in the home of whoever runs the tests
 os.environ.setdefault("PISTE_CACHE", str(Path(__file__).parent.parent / ".piste-cache"))
+# the same examples in every run, however long a busy machine takes to draw them
+settings.register_profile("piste", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("piste")
 
 
 @pytest.fixture(autouse=True)

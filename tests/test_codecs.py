@@ -106,7 +106,7 @@ def test_codes_that_are_stored_again_stay_what_they_are(form: str, role: str) ->
     assert torch.equal(through(codec, x, step=None), x)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.floats(width=32, min_value=0, allow_infinity=False, allow_nan=False), min_size=1, max_size=300),
     st.sampled_from(LOW),

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import formulas, live
 from oracles.replay import (
@@ -753,7 +753,7 @@ def problems(draw: st.DrawFn) -> Problem:
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_any_problem_any_numbers(name: str, data: st.DataObject) -> None:
     """The engines against the formula on whatever Hypothesis draws; one problem in four goes to the cpp engine as well.
