@@ -20,6 +20,7 @@ from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["piste.race.command", "piste.race.report", "piste.race.worker"])
+forkserver.ensure_running()  # before a test begins workers of its own: the process that forks them would know less
 
 
 class Command:

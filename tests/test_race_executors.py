@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 import torch
 from click.testing import CliRunner
@@ -642,7 +643,9 @@ def qualities(records: Mapping[str, RunRecord]) -> dict[tuple[Any, ...], Any]:
 def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple[Any, ...], Any]]:
     folder = tmp_path_factory.mktemp("reference")
     task = write(folder)
-    made = raced(folder / "out", str(task), *SMALL)
+    done = commands.run(["race", str(task), *SMALL, "--out", "out"], folder)
+    assert done.returncode == 0, done.stdout
+    made = Store(folder / "out").load()
     assert {record.status for record in made.values()} == {"finished"}
     return task, qualities(made)
 
