@@ -7,20 +7,20 @@ what a command starts with, or about the process that forks, it uses ``subproces
 
 from __future__ import annotations
 
-import atexit
 import multiprocessing
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 
+from command_process import main
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["piste.race.command", "piste.race.report", "piste.race.worker"])
-forkserver.ensure_running()  # before a test begins workers of its own: the process that forks them would know less
+forkserver.ensure_running()  # before a test begins workers of its own: what forks those would have imported less
 
 
 class Command:
@@ -34,7 +34,7 @@ class Command:
 
     def __init__(self, arguments: Sequence[str], folder: Path, output: Path | None = None) -> None:
         target = Path(os.devnull) if output is None else output
-        self.process = _CONTEXT.Process(target=_main, args=(list(arguments), folder, target, dict(os.environ)))
+        self.process = _CONTEXT.Process(target=main, args=(list(arguments), folder, target, dict(os.environ)))
         self.process.start()
         assert self.process.pid is not None
         self.pid = self.process.pid
@@ -70,21 +70,3 @@ def run(arguments: Sequence[str], folder: Path, timeout: float = 600.0) -> subpr
         finally:
             running.kill()
         return subprocess.CompletedProcess(list(arguments), status, output.read_text(), "")
-
-
-def _main(arguments: list[str], folder: Path, output: Path, variables: dict[str, str]) -> None:
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(variables)
-    with output.open("ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.argv = ["piste", *arguments]
-    # The server that has forked this process forks its workers, too; it is ready, as this process shows.
-    forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]
-    from piste.cli import main
-
-    try:
-        main()
-    finally:
-        atexit._run_exitfuncs()  # a process of multiprocessing ends without them
