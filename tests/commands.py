@@ -19,7 +19,7 @@ from pathlib import Path
 from command_process import main
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["piste.race.command", "piste.race.report", "piste.race.worker"])
+_CONTEXT.set_forkserver_preload(["piste.race.command", "piste.race.report", "piste.race.worker", "torch._dynamo"])
 forkserver.ensure_running()  # before a test begins workers of its own: what forks those would have imported less
 
 

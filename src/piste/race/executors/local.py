@@ -67,7 +67,7 @@ class Local:
         self.logs, self.device, self.gpus = logs, device, gpus
         self.guard = Guard(memory)
         self.false_starts = 0
-        self.context = _context()
+        self.context = _context(device)
         self.lanes = [self._start(number) for number in range(workers)]
 
     def __enter__(self) -> Local:
@@ -214,16 +214,16 @@ class Local:
         return _Lane(process, ours)
 
 
-def _context() -> ForkServerContext | SpawnContext:
-    """How workers begin: as forks of a process that has imported torch and nothing more, so in no time.
+def _context(device: str) -> ForkServerContext | SpawnContext:
+    """How workers begin: as forks of a process that has imported what they need and done nothing, so in no time.
 
-    Not as forks of this one, whose threads and locks they would inherit in whatever state they are. Elsewhere than on
-    Linux each imports torch itself: there, system libraries do not bear a fork.
+    Not as forks of this one, whose threads and locks they would inherit in whatever state they are. Where a fork may
+    not work, each imports for itself: with the libraries of other systems, and of devices.
     """
-    if sys.platform != "linux":
+    if sys.platform != "linux" or device != "cpu":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([worker.__name__])
+    context.set_forkserver_preload([worker.__name__, "torch._dynamo"])  # every optimizer of torch imports the latter
     return context
 
 
