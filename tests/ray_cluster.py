@@ -7,7 +7,9 @@ each other one CPU.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -70,7 +72,7 @@ def running(*nodes: str, environment: Mapping[str, str]) -> Iterator[RunningClus
             cluster.tell(node)
         yield cluster
     finally:
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
 
 
 def main() -> None:
@@ -96,10 +98,12 @@ def main() -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        number: int = probe.getsockname()[1]
-        return number
+    """Below those that the system gives to whoever asks for any, and above those that Ray's workers take."""
+    for number in random.Random(os.getpid()).sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", number))
+            return number
+    raise RuntimeError("no port is free")
 
 
 def tried(start: Callable[[], Any]) -> Any:
