@@ -32,6 +32,7 @@ HEALTH = {
     "health_check_period_ms": 500,
     "health_check_timeout_ms": 10000,
     "health_check_failure_threshold": 4,
+    "agent_register_timeout_ms": 300_000,  # a node ends where a helper of it takes longer to start
 }
 _ATTEMPTS = 4
 
@@ -107,7 +108,7 @@ def free_port() -> int:
 
 
 def tried(start: Callable[[], Any]) -> Any:
-    """A node ends where a helper of it needs more than 15 seconds to start, as on a busy machine."""
+    """Once more where a node did not start, as on a machine that is too busy for Ray's patience."""
     for _ in range(_ATTEMPTS - 1):
         try:
             return start()

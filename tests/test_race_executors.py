@@ -703,7 +703,7 @@ def test_a_ray_cluster_gives_the_same_bits(
 def test_a_killed_ray_node_loses_and_repeats_nothing(tmp_path: Path, mark: dict[str, str]) -> None:
     pytest.importorskip("ray")
     task = write(tmp_path, "time.sleep(0.01)")
-    out, moments = tmp_path / "out", random.Random(os.getpid())
+    out, moments = tmp_path / "out", random.Random(0)
     arguments = ("--optimizers", "lion,adamw", "--trials", "3", "--seeds", "3", "--timing", "0")
     with running("add", "add", environment=mark) as cluster:
         process = subprocess.Popen(
