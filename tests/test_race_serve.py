@@ -254,8 +254,8 @@ class Race:
         task = write(folder, trouble, steps=12)
         hostile = f'name="linear", metric=loss, metric_name={HOSTILE!r}'
         task.write_text(task.read_text().replace('name="linear"', hostile))
-        small = ("--optimizers", "sgd,adamw", "--trials", "2", "--seeds", "2", "--timing", "1", "--workers", "1", "--serve")
-        asked = command(folder, str(task), *small, *arguments)
+        small = ("--optimizers", "sgd,adamw", "--trials", "2", "--seeds", "2", "--timing", "1", "--workers", "1")
+        asked = command(folder, str(task), *small, "--serve", *arguments)
         asked[2] = f"import piste.race.serve as serve; serve._WATCHED_SECONDS = {PATIENCE}; {asked[2]}"
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
         self.process = subprocess.Popen(
