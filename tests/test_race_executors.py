@@ -24,6 +24,7 @@ from click.testing import CliRunner
 from ray_cluster import ENVIRONMENT, running
 from rich.console import Console
 from slurm_call import Call
+from test_race_faults import is_alive, until
 
 from piste.race import environment, study
 from piste.race.command import command
@@ -166,7 +167,7 @@ def test_a_job_outlives_what_has_forked_its_worker(tmp_path: Path) -> None:
         os.kill(int(status[1]), signal.SIGKILL)
         assert isinstance(outcome(executor, job), TaskCard)
         assert executor.lanes[0].process.pid != before
-    assert not Path(f"/proc/{before}").exists()
+    until(lambda: not is_alive(before), "the worker is left")
 
 
 # Room
