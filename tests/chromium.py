@@ -48,6 +48,6 @@ def chromium() -> Iterator[Any]:
     except ImportError:
         _missing("playwright (pip install playwright)")
     with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=path, args=QUIET)
+        found = playwright.chromium.launch(executable_path=path, args=QUIET, timeout=300_000)
         yield found
         found.close()

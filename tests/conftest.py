@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -29,6 +30,7 @@ def _same_start() -> Iterator[None]:
     PISTE_TEST_THREADS asks for another number.
     """
     random.seed(0)
+    np.random.seed(0)
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     torch.set_num_threads(int(os.environ.get("PISTE_TEST_THREADS", "1")))

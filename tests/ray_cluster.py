@@ -7,7 +7,9 @@ each other one CPU.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -30,6 +32,7 @@ HEALTH = {
     "health_check_period_ms": 500,
     "health_check_timeout_ms": 10000,
     "health_check_failure_threshold": 4,
+    "agent_register_timeout_ms": 300_000,  # a node ends where a helper of it takes longer to start
 }
 _ATTEMPTS = 4
 
@@ -70,7 +73,7 @@ def running(*nodes: str, environment: Mapping[str, str]) -> Iterator[RunningClus
             cluster.tell(node)
         yield cluster
     finally:
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
 
 
 def main() -> None:
@@ -96,14 +99,16 @@ def main() -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        number: int = probe.getsockname()[1]
-        return number
+    """Below those that the system gives to whoever asks for any, and above those that Ray's workers take."""
+    for number in random.Random(os.getpid()).sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", number))
+            return number
+    raise RuntimeError("no port is free")
 
 
 def tried(start: Callable[[], Any]) -> Any:
-    """A node ends where a helper of it needs more than 15 seconds to start, as on a busy machine."""
+    """Once more where a node did not start, as on a machine that is too busy for Ray's patience."""
     for _ in range(_ATTEMPTS - 1):
         try:
             return start()

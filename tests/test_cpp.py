@@ -197,7 +197,7 @@ def test_a_forked_child_steps_alone_and_does_not_hang() -> None:
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        signal.alarm(20)  # what hangs is ended
+        signal.alarm(300)  # what hangs is ended
         optimizer.step()
         os.write(writer, _digest(params[0]))
         os._exit(0)
@@ -268,7 +268,7 @@ torch.distributed.destroy_process_group()
 
 def test_sharded_weights_beside_whole_ones() -> None:
     """A DTensor has no address of its own; a kernel that took it for one would end the process."""
-    done = subprocess.run([sys.executable, "-c", SHARDED], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", SHARDED], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -390,7 +390,7 @@ def test_every_loop_over_elements_is_vectorised(name: str, tmp_path: Path) -> No
     (tmp_path / "kernel.cpp").write_text(source)
     chain = cpp_build.toolchain()
     subprocess.run(
-        [*chain.command, *chain.flags, "-S", "kernel.cpp", "-o", "kernel.s"], cwd=tmp_path, check=True, timeout=120
+        [*chain.command, *chain.flags, "-S", "kernel.cpp", "-o", "kernel.s"], cwd=tmp_path, check=True, timeout=600
     )
     bodies = re.findall(r"^static ONCE void (\w+)\((.*?)^}", source, re.MULTILINE | re.DOTALL)
     loops = [body for body, text in bodies if "#pragma omp simd" in text]

@@ -138,6 +138,7 @@ def reads_well(address: str) -> None:
     """No complaint, no request to anybody else, no page that a phone has to push sideways; and the search finds."""
     with chromium() as browser:
         page = browser.new_context(viewport=PHONE, color_scheme="dark").new_page()
+        page.set_default_timeout(300_000)
         complaints: list[str] = []
         page.on("console", lambda message: complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
@@ -150,5 +151,5 @@ def reads_well(address: str) -> None:
         page.set_viewport_size({"width": 1280, "height": 900})
         page.goto(f"{address}/index.html")
         page.locator("input[name=query]").fill("AdaBelief")
-        page.locator(".md-search-result__link").first.wait_for(timeout=30_000)
+        page.locator(".md-search-result__link").first.wait_for()
         assert complaints == []

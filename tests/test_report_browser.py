@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from piste.race.report.page import make_page
 
 pytestmark = pytest.mark.slow
 
+PATIENCE = 300.0  # seconds, for what takes one or two; nothing waits for it but a failing test
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
 
 
@@ -42,6 +44,14 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Callable[[], 
     return report
 
 
+def until(settled: Callable[[], bool], what: str) -> None:
+    """Wait for what a page does of itself, in its own time."""
+    deadline = time.monotonic() + PATIENCE
+    while not settled():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
 class Opened:
     """A page with all that was heard from it."""
 
@@ -50,6 +60,7 @@ class Opened:
         self.requests: list[str] = []
         self.complaints: list[str] = []
         context.set_offline(True)
+        context.set_default_timeout(1000 * PATIENCE)
         self.page = context.new_page()
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.on("console", lambda message: self.complaints.append(f"{message.type}: {message.text}"))
@@ -58,7 +69,7 @@ class Opened:
         if before:
             self.page.add_init_script(before)
         self.page.goto(self.address)
-        self.page.wait_for_selector("html[data-ready=yes]", timeout=60_000)
+        self.page.wait_for_selector("html[data-ready=yes]")
 
     def calm(self) -> None:
         """Nothing was asked of the network, nothing was complained about."""
@@ -119,9 +130,7 @@ def _number(text: str) -> object:
 @pytest.mark.parametrize("study", [plain_study, troubled_study, large_study, empty_study])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_opens_without_a_word(opened: Open, study: Callable[[], StudyResult], scheme: str) -> None:
-    started = time.perf_counter()
     report = opened(study, color_scheme=scheme)
-    assert time.perf_counter() - started < 60
     report.see_all()
     report.page.mouse.move(600, 400)
     report.calm()
@@ -211,13 +220,13 @@ def test_copy_from_a_file_on_disk(opened: Open, before: str) -> None:
     assert expected.startswith("import piste\n")
     button = page.locator("article button.copy").first
     button.click()
-    page.get_by_text("Copied", exact=True).first.wait_for()
-    assert page.get_by_role("status").text_content() == "Copied"
+    until(lambda: page.get_by_role("status").text_content() == "Copied", "nothing was copied")
     page.evaluate(
         "document.querySelector('main').append(Object.assign(document.createElement('textarea'), {id: 'paste'}))"
     )
     page.locator("#paste").focus()
     page.keyboard.press("Control+V")
+    until(lambda: page.locator("#paste").input_value() != "", "nothing was pasted")
     assert page.locator("#paste").input_value() == expected
     report.calm()
 
@@ -234,12 +243,14 @@ def test_hostile_names_do_nothing(opened: Open) -> None:
     # labels of hovered points are made from names, too
     page.locator("#task-1-curves").scroll_into_view_if_needed()
     box = page.locator("#task-1-curves .nsewdrag").first.bounding_box()
-    seen = ""
-    for part in range(1, 10):
-        page.mouse.move(box["x"] + box["width"] * part / 10, box["y"] + box["height"] * 0.8)
+    parts = itertools.cycle(range(1, 10))
+
+    def is_labelled() -> bool:
+        page.mouse.move(box["x"] + box["width"] * next(parts) / 10, box["y"] + box["height"] * 0.8)
         page.wait_for_timeout(150)
-        seen += " ".join(page.locator("#task-1-curves .hoverlayer").all_text_contents())
-    assert "</script>" in seen
+        return "</script>" in " ".join(page.locator("#task-1-curves .hoverlayer").all_text_contents())
+
+    until(is_labelled, "no point has a label with its name")
     for button in page.locator("fieldset label").all():
         button.click()
     assert page.locator("img").count() == 0
@@ -262,10 +273,9 @@ def test_dark_and_light_are_followed_at_once(opened: Open) -> None:
 
     dark = colours()
     page.emulate_media(color_scheme="light")
-    page.wait_for_timeout(300)
-    light = colours()
     assert dark == ("rgb(15, 20, 25)", "rgb(232, 237, 242)", "rgb(153, 175, 255)")
-    assert light == ("rgb(244, 246, 248)", "rgb(23, 32, 42)", "rgb(1, 52, 171)")
+    light = ("rgb(244, 246, 248)", "rgb(23, 32, 42)", "rgb(1, 52, 171)")
+    until(lambda: colours() == light, "it stays dark")
     report.calm()
 
 
@@ -291,9 +301,8 @@ def test_plots_follow_the_window(opened: Open) -> None:
     report = opened()
     report.see("task-1-curves")
     report.page.set_viewport_size({"width": 700, "height": 900})
-    report.page.wait_for_timeout(500)
-    box = report.page.locator("#task-1-curves svg.main-svg").first.bounding_box()
-    assert 500 < box["width"] < 700
+    plot = report.page.locator("#task-1-curves svg.main-svg").first
+    until(lambda: 500 < plot.bounding_box()["width"] < 700, "the plot stays as wide as it was")
 
 
 def test_data_can_be_taken_out(opened: Open) -> None:
@@ -360,10 +369,10 @@ def test_it_prints_and_comes_back(opened: Open) -> None:
     printed = page.pdf(format="A4")
     assert printed.startswith(b"%PDF")
     assert page.evaluate("window.printed") == [680, "#17202a"]
-    page.wait_for_timeout(300)
     assert page.locator(".plot svg.main-svg").count() >= page.locator(".plot").count()
-    assert page.evaluate("document.getElementById('task-1-curves')._fullLayout.width") > 900
-    assert page.evaluate("document.getElementById('task-1-curves')._fullLayout.font.color") == "#e8edf2"
+    layout = "document.getElementById('task-1-curves')._fullLayout"
+    until(lambda: page.evaluate(f"{layout}.width") > 900, "it stays as wide as paper")
+    until(lambda: page.evaluate(f"{layout}.font.color") == "#e8edf2", "it stays in the colours of paper")
     report.calm()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -88,22 +87,22 @@ def runs(share: int, rank: int, folder: str) -> dict[str, list[Tensor]]:
     return found
 
 
-def process(rank: int, folder: str, port: int) -> None:
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": PROCESSES, "RANK": rank}
-    os.environ |= {key: str(value) for key, value in (address | {"LOCAL_RANK": rank}).items()}
+def process(rank: int, folder: str) -> None:
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # asked for, but not used by who finds a group
+    os.environ |= {**address, "WORLD_SIZE": str(PROCESSES), "RANK": str(rank), "LOCAL_RANK": str(rank)}
     from torchvision_stub import declare_operators
 
     declare_operators()
     torch.set_num_threads(1)
+    # Here, as both frameworks would by a port that another process may have taken meanwhile.
+    rendezvous = f"file://{folder}/rendezvous"
+    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=PROCESSES)
     torch.save(runs(PROCESSES, rank, folder), Path(folder) / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_make_the_steps_of_one(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(process, (str(tmp_path), port), PROCESSES)
+    torch.multiprocessing.spawn(process, (str(tmp_path),), PROCESSES)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(PROCESSES))
     alone = runs(1, 0, str(tmp_path))
     for key, expected in alone.items():

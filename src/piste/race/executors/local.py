@@ -27,7 +27,7 @@ from piste.race.executors.base import MOST_LOSSES, Death, Event, ExecutorError
 from piste.race.executors.guard import Guard, trim
 from piste.race.worker import Answer, Job, Started
 
-_STOP_SECONDS = 5.0
+_STOP_SECONDS = 30.0  # until a process has ended whose pipe has; the system may be writing down its memory
 _MOST_STARTS = 5  # of workers that are killed before any is ready
 _LOST = 255  # multiprocessing's exit code of one whose death nobody saw: the process that forked it was killed
 
