@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 from piste.costs import flops
 from piste.distribution import Job, divided
-from piste.kronecker import Kronecker, kronecker, rebasing, rooting
+from piste.kronecker import Kronecker, kronecker
 from piste.orthogonal import orthogonalizer
+from piste.renewals import rebasing, rooting
 
 __all__ = ["FAMILIES", "MODELS", "Cost", "Family", "cost", "page", "transformer"]
 

@@ -24,7 +24,8 @@ from oracles.replay import (
 from torch import nn
 
 import piste
-from piste.kronecker import kronecker, merged
+from piste.blocks import merged
+from piste.kronecker import kronecker
 from piste.matrices import (
     MOST_RESIDUAL,
     eigen,

@@ -22,8 +22,9 @@ from torch import nn
 
 import piste
 from piste.householder import orthogonal_factors
-from piste.kronecker import kronecker, rebasing
+from piste.kronecker import kronecker
 from piste.matrices import descending, eigenbases, moved, next_bases
+from piste.renewals import rebasing
 
 # No axis longer than the others have numbers: the eigenvectors beyond those would be anybody's choice.
 PROBLEM = random_problem([(), (5,), (4, 4), (3, 4), (2, 3, 3), (4, 3, 2, 2)], seed=3, steps=12)

@@ -1,177 +1,25 @@
-"""Kronecker factors: a weight in blocks, a symmetric matrix for each axis of each block.
+"""Products on the blocks of a weight: the sums of outer products that are its Kronecker factors, and with factors.
 
-All factors of a weight are kept side by side in one flat tensor, in the order of :class:`Layout`, so that a rule has
-one state for them whatever the weight's rank. The functions work on stacks of weights of equal shape, and on all
-blocks of one shape at once.
+The functions work on stacks of weights of equal shape, and on all blocks of one shape at once. Where blocks and factors
+are, :mod:`piste.blocks` says; roots and eigenvectors of factors are made in :mod:`piste.renewals`.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
-from itertools import product
+from functools import cache
 from math import prod
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from piste.costs import EIGEN, QR, costing
-from piste.matrices import Work, descending, eigenbases, inverse_roots, moved, next_bases, picked
+from piste.blocks import NARROW, Layout, merged
+from piste.costs import costing
+from piste.matrices import descending, moved, picked
 from piste.products import outer, symmetric_products
 
-__all__ = ["Kronecker", "Layout", "kronecker", "merged", "rebasing", "rooting"]
-
-log = logging.getLogger("piste")
-
-
-def merged(shape: Sequence[int], limit: int, *, backwards: bool) -> tuple[int, ...]:
-    """The axes of a weight, neighbours multiplied while the product is at most ``limit``; axes of one are dropped.
-
-    Args:
-        shape: of the weight.
-        limit: the longest axis that merging may make.
-        backwards: begin at the last axis, as Meta's code does; Google's begins at the first.
-
-    >>> from piste.kronecker import merged
-    >>> merged((1, 2, 512, 1, 2048, 1, 3, 4), 1024, backwards=False)
-    (1024, 2048, 12)
-    >>> merged((32, 3, 64, 64), 8192, backwards=True)
-    (96, 4096)
-    """
-    axes = [n for n in shape if n != 1]
-    found: list[int] = []
-    for n in reversed(axes) if backwards else axes:
-        if found and found[-1] * n <= limit:
-            found[-1] *= n
-        else:
-            found.append(n)
-    return tuple(reversed(found) if backwards else found) or (1,)
-
-
-class _Alike(NamedTuple):
-    """The blocks of one shape: a box of the weight, cut evenly.
-
-    Attributes:
-        shape: of a block.
-        counts: how many there are along each axis.
-        box: where they are in the weight.
-        starts: for each axis that has factors, where those of all blocks begin in the flat tensor.
-        joint: all axes, narrow neighbours with factors together: they are multiplied at once.
-    """
-
-    shape: tuple[int, ...]
-    counts: tuple[int, ...]
-    box: tuple[slice, ...]
-    starts: dict[int, int]
-    joint: tuple[tuple[int, ...], ...]
-
-    def _of(self, x: Tensor) -> Tensor:
-        where = slice(None), *self.box
-        return x[where]
-
-    def cut(self, x: Tensor) -> Tensor:
-        """The blocks of all weights of a stack, ``(weights * blocks, *shape)``."""
-        pairs = [n for pair in zip(self.counts, self.shape, strict=True) for n in pair]
-        grid = self._of(x).reshape(len(x), *pairs)
-        return grid.permute(0, *range(1, grid.ndim, 2), *range(2, grid.ndim, 2)).reshape(-1, *self.shape)
-
-    def put(self, blocks: Tensor, x: Tensor) -> None:
-        """The way back, into a stack."""
-        axes = len(self.shape)
-        grid = blocks.reshape(len(x), *self.counts, *self.shape)
-        woven = grid.permute(0, *(axis for i in range(axes) for axis in (1 + i, 1 + axes + i)))
-        box = self._of(x)
-        box.copy_(woven.reshape(box.shape))
-
-
-class Layout:
-    """Where the blocks of a weight are, and where their factors.
-
-    Args:
-        shape: of the weight, with neighbours merged.
-        block: longest side of a block; None for the whole weight.
-        longest: axes longer than this have no factor; None for no limit.
-        one_sided: only the shortest axis has a factor, of equal ones the first.
-    """
-
-    def __init__(self, shape: tuple[int, ...], block: int | None, longest: int | None, *, one_sided: bool) -> None:
-        self.shape = shape
-        sides = [shape.index(min(shape))] if one_sided else range(len(shape))
-        self.axes = tuple(i for i in sides if longest is None or shape[i] <= longest)
-        self.kinds: list[_Alike] = []
-        self.total = 0
-        for parts in product(*(_parts(n, block) for n in shape)):
-            size, counts, box = zip(*parts, strict=True)
-            starts: dict[int, int] = {}
-            for axis in self.axes:
-                starts[axis] = self.total
-                self.total += prod(counts) * size[axis] ** 2
-            self.kinds.append(_Alike(size, counts, box, starts, _joint(size, self.axes)))
-
-    def factors(self, flat: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-        """For each kind of blocks (by number) and axis, a view of the factors there, ``(weights, blocks, n, n)``."""
-        weights = flat.shape[0]
-        for kind, alike in enumerate(self.kinds):
-            count = prod(alike.counts)
-            for axis, start in alike.starts.items():
-                n = alike.shape[axis]
-                yield kind, axis, flat[:, start : start + count * n * n].view(weights, count, n, n)
-
-    def factors_of(self, flat: Tensor) -> dict[tuple[int, int], Tensor]:
-        """The same, by kind and axis."""
-        return {(kind, axis): factors for kind, axis, factors in self.factors(flat)}
-
-    def joints(self) -> Iterator[tuple[int, tuple[int, ...]]]:
-        """For each kind of blocks the axes with factors, narrow neighbours together."""
-        for kind, alike in enumerate(self.kinds):
-            yield from ((kind, joint) for joint in alike.joint if joint[0] in alike.starts)
-
-    def sides(self) -> Iterator[tuple[int, tuple[int, ...], int]]:
-        """For each kind of blocks and axis with factors: how many blocks there are, their shape, the axis."""
-        for alike in self.kinds:
-            for axis in alike.starts:
-                yield prod(alike.counts), alike.shape, axis
-
-    def taken_apart(self, stack: Tensor) -> list[Tensor]:
-        """For each kind the blocks of all weights of a stack."""
-        x = stack.reshape(len(stack), *self.shape)
-        return [alike.cut(x) for alike in self.kinds]
-
-    def put_together(self, blocks: Sequence[Tensor], like: Tensor) -> Tensor:
-        """The way back, in the shape of the stack ``like``."""
-        if len(self.kinds) == 1 and self.kinds[0].shape == self.shape:
-            return blocks[0].reshape(like.shape)
-        result = like.new_empty(len(like), *self.shape)
-        for part, alike in zip(blocks, self.kinds, strict=True):
-            alike.put(part, result)
-        return result.reshape(like.shape)
-
-
-def _parts(n: int, block: int | None) -> list[tuple[int, int, slice]]:
-    """An axis as the whole blocks on it and the rest: (size, how many, where)."""
-    if block is None or n <= block:
-        return [(n, 1, slice(0, n))]
-    rest = n % block
-    whole = [(block, n // block, slice(0, n - rest))]
-    return [*whole, (rest, 1, slice(n - rest, n))] if rest else whole
-
-
-#: the most numbers along neighbouring axes that are taken together: the 3 x 3 of a convolution's window
-_NARROW = 16
-
-
-def _joint(size: tuple[int, ...], axes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    found: list[tuple[int, ...]] = []
-    for axis in range(len(size)):
-        longer = (*found[-1], axis) if found else (axis,)
-        if len(longer) > 1 and prod(size[i] for i in longer) <= _NARROW and {*longer} <= {*axes}:
-            found[-1] = longer
-        else:
-            found.append((axis,))
-    return tuple(found)
+__all__ = ["Kronecker", "kronecker"]
 
 
 def _rows(blocks: Tensor, joint: tuple[int, ...]) -> Tensor:
@@ -210,18 +58,6 @@ def _products(how: Kronecker, shape: Sequence[int], numbers: Sequence[float]) ->
     return sum(2.0 * count * prod(size) * size[axis] for count, size, axis in how.layout(shape).sides())
 
 
-def _cubes(how: Kronecker, shape: Sequence[int]) -> float:
-    """The cubes of the sides of all factors of a weight, added up."""
-    return sum(float(count) * size[axis] ** 3 for count, size, axis in how.layout(shape).sides())
-
-
-def _eigen(how: Kronecker, shape: Sequence[int]) -> float:
-    """Eigendecompositions of all factors, and three products with four vectors each for their residuals."""
-    return EIGEN * _cubes(how, shape) + 24.0 * sum(
-        count * size[axis] ** 2 for count, size, axis in how.layout(shape).sides()
-    )
-
-
 def _norms(how: Kronecker, shape: Sequence[int], numbers: Sequence[float]) -> float:
     return 2.0 * prod(shape)
 
@@ -233,7 +69,7 @@ def _rebasing(how: Kronecker, shape: Sequence[int], numbers: Sequence[float]) ->
 
 
 def _ordering(how: Kronecker, shape: Sequence[int], numbers: Sequence[float]) -> float:
-    return 2 * _cubes(how, shape)
+    return 2 * how.layout(shape).cubes
 
 
 @dataclass(frozen=True)
@@ -378,7 +214,7 @@ class Kronecker:
                 own = [_kronecker([each[kind, axis].flatten(0, 1) for axis in joint]) for each in factors]
                 first, *others = right(columns.shape[2], *own)
                 # on CPUs a product with few columns takes twice as long as one with few rows and the copy that follows
-                x = (first.mT @ columns).mT if columns.shape[1] <= _NARROW else columns.mT @ first
+                x = (first.mT @ columns).mT if columns.shape[1] <= NARROW else columns.mT @ first
                 for factor in others:
                     x = x @ factor
             blocks.append(x.reshape(count, *size))
@@ -386,7 +222,7 @@ class Kronecker:
 
     @costing(_ordering)
     def moved(self, flat: Tensor, bases: Tensor, *shape: float) -> Tensor:
-        """Where factors take the columns of bases; :func:`rebasing` by QR and :meth:`in_order` ask for it."""
+        """Where factors take the columns of bases; renewing these by QR and :meth:`in_order` ask for it."""
         layout = self.layout([int(n) for n in shape])
         result = torch.empty_like(flat)
         three = (layout.factors(flat), layout.factors(bases), layout.factors(result))
@@ -396,7 +232,7 @@ class Kronecker:
 
     @costing(_norms)
     def in_order(self, stack: Tensor, images: Tensor, bases: Tensor) -> Tensor:
-        """Numbers that belong to the columns of bases, in the order that :func:`rebasing` brings those into."""
+        """Numbers that belong to the columns of bases, in the order that renewing brings those into."""
         layout = self.layout(stack.shape[1:])
         blocks = layout.taken_apart(stack)
         for (kind, axis, seen), (_, _, columns) in zip(layout.factors(images), layout.factors(bases), strict=True):
@@ -432,103 +268,3 @@ def kronecker(
 ) -> Kronecker:
     """The one :class:`Kronecker` of this choice, so that equal rules share their plans."""
     return Kronecker(block, merge, backwards, longest, one_sided)
-
-
-def _joined(stacks: list[Tensor]) -> Tensor:
-    return torch.cat(stacks) if len(stacks) > 1 else stacks[0]
-
-
-Renewal = Callable[[Tensor, Tensor], "tuple[Tensor, int]"]
-
-
-#: the most numbers of factors that are renewed in one stack on CPUs, where stacking large matrices only takes memory
-_MOST_STACKED = 1 << 18
-
-
-def _renewed(how: Kronecker, flat: Tensor, old: Tensor, shape: Sequence[float], what: str, renew: Renewal) -> Tensor:
-    """What belongs to factors, worked out anew for all of one size at once; a warning tells what could not be."""
-    layout = how.layout([int(n) for n in shape])
-    result = torch.empty_like(flat)
-    alike: dict[tuple[int, int], list[tuple[Tensor, Tensor, Tensor]]] = {}
-    three = (layout.factors(flat), layout.factors(old), layout.factors(result))
-    for number, views in enumerate(zip(*three, strict=True)):
-        factors, before, after = (view for _, _, view in views)
-        alone = flat.device.type == "cpu" and factors.numel() > _MOST_STACKED // 2
-        alike.setdefault((factors.shape[-1], number if alone else -1), []).append((factors, before, after))
-    for (size, _), parts in alike.items():
-        stack, before = (_joined([part[i].flatten(0, 1) for part in parts]) for i in (0, 1))
-        found, failed = renew(stack, before)
-        if failed:
-            log.warning("%d of %d %s of size %d failed and stay as they were", failed, len(stack), what, size)
-        counts = [len(after) * after.shape[1] for _, _, after in parts]
-        for (_, _, after), new in zip(parts, torch.split(found, counts), strict=True):
-            after.copy_(new.view(after.shape))
-    return result
-
-
-def _held(how: Kronecker, each: int, shape: Sequence[int], count: int) -> int:
-    """Numbers held for the largest stack of a renewal: so many matrices for each, two more where it is joined.
-
-    Coupled Newton holds less of a stack on a CPU, where it takes one matrix at a time.
-    """
-    layout = how.layout(shape)
-    sizes: dict[int, list[int]] = {}
-    for alike in layout.kinds:
-        for axis in alike.starts:
-            sizes.setdefault(alike.shape[axis], []).append(count * prod(alike.counts) * alike.shape[axis] ** 2)
-    joined = [[n for n in same if n <= _MOST_STACKED // 2] for same in sizes.values()]
-    alone = [n for same in sizes.values() for n in same]
-    return max([0, *(each * n for n in alone), *((each + 2) * sum(same) for same in joined if len(same) > 1)])
-
-
-@cache
-def rooting(how: Kronecker, method: str, relative: bool) -> Work:
-    """The function that renews inverse roots; see :func:`piste.matrices.inverse_roots` for ``method``, ``relative``.
-
-    Returns:
-        A function of stacks of factors and of the roots so far, the exponent (0 for one over twice the number of axes
-        with factors), the ridge, and the shape of the weight.
-    """
-
-    def cost(shape: Sequence[int], numbers: Sequence[float]) -> float:
-        if method == "eigen":
-            return _eigen(how, shape) + 2 * _cubes(how, shape)
-        return 160 * _cubes(how, shape)  # some twenty iterations of four products, of two each
-
-    @costing(cost)
-    def roots(flat: Tensor, old: Tensor, exponent: float, eps: float, *shape: float) -> Tensor:
-        power = exponent or 1 / (2 * max(1, len(how.layout([int(n) for n in shape]).axes)))
-
-        def renew(stack: Tensor, before: Tensor) -> tuple[Tensor, int]:
-            return inverse_roots(stack, before, power, eps, method=method, relative=relative)
-
-        return _renewed(how, flat, old, shape, "inverse roots", renew)
-
-    return Work(roots, partial(_held, how, 10 if method == "newton" else 3), renews=True, blocks=how)
-
-
-@cache
-def rebasing(how: Kronecker, method: str) -> Work:
-    """The function that renews eigenvectors of factors.
-
-    Args:
-        how: how weights are cut up.
-        method: ``"eigen"``, those of the largest eigenvalues first; ``"rising"``, those of the smallest first; or
-            ``"qr"``: one power iteration from the bases so far, made orthogonal again, sorted as by ``"eigen"``.
-
-    Returns:
-        A function of stacks of factors (for ``"qr"``: of what :meth:`Kronecker.moved` makes of them) and of bases, and
-        the shape of the weight.
-    """
-    renew = {"eigen": eigenbases, "rising": _rising, "qr": next_bases}[method]
-
-    @costing(lambda shape, numbers: QR * _cubes(how, shape) if method == "qr" else _eigen(how, shape))
-    def bases(flat: Tensor, old: Tensor, *shape: float) -> Tensor:
-        return _renewed(how, flat, old, shape, "eigenbases", renew)
-
-    return Work(bases, partial(_held, how, 3), renews=True, blocks=how)
-
-
-def _rising(stack: Tensor, old: Tensor) -> tuple[Tensor, int]:
-    found, failed = eigenbases(stack, old.flip(-1))
-    return found.flip(-1), failed

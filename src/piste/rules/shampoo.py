@@ -6,9 +6,10 @@ from functools import cache
 
 import torch
 
-from piste.kronecker import Kronecker, rebasing, rooting
+from piste.kronecker import Kronecker
 from piste.ops import Value, debias, lerp, norm, opaque, sign, sqrt, square
 from piste.parts.grafting import grafted
+from piste.renewals import rebasing, rooting
 from piste.rules.denominator import denominator
 from piste.slots import Hyper, Part, States, direction
 from piste.storage import State, moment, second_moment

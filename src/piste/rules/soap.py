@@ -6,8 +6,9 @@ from functools import cache
 
 import torch
 
-from piste.kronecker import Kronecker, rebasing
+from piste.kronecker import Kronecker
 from piste.ops import Value, lerp, mean, opaque, sqrt, square
+from piste.renewals import rebasing
 from piste.rules.shampoo import statistics
 from piste.slots import Hyper, Part, States, direction
 from piste.storage import State, moment, second_moment
