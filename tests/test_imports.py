@@ -59,7 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("execution", "distribution", "roster", "checks", "checkpoint", "sharding", "slots", "storage", "symbol"),
         "variants",
     },
-    "joint": {"execution", "last_step", "optimizer", "roster"},
+    "joint": {"execution", "optimizer", "roster"},
     "batchnorm": set(),
     "stable_embedding": set(),
     "wrappers": {

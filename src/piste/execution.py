@@ -24,11 +24,11 @@ from piste.engines.foreach import Foreach
 from piste.engines.reference import Reference
 from piste.engines.triton import Triton
 from piste.opaques import call_opaques
-from piste.roster import Member, Roster, plans_built
+from piste.roster import Member, Roster, Sorted, plans_built
 from piste.sharding import complete
 from piste.symbol import ALL
 
-__all__ = ["ENGINES", "Member", "Roster", "engine_for", "only_looked_at", "plans_built", "run"]
+__all__ = ["ENGINES", "Member", "Roster", "engine_for", "only_looked_at", "plans_built", "run", "take"]
 
 log = logging.getLogger("piste")
 
@@ -68,6 +68,15 @@ def _fastest() -> str:
     return "cpp"
 
 
+def take(
+    step: Sorted, engine: str, *, inverse_scale: Tensor | None = None, skip: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Run a step and count it: with the engine of this name, the rest as for :func:`run`."""
+    totals = run(step.buckets, engine_for(engine), inverse_scale=inverse_scale, skip=skip)
+    step.finish(skip)
+    return totals
+
+
 def run(
     buckets: Sequence[Bucket],
     engine: Engine,
@@ -75,7 +84,7 @@ def run(
     inverse_scale: Tensor | None = None,
     skip: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Take one step.
+    """Work the buckets of a step through.
 
     Args:
         buckets: the weights that step, as :meth:`Roster.sort` gave them.

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from piste import execution
-from piste.last_step import LastStep
 from piste.optimizer import Optimizer
 from piste.roster import Roster
 
@@ -65,24 +64,20 @@ class JointStep:
     @torch.no_grad()
     def _together(self, optimizers: Sequence[Any]) -> bool:
         """Whether the step could be taken in one; nothing has been changed if not."""
-        advanced = [[each.advance(group) for group in each.param_groups] for each in optimizers]
-        gathered = [each._gather(new, scaled=False) for each, new in zip(optimizers, advanced, strict=True)]
+        dues = [each._due() for each in optimizers]
         self._bring_up_to_date(optimizers)
         if not self._roster.plain or self._roster.sharded or self._roster.shared:
             self._apart = True
             return False
-        gradients = list(chain.from_iterable(given for given, _ in gathered))
-        step = self._roster.sort(gradients, list(chain.from_iterable(numbers for _, numbers in gathered)))
+        gradients = list(chain.from_iterable(due.gradients for due in dues))
+        step = self._roster.sort(gradients, list(chain.from_iterable(due.numbers for due in dues)))
         if any(bucket.plan.totals or bucket.plan.tallies for bucket in step.buckets):
             self._apart = True
             return False
-        execution.run(step.buckets, execution.engine_for(optimizers[0]._engine_name))
-        step.finish()
-        renewed = any(bucket.plan.renews for bucket in step.buckets)
-        for optimizer, new, (given, _) in zip(optimizers, advanced, gathered, strict=True):
-            if any(g is not None for g in given):
-                optimizer._keep(new, {})
-            optimizer.last_step = LastStep(optimizer.param_groups, {}, None, skipped=False, renewed=renewed)
+        totals = execution.take(step, optimizers[0]._engine_name)
+        renewed = step.renews
+        for optimizer, due in zip(optimizers, dues, strict=True):
+            optimizer._taken(due, totals, renewed)
             optimizer._opt_called = True  # which schedules of torch look at, to say that they came too early
         return True
 

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -28,6 +28,20 @@ from piste.symbol import Row
 from piste.variants import Variants
 
 __all__ = ["Optimizer"]
+
+
+class Due(NamedTuple):
+    """What an optimizer brings to a step.
+
+    Attributes:
+        carried: for each group, the numbers of its own as they are after the step.
+        gradients: of all weights; None where one rests.
+        numbers: for each group, what its parts read.
+    """
+
+    carried: Sequence[Mapping[str, Any]]
+    gradients: list[Tensor | None]
+    numbers: list[dict[str, float]]
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -352,36 +366,46 @@ class Optimizer(torch.optim.Optimizer):
                 f"a step of {type(self).__name__} is being recorded into a CUDA graph, which needs capturable=True"
             )
         inverse_scale, overflow = self._loss_scale()
-        skipped = overflow or not self._finite()
-        totals: dict[str, Tensor] = {}
-        renewed = False
-        if not skipped:
-            advanced = [self.advance(group) for group in self.param_groups]
-            step = self._roster_step(advanced, scaled=inverse_scale is not None)
-            totals = execution.run(step.buckets, execution.engine_for(self._engine_name), inverse_scale=inverse_scale)
-            renewed = any(bucket.plan.renews for bucket in step.buckets)
-            step.finish()
-            if step.counts:  # where no weight had a gradient, no step was taken
-                self._keep(advanced, totals)
-        self.last_step = LastStep(self.param_groups, totals, inverse_scale, skipped, renewed)
+        if overflow or not self._finite():
+            self.last_step = LastStep(self.param_groups, {}, inverse_scale, skipped=True)
+        else:
+            self._take(inverse_scale)
         return loss
-
-    def _keep(self, advanced: Sequence[Mapping[str, Any]], totals: Mapping[str, Tensor]) -> None:
-        """Keep in the groups what they carry from step to step, once a step is taken."""
-        for group, new in zip(self.param_groups, advanced, strict=True):
-            group.update(new)
-            group.update(self.absorb(group, totals))
 
     def _step_on_device(self) -> None:
         """Take a step of which the host knows nothing that changes."""
-        inverse_scale, skip = self._inverse_scale, getattr(self, "found_inf", None)
-        step = self._roster_step([{}] * len(self.param_groups), scaled=inverse_scale is not None)
-        engine = execution.engine_for(self._engine_name)
-        totals = execution.run(step.buckets, engine, inverse_scale=inverse_scale, skip=skip)
-        step.finish(skip)
+        step = self._take(self._inverse_scale, getattr(self, "found_inf", None))
         if recording():
-            self._recorded.append((self._counters, step.clocks, [bucket.seats for bucket in step.buckets]))
-        self.last_step = LastStep(self.param_groups, totals, inverse_scale, False if skip is None else skip)
+            self._recorded.append(step.referred)
+
+    def _take(self, inverse_scale: Tensor | None, skip: Tensor | None = None) -> Sorted:
+        """Take the step that is due; :class:`piste.joint.JointStep` takes those of several optimizers so."""
+        due = self._due(scaled=inverse_scale is not None)
+        step = self._roster.sort(due.gradients, due.numbers)
+        totals = execution.take(step, self._engine_name, inverse_scale=inverse_scale, skip=skip)
+        self._taken(due, totals, step.renews, inverse_scale, skip)
+        return step
+
+    def _due(self, *, scaled: bool = False) -> Due:
+        """What the step to come begins with. The roster is brought up to date, and nothing else is changed."""
+        carried = [{} if self.capturable else self.advance(group) for group in self.param_groups]
+        return Due(carried, *self._gather(carried, scaled=scaled))
+
+    def _taken(
+        self,
+        due: Due,
+        totals: Mapping[str, Tensor],
+        renewed: bool,
+        inverse_scale: Tensor | None = None,
+        skip: Tensor | None = None,
+    ) -> None:
+        """Keep what comes of a step: what groups carry from one to the next, and what can be told about it."""
+        if any(g is not None for g in due.gradients):  # else none was taken
+            for group, new in zip(self.param_groups, due.carried, strict=True):
+                group.update(new)
+                group.update(self.absorb(group, totals))
+        skipped = False if skip is None else skip
+        self.last_step = LastStep(self.param_groups, totals, inverse_scale, skipped, renewed)
 
     @property
     def _inverse_scale(self) -> Tensor | None:
@@ -410,19 +434,14 @@ class Optimizer(torch.optim.Optimizer):
         names = self.param_groups[group].get("param_names")
         return repr(names[position]) if names else f"parameter {position} of group {group}"
 
-    def _roster_step(self, advanced: Sequence[Mapping[str, Any]], *, scaled: bool = False) -> Sorted:
-        """The step to come, ready to run; states that it needs have been made."""
-        gradients, hp = self._gather(advanced, scaled=scaled)
-        return self._roster.sort(gradients, hp)
-
     def _gather(
-        self, advanced: Sequence[Mapping[str, Any]], *, scaled: bool
+        self, carried: Sequence[Mapping[str, Any]], *, scaled: bool
     ) -> tuple[list[Tensor | None], list[dict[str, float]]]:
         """The gradients of all weights and the numbers of all groups; the roster is brought up to date."""
         known, capturable = self._hyper_defaults, self.capturable
         groups = [
             split({**g, **new} if new else g, known, self.shaping, device=capturable)
-            for g, new in zip(self.param_groups, advanced, strict=True)
+            for g, new in zip(self.param_groups, carried, strict=True)
         ]
         weights = [p for group in self.param_groups for p in group["params"]]
         seeds = [group["seed"] for group in self.param_groups]

@@ -75,6 +75,16 @@ class Sorted(NamedTuple):
     counters: Counters | None = None
     clocks: Sequence[Clock] = ()
 
+    @property
+    def renews(self) -> bool:
+        """Are inverse roots or eigenbases worked out anew in it?"""
+        return any(bucket.plan.renews for bucket in self.buckets)
+
+    @property
+    def referred(self) -> tuple[Any, ...]:
+        """What a CUDA graph that recorded the step refers to: it has to live for as long as somebody may replay it."""
+        return self.counters, self.clocks, [bucket.seats for bucket in self.buckets]
+
     def finish(self, skip: Tensor | None = None) -> None:
         """Write the step numbers; on the device, unless ``skip`` is not 0 there."""
         if self.counters is not None:

@@ -96,10 +96,9 @@ class Arithmetic:
             ]
             self._roster = Roster(members, self._counters(weights))
         step = self._roster.sort(list(weights if gradients is None else gradients), hp)
-        totals = execution.run(step.buckets, execution.engine_for(engine), skip=skip)
-        step.finish(skip)
+        totals = execution.take(step, engine, skip=skip)
         if recording():
-            self._recorded.append((step.counters, step.clocks, [bucket.seats for bucket in step.buckets]))
+            self._recorded.append(step.referred)
         return totals
 
     def _counters(self, weights: Sequence[Tensor]) -> Counters | None:
