@@ -6,19 +6,8 @@ import math
 import random
 import statistics
 
-from piste.race.record import (
-    CLEAR,
-    COMMITTED,
-    EXCLUDED,
-    Cost,
-    Curve,
-    Finding,
-    RunKey,
-    RunRecord,
-    Standing,
-    StudyResult,
-    TaskResult,
-)
+from piste.race.record import Cost, Curve, RunKey, RunRecord
+from piste.race.result import CLEAR, COMMITTED, EXCLUDED, Finding, Standing, StudyResult, TaskResult
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 VERSIONS = {"python": "3.12.4", "torch": "2.13.0+cpu", "piste": "0.1.0+0a1b2c3d"}

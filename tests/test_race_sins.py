@@ -13,7 +13,8 @@ import piste
 from piste.race import lints
 from piste.race.lints import Evidence
 from piste.race.protocol import Plan, keys_so_far
-from piste.race.record import CLEAR, COMMITTED, CONFIRM, EXCLUDED, TUNE, RunKey, RunRecord
+from piste.race.record import CONFIRM, TUNE, RunKey, RunRecord
+from piste.race.result import CLEAR, COMMITTED, EXCLUDED
 from piste.race.sins import SINS, audit, notes
 
 BIG = 10_000

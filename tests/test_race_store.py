@@ -21,7 +21,8 @@ from report_studies import plain_study
 
 from piste.race import environment
 from piste.race import store as store_module
-from piste.race.record import RecordError, RunRecord, plain
+from piste.race.canonical import plain
+from piste.race.record import RecordError, RunRecord
 from piste.race.store import Store, StoreError
 
 RECORDS = plain_study().records

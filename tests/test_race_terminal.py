@@ -15,7 +15,8 @@ from piste.race.costs import WARM_UP_STEPS, Stopwatch
 from piste.race.inspection import TaskCard
 from piste.race.progress import rows
 from piste.race.protocol import Plan, next_runs
-from piste.race.record import Cost, StudyResult, TaskResult
+from piste.race.record import Cost
+from piste.race.result import StudyResult, TaskResult
 from piste.race.study import State
 from piste.race.terminal import LiveView, PlainView, show_result, view_for
 from piste.race.worker import Run

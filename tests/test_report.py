@@ -23,13 +23,15 @@ from report_studies import HOSTILE, USUAL, diverged, empty_study, large_study, p
 
 import piste
 from piste.race import words
-from piste.race.record import Cost, Curve, RunRecord, StudyResult, TaskResult, canonical_json
+from piste.race.canonical import canonical_json
+from piste.race.record import Cost, Curve, RunRecord
 from piste.race.report import recipe, render, write
 from piste.race.report.basin import basin
 from piste.race.report.curves import curves
 from piste.race.report.differences import differences
 from piste.race.report.page import Section, make_page
 from piste.race.report.palette import COLOURS, looks
+from piste.race.result import StudyResult, TaskResult
 
 
 class Document(HTMLParser):

@@ -16,9 +16,10 @@ import pytest
 from chromium import chromium
 from report_studies import HOSTILE, USUAL, empty_study, large_study, plain_study, troubled_study
 
-from piste.race.record import StudyResult, canonical_json
+from piste.race.canonical import canonical_json
 from piste.race.report import exports, write
 from piste.race.report.page import make_page
+from piste.race.result import StudyResult
 
 pytestmark = pytest.mark.slow
 

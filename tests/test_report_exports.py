@@ -24,7 +24,7 @@ from report_studies import HOSTILE, empty_study, plain_study, troubled_study
 from test_race_standings import plan_for, raced, valley
 
 from piste.race import command
-from piste.race.record import canonical_json
+from piste.race.canonical import canonical_json
 from piste.race.report import FORMATS, ExportError, export, files, send
 from piste.race.report.documents import latex, markdown
 from piste.race.report.exports import COLUMNS, as_csv, tables

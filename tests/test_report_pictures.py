@@ -11,7 +11,7 @@ import pytest
 from report_studies import plain_study, run, standing
 
 from piste.race.analysis import Analysis, analyse, speed_up_to_common
-from piste.race.record import Cost, Curve, RunRecord, StudyResult, TaskResult
+from piste.race.record import Cost, Curve, RunRecord
 from piste.race.report.across import across, chances
 from piste.race.report.budget import budget
 from piste.race.report.card import facts
@@ -20,6 +20,7 @@ from piste.race.report.page import make_page
 from piste.race.report.palette import looks
 from piste.race.report.reached import reached
 from piste.race.report.stability import settings, stability
+from piste.race.result import StudyResult, TaskResult
 from piste.race.targets import EVALUATIONS, SECONDS, STEPS
 
 COST = Cost(0.01, 0.002, 800, 2**20, 20, 100)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from piste.race.lints import BASELINES
-from piste.race.record import CONFIRM, TUNE, RunRecord, TaskResult
+from piste.race.record import CONFIRM, TUNE, RunRecord
+from piste.race.result import TaskResult
 from piste.race.search import BudgetCurve, Sensitivity, budget_curve, counted, sensitivity
 from piste.race.statistics import Pair, pairs
 from piste.race.targets import EVALUATIONS, SECONDS, STEPS, Reach, SpeedUp, median_reaches, reach, speed_up, targets

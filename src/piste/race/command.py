@@ -25,7 +25,7 @@ from piste.race.catalogue import find, show, show_list, show_tasks
 from piste.race.contenders import ContenderError, make_contenders
 from piste.race.executors import LOCAL, PLACES, ExecutorError, is_place
 from piste.race.limits import Limits
-from piste.race.record import StudyResult
+from piste.race.result import StudyResult
 from piste.race.sampling import SAMPLERS, SamplerError
 from piste.race.serve import ServeError, served
 from piste.race.settings import Settings

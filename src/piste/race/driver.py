@@ -24,7 +24,8 @@ from piste.race.limits import Limits, too_long
 from piste.race.packing import jobs, runs_of
 from piste.race.progress import Clock, Ledger, Row, duration, part_of
 from piste.race.protocol import Plan
-from piste.race.record import RunKey, RunRecord, StudyResult
+from piste.race.record import RunKey, RunRecord
+from piste.race.result import StudyResult
 from piste.race.script import Script
 from piste.race.store import Store
 from piste.race.task import TaskError

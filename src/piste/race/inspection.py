@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from piste.race import environment
 from piste.race.attempt import EVALUATIONS, one_line
+from piste.race.canonical import canonical_json
 from piste.race.data import Splits, fingerprint, length, to_device, training_batches
 from piste.race.packed import why_not
-from piste.race.record import canonical_json
 from piste.race.seeds import seed_everything
 from piste.race.task import LoadedTask, Task, TaskError
 from piste.race.training import evaluate, fresh_model

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from piste.race.record import Standing
+from piste.race.result import Standing
 from piste.race.words import number
 
 # Quantiles of the normal distribution for a 95 % interval and for finding a true difference in four races of five.

@@ -1,19 +1,15 @@
-"""What the race writes down: one record a run, and the study made from many of them.
-
-The records are plain data. They travel as JSON (``to_json``/``from_json``); numbers that JSON cannot hold
-(nan, inf) travel as the strings ``"nan"``, ``"inf"`` and ``"-inf"``, so the files stay readable by any JSON reader.
-"""
+"""What the race writes down: one record a run. Records are plain data, and travel as JSON."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, Final
+
+from piste.race.canonical import canonical_json, digest, fields_of
 
 # 2 added traces and totals; what 1 wrote is read, with those left empty. 3 has the checksum in front, over the bytes
 # that follow it: not one of them changes unnoticed, and nothing has to be written again to be verified.
@@ -80,11 +76,11 @@ class RunKey:
         content = self.fields()
         if not self.machine:
             del content["machine"]  # as in schema 1, whose ids stay what they are
-        return _digest(canonical_json(content))[:20]
+        return digest(canonical_json(content))[:20]
 
     def fields(self) -> dict[str, Any]:
         """By name; without ``packed`` where that is false, as before there were packs: ids and files stay the same."""
-        return {name: value for name, value in _fields(self).items() if value or name != "packed"}
+        return {name: value for name, value in fields_of(self).items() if value or name != "packed"}
 
     @property
     def lr(self) -> float:
@@ -218,12 +214,12 @@ class RunRecord:
 
     def to_json(self) -> str:
         """The record as JSON text, a field a line, its checksum computed anew."""
-        content = _fields(self) | {"schema": SCHEMA}
-        parts = {"key": self.key.fields(), "curve": _fields(self.curve), "cost": _fields(self.cost)}
+        content = fields_of(self) | {"schema": SCHEMA}
+        parts = {"key": self.key.fields(), "curve": fields_of(self.curve), "cost": fields_of(self.cost)}
         content.pop("checksum")
         lines = [f'"{name}":{canonical_json(parts.get(name, value))}' for name, value in content.items()]
         body = ",\n".join(lines) + "}\n"
-        return f'{{"checksum":"{_digest(body)}",\n{body}'
+        return f'{{"checksum":"{digest(body)}",\n{body}'
 
     @classmethod
     def from_json(cls, text: str) -> RunRecord:
@@ -233,7 +229,7 @@ class RunRecord:
             RecordError: the text is no record, its checksum or its id does not match, or the schema is unknown.
         """
         seal = _SEAL.match(text)
-        if seal and seal[1] != _digest(text[seal.end() :]):
+        if seal and seal[1] != digest(text[seal.end() :]):
             raise RecordError("its checksum does not match its content")
         try:
             content = json.loads(text)
@@ -255,113 +251,6 @@ class RunRecord:
         return record
 
 
-@dataclass(frozen=True)
-class Standing:
-    """Where one contender ended on one task.
-
-    Args:
-        contender: such as ``"ranger+flat_cosine"``.
-        optimizer: the preset's name.
-        schedule: the schedule's name.
-        best_hyperparameters: chosen by the validation split of the tune runs; empty if no trial survived.
-        edge: ``"low"`` or ``"high"`` if the best lr is the lowest or highest that was tried, else ``""``.
-        trials: settings tried.
-        diverged_trials: how many of them did not finish (diverged, failed or out of memory).
-        seeds: number of confirmation runs.
-        scores: one a confirmation seed, in seed order, on the report split; a run that did not finish counts as the
-            worst score seen on the task. Empty if no trial survived.
-        mean: mean of the scores; nan if there are none.
-        low: lower end of its bootstrap interval.
-        high: upper end.
-        difference: mean of (this contender's score minus the leader's) over common seeds; 0 for the leader itself.
-        difference_low: lower end of its paired bootstrap interval.
-        difference_high: upper end.
-        tied: in the leader's group: no difference from the leader was found. True for the leader itself.
-        cost: times of the run with the shortest steps; the rest are maxima over its runs.
-        failures: one line for each run that did not finish, tune and confirm.
-    """
-
-    contender: str
-    optimizer: str
-    schedule: str
-    best_hyperparameters: dict[str, float]
-    edge: str
-    trials: int
-    diverged_trials: int
-    seeds: int
-    scores: list[float]
-    mean: float
-    low: float
-    high: float
-    difference: float
-    difference_low: float
-    difference_high: float
-    tied: bool
-    cost: Cost
-    failures: list[str]
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """All contenders on one task, best first, the verdict in one or two sentences, and what limits it (``caveats``).
-
-    ``target`` is the validation score that was asked for, whose first passing is timed; None where none was.
-    """
-
-    task: str
-    metric_name: str
-    higher_is_better: bool
-    standings: list[Standing]
-    verdict: str
-    target: float | None = None
-    caveats: list[str] = field(default_factory=list)
-
-
-COMMITTED: Final = "committed"
-CLEAR: Final = "clear"
-EXCLUDED: Final = "ruled out by construction"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a race has to say of one sin of comparisons.
-
-    Args:
-        sin: its name.
-        state: ``"committed"``, ``"clear"`` (looked for and not found) or ``"ruled out by construction"``.
-        words: what was found, or why it cannot happen; empty where clear.
-    """
-
-    sin: str
-    state: str
-    words: str
-
-
-@dataclass(frozen=True)
-class StudyResult:
-    """A whole race, ready to be reported.
-
-    Args:
-        title: one line.
-        created: UTC time, ISO 8601.
-        results: one a task.
-        records: every run the results rest on.
-        notes: what the race holds against itself (few seeds, best lr at an edge, timings taken side by side, …).
-        machine: what ran it.
-        command: the command that repeats it.
-        findings: one for each sin of comparisons, committed or not.
-    """
-
-    title: str
-    created: str
-    results: list[TaskResult]
-    records: list[RunRecord]
-    notes: list[str]
-    machine: dict[str, str]
-    command: str
-    findings: list[Finding] = field(default_factory=list)
-
-
 def fingerprint(machine: dict[str, str]) -> str:
     """Twelve hex digits for all that decides wall times on a machine, of those things that ``machine`` names."""
     return _fingerprint(*((name, machine[name]) for name in _DECISIVE if name in machine))
@@ -372,56 +261,12 @@ _DECISIVE: Final = ("system", "processor", "cores", "accelerator")
 
 @lru_cache(maxsize=64)
 def _fingerprint(*decisive: tuple[str, str]) -> str:
-    return _digest(canonical_json(dict(decisive)))[:12]
-
-
-def plain(value: Any) -> Any:
-    """A record or a study as JSON data, where ``asdict`` would copy all it holds; non-finite numbers by name."""
-    if value is None or isinstance(value, (str, int)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    if isinstance(value, (list, tuple)):
-        return value if _all_finite(value) else [plain(item) for item in value]
-    if isinstance(value, dict):
-        return {str(name): plain(item) for name, item in value.items()}
-    if is_dataclass(value):
-        return {name: plain(item) for name, item in _fields(value).items()}
-    return value
-
-
-def canonical_json(content: Any) -> str:
-    """One text for one content: sorted keys, no spaces, non-finite numbers as strings."""
-    try:
-        return _compact(content)
-    except ValueError:
-        return _compact(plain(content))
-
-
-def _compact(content: Any) -> str:
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def _fields(of: Any) -> dict[str, Any]:
-    """The fields of a dataclass as they are, where ``asdict`` would copy all they hold."""
-    return {name: vars(of)[name] for name in of.__dataclass_fields__}
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return digest(canonical_json(dict(decisive)))[:12]
 
 
 def _checksum(content: dict[str, Any]) -> str:
     """Of a record up to schema 2: over its content, in whatever layout it stands."""
-    return _digest(canonical_json({name: value for name, value in content.items() if name != "checksum"}))
-
-
-def _all_finite(values: Sequence[Any]) -> bool:
-    """Whether these are numbers, and small enough to be added up."""
-    try:
-        return math.isfinite(sum(values))
-    except TypeError:
-        return False
+    return digest(canonical_json({name: value for name, value in content.items() if name != "checksum"}))
 
 
 def _revive(content: dict[str, Any]) -> dict[str, Any]:

@@ -22,10 +22,11 @@ from typing import Any
 
 from piste.race import record
 from piste.race.attempt import new_record
+from piste.race.canonical import canonical_json
 from piste.race.contenders import Contender, preset_behind
 from piste.race.costs import Stopwatch
 from piste.race.inspection import TaskCard
-from piste.race.record import Cost, Curve, RunKey, RunRecord, canonical_json
+from piste.race.record import Cost, Curve, RunKey, RunRecord
 from piste.race.seeds import derived_seed
 from piste.race.space import create_arguments
 from piste.race.task import TaskError

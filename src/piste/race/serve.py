@@ -20,7 +20,8 @@ from piste.race import report
 from piste.race.dashboard import progress_words, run_words
 from piste.race.driver import State, View, stop_signals
 from piste.race.progress import duration
-from piste.race.record import TIME, RunRecord, StudyResult
+from piste.race.record import TIME, RunRecord
+from piste.race.result import StudyResult
 from piste.race.server import Server
 from piste.race.store import Store, StoreError
 from piste.race.study import stored_result

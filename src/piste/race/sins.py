@@ -11,7 +11,8 @@ from typing import Final
 from piste.race import lints
 from piste.race.lints import Evidence
 from piste.race.protocol import Tuning
-from piste.race.record import CLEAR, COMMITTED, EXCLUDED, FINISHED, Finding
+from piste.race.record import FINISHED
+from piste.race.result import CLEAR, COMMITTED, EXCLUDED, Finding
 from piste.race.words import listing
 
 Lint = Callable[[Evidence], str]

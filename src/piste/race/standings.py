@@ -10,8 +10,9 @@ from piste.race.contenders import Contender
 from piste.race.inspection import TaskCard
 from piste.race.lints import Evidence
 from piste.race.protocol import Lane, Plan, Records, Tuning, asked_of, lane, lanes
-from piste.race.record import TUNE, RunRecord, Standing, StudyResult, TaskResult
+from piste.race.record import TUNE, RunRecord
 from piste.race.remarks import remarks
+from piste.race.result import Standing, StudyResult, TaskResult
 from piste.race.search import counted
 from piste.race.sins import audit, notes
 from piste.race.statistics import Comparison, compare

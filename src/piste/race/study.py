@@ -21,7 +21,8 @@ from piste.race.inspection import TaskCard
 from piste.race.limits import Limits
 from piste.race.probes import first_runs, inspect_tasks, measured_paces
 from piste.race.protocol import Plan
-from piste.race.record import StudyResult, fingerprint
+from piste.race.record import fingerprint
+from piste.race.result import StudyResult
 from piste.race.script import Script
 from piste.race.settings import Settings
 from piste.race.space import parse_sweep

@@ -17,7 +17,8 @@ from piste.race.driver import State
 from piste.race.keys import Keys
 from piste.race.progress import duration
 from piste.race.protocol import Plan
-from piste.race.record import TIME, Cost, RunRecord, Standing, StudyResult, TaskResult
+from piste.race.record import TIME, Cost, RunRecord
+from piste.race.result import Standing, StudyResult, TaskResult
 from piste.race.verdict import recommended
 from piste.race.wishes import Wish
 from piste.race.words import count, listing, single_line, size

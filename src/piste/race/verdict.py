@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from piste.race.power import unresolved
-from piste.race.record import Standing
+from piste.race.result import Standing
 from piste.race.search import redraw
 from piste.race.statistics import LEVEL, detectable
 from piste.race.words import listing, number, percent, size

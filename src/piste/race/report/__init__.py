@@ -20,7 +20,8 @@ import jinja2
 import plotly.offline  # type: ignore[import-untyped]
 from markupsafe import Markup
 
-from piste.race.record import StudyResult, plain
+from piste.race.canonical import plain
+from piste.race.result import StudyResult
 
 from .exports import COLUMNS, derived_tables
 from .files import FORMATS, ExportError, export, pictures_of
@@ -56,7 +57,7 @@ def write(result: StudyResult, path: str | os.PathLike[str]) -> Path:
     Example:
         >>> import pathlib, tempfile
         >>> from piste.race import report
-        >>> from piste.race.record import StudyResult
+        >>> from piste.race.result import StudyResult
         >>> study = StudyResult("nothing raced", "2026-01-01T00:00:00Z", [], [], [], {}, "piste race")
         >>> folder = pathlib.Path(tempfile.mkdtemp())
         >>> report.write(study, folder / "report.html").name

@@ -10,7 +10,7 @@ import plotly.graph_objects as go  # type: ignore[import-untyped]
 
 from piste.race import words
 from piste.race.analysis import Analysis
-from piste.race.record import Standing, StudyResult, TaskResult
+from piste.race.result import Standing, StudyResult, TaskResult
 from piste.race.statistics import LEVEL
 from piste.race.targets import MOST_BEHIND, SECONDS, Profile, median_reach, profiles
 

@@ -8,7 +8,8 @@ from typing import Any, Final
 import plotly.graph_objects as go  # type: ignore[import-untyped]
 
 from piste.race import words
-from piste.race.record import TUNE, RunRecord, Standing, TaskResult
+from piste.race.record import TUNE, RunRecord
+from piste.race.result import Standing, TaskResult
 
 from .figure import BASIN_HEIGHT, Option, Picture, Series, Switch, blank, rounded
 from .measures import Measure, final, is_logarithmic, measures, value_axis

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from piste.race import words
 from piste.race.analysis import Analysis, speed_up_to_common
 from piste.race.lints import BASELINES
-from piste.race.record import RunRecord, Standing, TaskResult
+from piste.race.record import RunRecord
+from piste.race.result import Standing, TaskResult
 from piste.race.search import Sensitivity
 from piste.race.targets import SpeedUp
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import plotly.graph_objects as go  # type: ignore[import-untyped]
 
 from piste.race import words
-from piste.race.record import Standing, TaskResult
+from piste.race.result import Standing, TaskResult
 
 from .figure import BASIN_HEIGHT, Option, Picture, Series, Switch, above_row, blank, rounded
 from .palette import Look

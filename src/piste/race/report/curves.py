@@ -12,7 +12,8 @@ import plotly.graph_objects as go  # type: ignore[import-untyped]
 
 from piste.race import words
 from piste.race.analysis import same_machine
-from piste.race.record import CONFIRM, RunRecord, TaskResult
+from piste.race.record import CONFIRM, RunRecord
+from piste.race.result import TaskResult
 from piste.race.targets import EVALUATIONS, SECONDS, STEPS, passes_a_step, spent
 
 from .figure import Option, Picture, Series, Switch, blank, rounded, time_unit, titled

@@ -9,7 +9,7 @@ from typing import Any
 import plotly.graph_objects as go  # type: ignore[import-untyped]
 
 from piste.race import words
-from piste.race.record import Standing, TaskResult
+from piste.race.result import Standing, TaskResult
 
 from .figure import BASIN_HEIGHT, Picture, above_row, blank
 from .palette import Look

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from piste.race.analysis import Analysis
-from piste.race.record import StudyResult, canonical_json, plain
+from piste.race.canonical import canonical_json, plain
+from piste.race.result import StudyResult
 
 _KEY = ("task", "contender", "optimizer", "schedule", "steps", "seed", "phase", "device")
 _COSTS = (

@@ -10,7 +10,7 @@ from typing import Any, Final
 import plotly.graph_objects as go  # type: ignore[import-untyped]
 import plotly.io as pio  # type: ignore[import-untyped]
 
-from piste.race.record import StudyResult
+from piste.race.result import StudyResult
 
 from .documents import document
 from .exports import as_csv, as_json, tables, write_parquet

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from piste.race import words
-from piste.race.record import Curve, RunRecord, TaskResult
+from piste.race.record import Curve, RunRecord
+from piste.race.result import TaskResult
 
 from .figure import rounded
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from piste.race import words
-from piste.race.record import CONFIRM, TUNE, RunRecord, StudyResult
+from piste.race.record import CONFIRM, TUNE, RunRecord
+from piste.race.result import StudyResult
 from piste.race.statistics import LEVEL
 
 

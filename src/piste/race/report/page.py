@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from piste.race import words
 from piste.race.analysis import Analysis, analyse
-from piste.race.record import CLEAR, CONFIRM, EXCLUDED, Finding, RunRecord, Standing, StudyResult, TaskResult
+from piste.race.record import CONFIRM, RunRecord
+from piste.race.result import CLEAR, EXCLUDED, Finding, Standing, StudyResult, TaskResult
 from piste.race.verdict import recommended
 
 from .across import Across, Grid, across, chances

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
-from piste.race.record import StudyResult
+from piste.race.result import StudyResult
 
 _STYLE: Final = Path(__file__).parent / "style.css"
 # Chosen to stay apart under protanopia, deuteranopia and tritanopia, and to keep a contrast of 3:1 and more against

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from piste.race.analysis import Analysis
-from piste.race.record import RunRecord, TaskResult
+from piste.race.record import RunRecord
+from piste.race.result import TaskResult
 
 from .basin import basin
 from .budget import budget

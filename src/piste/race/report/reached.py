@@ -9,7 +9,7 @@ import plotly.graph_objects as go  # type: ignore[import-untyped]
 
 from piste.race import words
 from piste.race.analysis import Analysis
-from piste.race.record import TaskResult
+from piste.race.result import TaskResult
 from piste.race.targets import SECONDS, STEPS
 
 from .figure import BASIN_HEIGHT, Option, Picture, Series, Switch, blank, rounded

@@ -7,7 +7,7 @@ import keyword
 from typing import Any
 
 from piste.race.contenders import OWN, ContenderError, preset_behind
-from piste.race.record import Standing
+from piste.race.result import Standing
 from piste.race.space import create_arguments
 
 _TORCH = "torch."

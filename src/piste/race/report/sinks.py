@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from piste.race.record import RunRecord, StudyResult
+from piste.race.record import RunRecord
+from piste.race.result import StudyResult
 from piste.race.words import single_line
 
 from .files import ExportError

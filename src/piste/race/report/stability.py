@@ -10,7 +10,8 @@ import plotly.graph_objects as go  # type: ignore[import-untyped]
 
 from piste.race import words
 from piste.race.analysis import equal_trials, final_scores, untrained_score
-from piste.race.record import CONFIRM, RunRecord, TaskResult
+from piste.race.record import CONFIRM, RunRecord
+from piste.race.result import TaskResult
 
 from .figure import BASIN_HEIGHT, Picture, Series, blank, rounded, titled
 from .palette import Look

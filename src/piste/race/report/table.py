@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from piste.race import words
-from piste.race.record import Standing, TaskResult
+from piste.race.result import Standing, TaskResult
 
 from .card import each_weight
 from .palette import Look
