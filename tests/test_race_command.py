@@ -15,7 +15,7 @@ from report_studies import plain_study
 import piste
 from piste.race import command as race_command
 from piste.race.command import command
-from piste.race.study import resolve_device
+from piste.race.planning import resolve_device
 from piste.race.task import load_task
 
 

@@ -12,12 +12,12 @@ from rich.console import Console
 
 from piste.race.contenders import make_contenders
 from piste.race.costs import WARM_UP_STEPS, Stopwatch
+from piste.race.driver import State
 from piste.race.inspection import TaskCard
 from piste.race.progress import rows
 from piste.race.protocol import Plan, next_runs
 from piste.race.record import Cost
 from piste.race.result import StudyResult, TaskResult
-from piste.race.study import State
 from piste.race.terminal import LiveView, PlainView, show_result, view_for
 from piste.race.worker import Run
 

@@ -16,11 +16,12 @@ from piste.race import lints
 from piste.race.contenders import ContenderError
 from piste.race.driver import Driver, InterruptedRaceError, State
 from piste.race.executors import Death, Event
+from piste.race.planning import with_optimizer
 from piste.race.protocol import Plan
 from piste.race.record import FAILED, TIME, RunRecord
 from piste.race.settings import Settings
 from piste.race.store import Store
-from piste.race.study import _with_what_joined, with_optimizer
+from piste.race.study import _with_what_joined
 from piste.race.wishes import STOPPED, Add, Stop, Wish, with_optimizers
 from piste.race.worker import Run
 

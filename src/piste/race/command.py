@@ -25,6 +25,7 @@ from piste.race.catalogue import find, show, show_list, show_tasks
 from piste.race.contenders import ContenderError, make_contenders
 from piste.race.executors import LOCAL, PLACES, ExecutorError, is_place
 from piste.race.limits import Limits
+from piste.race.planning import DeviceError, SettingsError
 from piste.race.result import StudyResult
 from piste.race.sampling import SAMPLERS, SamplerError
 from piste.race.serve import ServeError, served
@@ -33,9 +34,7 @@ from piste.race.space import parse_sweep
 from piste.race.starter import STARTER
 from piste.race.store import Store, StoreError
 from piste.race.study import (
-    DeviceError,
     InterruptedRaceError,
-    SettingsError,
     race,
     stored_result,
     stored_settings,
