@@ -16,7 +16,7 @@ from torch import nn
 import piste
 from benchmarks.measure import peak_extra_bytes
 from piste.race.command import command
-from piste.race.footprint import bytes_of
+from piste.race.options import bytes_of
 
 NO_MOMENTS = ("madgrad", "mirrormadgrad", "schedulefreesgd")
 

@@ -23,8 +23,8 @@ from rich.text import Text
 
 import piste
 from piste.race.data import length
-from piste.race.footprint import bytes_of
 from piste.race.inspection import load_data
+from piste.race.options import bytes_of
 from piste.race.task import BUILT_IN, Task, TaskError, import_file, load_task, split_reference
 from piste.race.training import fresh_model
 from piste.race.words import single_line

@@ -1,12 +1,15 @@
-"""What ``piste list`` and ``piste show`` say of presets and wrappers."""
+"""``piste list`` and ``piste show``: what there is to say of presets and wrappers."""
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import click
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
@@ -16,7 +19,7 @@ import piste
 from piste import Preset
 from piste.race.task import BUILT_IN, load_task
 
-__all__ = ["find", "show", "show_list", "show_tasks"]
+__all__ = ["find", "list_names", "show", "show_list", "show_name", "show_tasks"]
 
 _WRAPPER_HEADINGS = ("name", "class", "more state", "passes")
 _HEADINGS = ("name", "class", *piste.STATE_FORMATS, "passes", "schedule", "lr prior")
@@ -24,6 +27,43 @@ _HEADINGS = ("name", "class", *piste.STATE_FORMATS, "passes", "schedule", "lr pr
 _ROLES = re.compile(r":[a-z]+:`~?([^`]+)`")
 _LITERALS = re.compile(r"``([^`]+)``")
 _FORMULA = re.compile(r"^\.\. math::\n", re.MULTILINE)
+
+
+@click.command(name="list", short_help="List the names that piste.create takes.")
+@click.argument("pattern", default="*")
+def list_names(pattern: str) -> None:
+    """List presets and wrappers that fit PATTERN, with their sources.
+
+    PATTERN is a name with * and ? (case and hyphens make no difference), an arXiv number, or a name that other lists
+    have, such as "efficient sam".
+    """
+    names, wrappers = find(pattern)
+    if not (names or wrappers):
+        click.echo(f"piste: no name fits {pattern!r}; piste list shows all", err=True)
+        sys.exit(1)
+    show_list(Console(), names, wrappers)
+
+
+@click.command(name="show", short_help="Show one of those names: equations, settings, advice.")
+@click.argument("name")
+def show_name(name: str) -> None:
+    """Show what NAME means: its cost, settings, equations, when to use it.
+
+    NAME is that of a preset or a wrapper (case and hyphens make no difference), an arXiv number, or a name that other
+    lists have.
+    """
+    names, wrappers = find(name)
+    found = [*names, *wrappers]
+    if not found or any(mark in name for mark in "*?"):
+        similar = difflib.get_close_matches(name.lower(), [*piste.list_optimizers(), *piste.list_wrappers()], n=3)
+        hint = f" (did you mean {' or '.join(similar)}?)" if similar else ""
+        click.echo(f"piste: no preset or wrapper {name!r}{hint}; piste list shows all", err=True)
+        sys.exit(1)
+    console = Console()
+    for number, each in enumerate(found):
+        if number:
+            console.rule()
+        show(console, each)
 
 
 def find(name: str) -> tuple[list[str], list[str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import re
 import statistics
 import sys
 import time
@@ -11,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -19,12 +19,13 @@ from rich.text import Text
 from torch import nn
 
 import piste
+from piste.race.contenders import make_contenders
+from piste.race.options import Size, debug_option, explained, listed
 from piste.race.task import TaskError, load_task
 from piste.race.words import duration, single_line, size
 
-__all__ = ["Row", "bytes_of", "load_model", "measured_bandwidth", "rows", "show"]
+__all__ = ["Row", "load_model", "measured_bandwidth", "memory", "rows", "show"]
 
-_UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
 _PASS_ELEMENTS, _PASSES = 1 << 25, 7  # 128 MiB a stream: more than caches hold
 
 
@@ -38,18 +39,59 @@ class Row:
     refused: str = ""
 
 
-def bytes_of(text: str, per_second: str = "") -> float:
-    """``24GiB`` or, with ``per_second="/s"``, ``4.8TB/s``, in bytes.
+def _formats(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
+    names = listed(context, parameter, value)
+    for name in names:
+        if name not in piste.STATE_FORMATS:
+            raise click.BadParameter(f"{name!r} is not legal; legal: {', '.join(piste.STATE_FORMATS)}")
+    return names
 
-    Raises:
-        ValueError: the text is something else.
+
+@click.command(name="memory", short_help="Show what optimizers cost on a model.")
+@click.argument("task", required=False, metavar="[TASK.py[:name]]")
+@click.option("--model", "factory", metavar="MODULE:FACTORY", help="A function that returns the model.")
+@click.option(
+    "--optimizers", default="sgd_momentum,adamw,lion,adan,ranger", show_default=True, callback=listed, help="Names."
+)
+@click.option(
+    "--state",
+    default=",".join(piste.STATE_FORMATS),
+    show_default=True,
+    callback=_formats,
+    help="Formats of moments.",
+)
+@click.option("--weights", type=click.Choice(piste.WEIGHT_FORMATS), default="plain", show_default=True)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of the weights. [default: the model's own]")
+@click.option("--bandwidth", type=Size("/s"), metavar="GB/s", help="Such as 4.8TB/s. [default: measured here]")
+@click.option("--fit", type=Size(), metavar="GiB", help="Mark what fits into so much, such as 24GiB.")
+@debug_option
+def memory(
+    task: str | None,
+    factory: str | None,
+    optimizers: tuple[str, ...],
+    state: tuple[str, ...],
+    weights: str,
+    dtype: str | None,
+    bandwidth: float | None,
+    fit: float | None,
+    debug: bool,
+) -> None:
+    """Show state, peak and traffic of optimizers on the model of TASK (a built-in one, or a file), or of --model.
+
+    Nothing of the model's size is allocated: a model that does not fit here can be asked about.
     """
-    found = re.fullmatch(rf"\s*(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)b{per_second}\s*", text, flags=re.IGNORECASE)
-    if found is None or not float(found[1]) or (found[3] and not found[2]):
-        example = "24GiB or 80GB" if not per_second else "900GB/s or 4.8TB/s"
-        raise ValueError(f"{text!r} is not legal; legal: a number above 0 with its unit, such as {example}")
-    base = 1024.0 if found[3] else 1000.0
-    return float(found[1]) * float(base ** _UNITS[found[2].lower()])
+    console = Console()
+    with explained(debug):
+        name, model = load_model(task, factory)
+        if dtype is not None:
+            model = model.to(getattr(torch, dtype))
+        names = [name for contender in make_contenders(optimizers, ()) for name in [contender.optimizer]]
+        with console.status("measuring the memory's bandwidth"):
+            speed = bandwidth or measured_bandwidth()
+        found = rows(model, names, state, weights, console)
+        show(console, name, found, speed, bandwidth is not None, fit)
+        if all(row.cost is None for row in found):
+            sys.exit(1)
 
 
 def load_model(task: str | None, factory: str | None) -> tuple[str, nn.Module]:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["STARTER"]
+import shlex
+from pathlib import Path
+
+import click
+
+__all__ = ["STARTER", "write_starter"]
 
 STARTER = '''"""A task for `piste race {file}`. It runs as it is; your model, data and loss go where it says so."""
 
@@ -60,3 +65,18 @@ task = Task(
     # version="2",  # change it when data outside this file changes: earlier runs then no longer count
 )
 '''
+
+
+def write_starter(path: Path) -> None:
+    """Write the starter task, unless something is in its place."""
+    legal = path.stem.replace("-", "_").isidentifier() and not path.stem.startswith(("_", "-"))
+    if path.suffix != ".py" or not legal:
+        raise click.UsageError(f"--new {path}: the file must be called like my_task.py, with a letter first")
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(STARTER.replace("{file}", str(path)).replace("{name}", path.stem))
+    except FileExistsError:
+        raise click.UsageError(f"--new {path}: there is such a file, and it stays as it is") from None
+    except OSError as error:
+        raise click.UsageError(f"--new {path}: {error.strerror}") from None
+    click.echo(f"wrote {path}; it runs as it is: piste race {shlex.quote(str(path))}")
