@@ -20,7 +20,7 @@ from piste.plan import Stage
 from piste.registry import create, preset_of, step_with
 from piste.storage import shape_of
 from piste.symbol import ALL, MATRIX, Sym
-from piste.wrappers.base import Wrapper
+from piste.wrappers.base import Wrapper, layers
 from piste.wrappings import WRAPPINGS
 
 __all__ = ["MemoryEstimate", "estimate_memory"]
@@ -107,10 +107,10 @@ def estimate_memory(
             )
     twin = _without_memory(model)
     made = create(optimizer, twin, state=state, weights=weights, **overrides)
-    layers = _layers(made)
-    if not isinstance(layers[-1], Optimizer):
+    inner = layers(made)[-1]
+    if not isinstance(inner, Optimizer):
         raise ValueError(
-            f"optimizer={optimizer!r} is of {type(layers[-1]).__module__}; legal: presets of piste's own classes"
+            f"optimizer={optimizer!r} is of {type(inner).__module__}; legal: presets of piste's own classes"
         )
     trained = [p for group in made.param_groups for p in group["params"]]
     seen = _Seen()
@@ -124,7 +124,7 @@ def estimate_memory(
         parameters=sum(p.numel() for p in trained),
         weights=_bytes((*twin.parameters(), *twin.buffers())),
         gradients=_bytes(trained),
-        state=_bytes(_kept(layers)),
+        state=_bytes(_kept(made)),
         matrices=_bytes(seen.matrices.values()),
         extra=seen.extra,
         workspace=seen.workspace,
@@ -159,18 +159,10 @@ class _Seen:
             self.moved += sum(map(_moved, buckets))
 
 
-def _layers(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
-    """An optimizer with what it is wrapped round, the outermost first."""
-    found = [optimizer]
-    while isinstance(found[-1], Wrapper):
-        found.append(found[-1].optimizer)
-    return found
-
-
-def _kept(layers: Sequence[torch.optim.Optimizer]) -> list[Tensor]:
+def _kept(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """What an optimizer holds for good, with its wrappers' own: each tensor once."""
-    wrappers = [layer for layer in layers if isinstance(layer, Wrapper)]
-    entries = [*layers[-1].state.values(), *(own for wrapper in wrappers for own in wrapper.own.values())]
+    wrappers = [layer for layer in layers(optimizer) if isinstance(layer, Wrapper)]
+    entries = [*optimizer.state.values(), *(own for wrapper in wrappers for own in wrapper.own.values())]
     held = [*(x for one in entries for x in one.values()), *(x for outer in wrappers[:1] for x in outer.buffers())]
     return list({id(x): x for x in held if isinstance(x, Tensor)}.values())
 

@@ -21,7 +21,7 @@ from piste.options import Options
 from piste.preset import Preset, arguments_of
 from piste.presets import presets
 from piste.wrappers import SAM, ModelEMA
-from piste.wrappers.base import Wrapper
+from piste.wrappers.base import Wrapper, layers
 
 __all__ = ["EMBEDDINGS", "RANGERS", "Group", "Setup", "listed"]
 
@@ -30,7 +30,9 @@ EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 RANGERS = ("ranger", "rangeradabelief", "rangerlars", "rangerva", "rangerqh")
 #: what other libraries put before and behind the name of an algorithm
 _AFFIXES = re.compile(r"^(fused|paged|cpu|deepspeedcpu|nv)+|(8bit|4bit|32bit|fp8|kahan)+$")
-_PASS_THROUGH = ("optimizer", "base_optimizer")
+#: where wrappers of other libraries have what they are round: Lookahead of torch_optimizer and the optimizer of
+#: Accelerate, SAM of davda54 and those after it
+_FOREIGN = ("optimizer", "base_optimizer")
 _DECOUPLING = ("decoupled_weight_decay", "weight_decouple", "decouple", "decoupled_decay", "decouple_decay")
 #: classes of piste with groups of their own for a model
 _SORTED_FURTHER = ("piste.Muon", "piste.NorMuon", "piste.Amos")
@@ -72,13 +74,10 @@ class Setup:
     @cached_property
     def layers(self) -> list[torch.optim.Optimizer]:
         """The optimizer with what it is wrapped round, the outermost first."""
-        found = [self.optimizer]
-        while True:
-            within = (getattr(found[-1], name, None) for name in _PASS_THROUGH)
-            inside = [each for each in within if isinstance(each, torch.optim.Optimizer)]
-            if not inside or inside[0] in found:
-                return found
-            found.append(inside[0])
+        found = layers(self.optimizer)
+        while (inside := _inside(found[-1])) is not None and inside not in found:
+            found += layers(inside)
+        return found
 
     @property
     def inner(self) -> torch.optim.Optimizer:
@@ -279,6 +278,12 @@ class Setup:
         unsaid = {*Options.__optional_keys__, "lr"} - {"state", "weights"}
         named = {name: self.made_with(name) for name in usual if name not in unsaid and name in self.inner.defaults}
         return {name: value for name, value in named.items() if _differs(value, usual[name])}
+
+
+def _inside(foreign: torch.optim.Optimizer) -> torch.optim.Optimizer | None:
+    """What an optimizer that is no wrapper of piste is round, if it is a wrapper."""
+    held = (getattr(foreign, name, None) for name in _FOREIGN)
+    return next((each for each in held if isinstance(each, torch.optim.Optimizer)), None)
 
 
 def _differs(value: Any, default: Any) -> bool:

@@ -16,7 +16,7 @@ from piste.slots import Part
 from piste.storage import State
 from piste.wrappers.arithmetic import Arithmetic, formats_of
 
-__all__ = ["Wrapper"]
+__all__ = ["Wrapper", "layers"]
 
 
 class Wrapper(torch.optim.Optimizer):
@@ -211,3 +211,18 @@ class Wrapper(torch.optim.Optimizer):
     def __repr__(self) -> str:
         inner = "\n    ".join(repr(self.optimizer).splitlines())
         return f"{type(self).__name__}(\n    {inner}\n)"
+
+
+def layers(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """An optimizer with what it is wrapped round, the outermost first. Wrappers of other libraries are not known here.
+
+    >>> import torch, piste
+    >>> from piste.wrappers.base import layers
+    >>> optimizer = piste.create("sam+lookahead+sgd", torch.nn.Linear(2, 1), lr=0.1)
+    >>> [type(layer).__name__ for layer in layers(optimizer)]
+    ['SAM', 'Lookahead', 'SGD']
+    """
+    found = [optimizer]
+    while isinstance(found[-1], Wrapper):
+        found.append(found[-1].optimizer)
+    return found
