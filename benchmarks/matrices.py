@@ -14,15 +14,12 @@ SOAP (``soap.py`` of nikhilvyas/SOAP) and Meta's Shampoo (facebookresearch/optim
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import importlib.util
-import io
 import json
 import os
 import statistics
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
@@ -37,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import piste
 from benchmarks.algorithms import Make, package
 from benchmarks.cases import Shapes, parameters
-from benchmarks.measure import ratio
+from benchmarks.measure import contenders, ratio
 
 OUT = Path(__file__).parent / "out" / "matrices.json"
 
@@ -231,24 +228,6 @@ CASES = (
 )
 
 
-def _contenders(case: Case, shapes: Shapes, console: Console) -> dict[str, Callable[[], object]]:
-    """Steps of all who could be made; the first period is behind them."""
-    steps: dict[str, Callable[[], object]] = {}
-    makers = case.ours | {name: make for name, make in case.peers.items() if make is not None}
-    for name, make in makers.items():
-        try:
-            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-                warnings.simplefilter("ignore")
-                step = make(parameters(shapes)).step
-                for _ in range(case.period + 1):
-                    step()
-        except Exception as error:  # a peer that does not run here is left out, and said to be
-            console.print(f"  {name} does not run: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
-            continue
-        steps[name] = step
-    return steps
-
-
 def _window(step: Callable[[], object], count: int, clock: Clock) -> list[float]:
     """Seconds of each of so many steps."""
     seconds = []
@@ -286,7 +265,9 @@ def peaks(clock: Clock) -> dict[str, float]:
 
 def compare(case: Case, name: str, rounds: int, clock: Clock, console: Console) -> dict[str, Any]:
     """Times of windows, and speeds of ours against each peer."""
-    steps = _contenders(case, case.shapes(name), console)
+    shapes = case.shapes(name)
+    # the first period is behind them
+    steps = contenders(case.ours | case.peers, lambda: parameters(shapes), case.period + 1, console)
     windows: dict[str, list[list[float]]] = {who: [] for who in steps}
     names = list(steps)
     for turn in range(rounds):

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import gc
+import io
 import os
 import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.cases import Optimizers, Shapes, parameters
@@ -83,6 +86,34 @@ def step_seconds(optimizers: Optimizers, shapes: Shapes, rounds: int) -> dict[st
         for _ in range(WARM_UP):
             optimizer.step()
     return interleaved({name: optimizer.step for name, optimizer in made.items()}, rounds)
+
+
+def contenders(
+    makers: Mapping[str, Make | None], weights: Callable[[], list[torch.nn.Parameter]], warm_up: int, console: Console
+) -> dict[str, Callable[[], object]]:
+    """Steps of all who could be made and whose first steps went well.
+
+    Args:
+        makers: by name; None for a peer that is not installed.
+        weights: makes, or gives, what a contender trains.
+        warm_up: how many first steps.
+        console: hears of those that are left out.
+    """
+    steps: dict[str, Callable[[], object]] = {}
+    for name, make in makers.items():
+        if make is None:
+            continue
+        try:
+            with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+                warnings.simplefilter("ignore")
+                step = make(weights()).step
+                for _ in range(warm_up):
+                    step()
+        except Exception as error:  # a peer that does not run here is left out, and said to be
+            console.print(f"  {name} does not run: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
+            continue
+        steps[name] = step
+    return steps
 
 
 def peak_extra_bytes(make: Make, shapes: Shapes) -> int:

@@ -7,14 +7,11 @@ same weights and gradients and take their steps in turn.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import os
 import resource
 import statistics
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,7 @@ from rich.table import Table
 
 from benchmarks.algorithms import ALGORITHMS, LARGE, LISTS, Algorithm
 from benchmarks.cases import Shapes, parameters
-from benchmarks.measure import WARM_UP, interleaved, peak_extra_bytes, ratio
+from benchmarks.measure import WARM_UP, contenders, interleaved, peak_extra_bytes, ratio
 
 OUT = Path(__file__).parent / "out"
 OURS = "piste cpp"
@@ -39,35 +36,16 @@ def _pace() -> Callable[[], object]:
     return lambda: a.add_(b)
 
 
-def _contenders(
-    algorithm: Algorithm, shapes: Shapes, compiled: bool, console: Console
-) -> dict[str, Callable[[], object]]:
-    """Steps of all who could be made and whose first steps went well."""
-    weights = parameters(shapes)
-    steps: dict[str, Callable[[], object]] = {}
-    makers = {OURS: algorithm.ours} | {name: make for name, make in algorithm.peers.items() if make is not None}
-    for name, make in makers.items():
-        if name == "torch compile" and not compiled:
-            continue
-        try:
-            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-                warnings.simplefilter("ignore")
-                step = make(weights).step
-                for _ in range(WARM_UP):
-                    step()
-        except Exception as error:  # a peer that does not run here is left out, and said to be
-            console.print(f"  {name} does not run: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
-            continue
-        steps[name] = step
-    return steps
-
-
 def compare(algorithm: Algorithm, shapes: Shapes, rounds: int, compiled: bool, console: Console) -> dict[str, Any]:
     """Median times of all, the speed against each peer, and the time against the memory's."""
-    steps = _contenders(algorithm, shapes, compiled, console)
+    weights = parameters(shapes)
+    makers = {OURS: algorithm.ours} | algorithm.peers
+    if not compiled:
+        makers.pop("torch compile", None)
+    steps = contenders(makers, lambda: weights, WARM_UP, console)
     seconds = interleaved({**steps, "pace": _pace()}, rounds)
-    weights = sum(torch.Size(shape).numel() for shape in shapes)
-    share = algorithm.bytes_per_weight * weights / (12 * PACE_ELEMENTS)
+    count = sum(torch.Size(shape).numel() for shape in shapes)
+    share = algorithm.bytes_per_weight * count / (12 * PACE_ELEMENTS)
     floor = ratio(seconds[OURS], [share * taken for taken in seconds["pace"]])
     speed = {name: ratio(taken, seconds[OURS]) for name, taken in seconds.items() if name not in (OURS, "pace")}
     return {
