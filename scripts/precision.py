@@ -26,7 +26,7 @@ from torch import Tensor
 
 import piste
 from benchmarks.picture import photograph
-from piste.codecs import decode, encode, fresh
+from piste.coding import decode, encode, fresh
 from piste.race.data import training_batches
 from piste.race.seeds import derived_seed, seed_everything
 from piste.race.tasks import char_transformer, digits
@@ -50,7 +50,7 @@ def ours(role: Any, form: str, *, rounding: str = "golden") -> Map:
         moved = step if rounding == "golden" else None
         if rounding == "random":
             with mock.patch(
-                "piste.codecs.torch.full", lambda *a, **k: torch.randint(0, 65536, a[0], dtype=torch.int32)
+                "piste.coding.torch.full", lambda *a, **k: torch.randint(0, 65536, a[0], dtype=torch.int32)
             ):
                 encode(codec, x, codes, rest, step=None)
         else:

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import codecs as oracle
 
-from piste.codecs import GOLDEN, STRIDE, Codec, decode, encode, fresh
+from piste.codecs import GOLDEN, STRIDE, Codec
+from piste.coding import decode, encode, fresh
 from piste.storage import STATE_FORMATS, State, codec_for, weight_codec
 
 LOW = STATE_FORMATS[1:]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from piste.checks import near
-from piste.codecs import Codec, fresh
+from piste.codecs import Codec
+from piste.coding import fresh
 from piste.sharding import matching
 from piste.storage import State, allocate, codec_for, companion, in_codes, out_of_codes, shape_of, weight_codec
 from piste.symbol import FULL, MATRIX

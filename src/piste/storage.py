@@ -30,11 +30,9 @@ from piste.codecs import (
     Ramp,
     Remainder,
     ShortRamp,
-    decode,
-    encode,
-    fresh,
     row_length,
 )
+from piste.coding import decode, encode, fresh
 from piste.sharding import by_rows, is_sharded, local, placed
 from piste.symbol import FULL, MATRIX, TENSOR, Kind, reduced
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from piste.bucket import Bucket, beside
-from piste.codecs import decode, encode
+from piste.coding import decode, encode
 
 __all__ = ["at_edges"]
 
