@@ -13,7 +13,8 @@ from oracles import codecs as oracle
 from torch import nn
 
 import piste
-from piste.registry import OPTIMIZERS, state_bytes
+from piste.memory import state_bytes
+from piste.registry import OPTIMIZERS
 from piste.storage import LEAST_ROW, LEAST_VECTOR
 
 LOW = piste.STATE_FORMATS[1:]

@@ -1,10 +1,10 @@
-"""What an optimizer costs on a model, worked out without the model's memory."""
+"""What an optimizer costs: on a model, worked out without the model's memory; and per weight, measured."""
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -12,20 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from piste import execution
+from piste import execution, optimizers
 from piste.bucket import Bucket, beside
+from piste.factory import create
 from piste.matrices import Work
 from piste.optimizer import Optimizer
 from piste.plan import Stage
-from piste.registry import create, preset_of, step_with
+from piste.registry import preset_of
 from piste.storage import shape_of
 from piste.symbol import ALL, MATRIX, Sym
 from piste.wrappers.base import Wrapper, layers
 from piste.wrappings import WRAPPINGS
 
-__all__ = ["MemoryEstimate", "estimate_memory"]
+__all__ = ["MemoryEstimate", "estimate_memory", "state_bytes"]
 
-#: steps until every state exists, and as many as most periods (Lookahead's 5 and 6 among them) go into
+#: steps until every state exists (past every rectification and the first synchronisation), and as many as most periods
+#: (Lookahead's 5 and 6 among them) go into
 _FIRST, _PERIOD = 8, 60
 #: numbers of one argument in a stack that a function of whole matrices gets on CPUs
 _STACKED = 1 << 18
@@ -117,7 +119,7 @@ def estimate_memory(
     with execution.only_looked_at(seen.look):
         for number in range(_FIRST + _PERIOD):
             seen.begin(counts=number >= _FIRST)
-            seen.copied(_bytes(step_with(made, trained, torch.empty_like)))
+            seen.copied(_bytes(_step_with(made, trained, torch.empty_like)))
     return MemoryEstimate(
         optimizer=optimizer,
         precision=state,
@@ -130,6 +132,52 @@ def estimate_memory(
         workspace=seen.workspace,
         moved=seen.moved / _PERIOD,
     )
+
+
+def state_bytes(name: str, shape: tuple[int, ...] = (256, 256), state: str = "fp32") -> float:
+    """Bytes of state per weight that a preset keeps, measured: by taking steps on a float32 weight.
+
+    Args:
+        name: of a preset, as :func:`piste.create` takes it. A wrapper's tensors count, the copies of weights between
+            the two passes of SAM among them.
+        shape: of the weight. Rules that keep rows and columns keep less the larger it is.
+        state: how moments are stored: "fp32", "bf16", "8bit" or "4bit".
+
+    Raises:
+        ValueError: there is no such preset, or its rule keeps no moments that could be stored so; or its wrapper needs
+            more than weights (SAF, MESA).
+
+    Not the memory of training: weights, gradients and what a step needs for a moment come on top.
+
+    >>> import piste
+    >>> piste.state_bytes("adamw"), piste.state_bytes("ranger"), piste.state_bytes("adamw", state="8bit")
+    (8.0, 12.0, 2.046875)
+    """
+    weight = nn.Parameter(torch.ones(shape))
+    of_matrices = issubclass(preset_of(name).optimizer, optimizers.Muon)
+    group = {"params": [weight], **({"rule": "muon"} if of_matrices and weight.ndim > 1 else {})}
+    optimizer = create(name, [group], weight_decay=0.0, engine="reference", state=state)
+    for _ in range(_FIRST):
+        _step_with(optimizer, [weight], torch.ones_like)
+    saved = (x for entries in optimizer.state_dict()["state"].values() for x in entries.values())
+    kept = [x for x in (*saved, *getattr(optimizer, "buffers", lambda: ())()) if isinstance(x, Tensor)]
+    return sum(x.numel() * x.element_size() for x in kept) / weight.numel()
+
+
+def _step_with(
+    optimizer: torch.optim.Optimizer, weights: Sequence[Tensor], gradient: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
+    """Take a step, of two passes where it has to be, on made-up gradients; the copies held between the passes."""
+    for p in weights:
+        p.grad = gradient(p)
+    copies: list[Tensor] = []
+    if getattr(optimizer, "needs_two_passes", False):
+        optimizer.first_step()  # type: ignore[attr-defined]
+        copies = optimizer.copies  # type: ignore[attr-defined]
+        for p in weights:
+            p.grad = gradient(p)
+    optimizer.step()
+    return copies
 
 
 class _Seen:

@@ -177,7 +177,7 @@ def decoupled(optimizer: type[torch.optim.Optimizer], wanted: bool, *, needed: b
         ValueError: it is needed and cannot be had.
 
     >>> import torch
-    >>> from piste.registry import decoupled
+    >>> from piste.preset import decoupled
     >>> decoupled(torch.optim.SGD, True, needed=True)
     (<class 'piste.optimizers.sgd.SGD'>, {'decoupled_weight_decay': True})
     """

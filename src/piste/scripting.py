@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from piste.registry import create, schedule_for
+from piste.factory import create, schedule_for
 
 __all__ = ["race_optimizer", "race_report"]
 
