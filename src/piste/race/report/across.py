@@ -14,7 +14,7 @@ from piste.race.result import Standing, StudyResult, TaskResult
 from piste.race.statistics import LEVEL
 from piste.race.targets import MOST_BEHIND, SECONDS, Profile, median_reach, profiles
 
-from .figure import BASIN_HEIGHT, Option, Picture, Series, Switch, blank, rounded
+from .figure import BASIN_HEIGHT, Option, Picture, Series, Switch, blank, described, rounded
 from .palette import Look
 
 # Contenders a matrix has room for.
@@ -198,4 +198,4 @@ def _profile_alt(lines: Mapping[str, Profile]) -> str:
         f"{words.percent(line.shares[-1])}"
         for name, line in lines.items()
     ]
-    return f"Performance profile over tasks. {'; '.join(parts)}." if parts else "Empty chart."
+    return described("Performance profile over tasks", parts)

@@ -11,7 +11,7 @@ from piste.race import words
 from piste.race.record import TUNE, RunRecord
 from piste.race.result import Standing, TaskResult
 
-from .figure import BASIN_HEIGHT, Option, Picture, Series, Switch, blank, rounded
+from .figure import BASIN_HEIGHT, Option, Picture, Series, Switch, blank, described, rounded
 from .measures import Measure, final, is_logarithmic, measures, value_axis
 from .palette import Look
 
@@ -178,6 +178,4 @@ def _basin_alt(ranked: list[Standing]) -> str:
         found = f"best at {words.number(best)}" if best is not None else "no trial survived"
         lost = f", {standing.diverged_trials} of {standing.trials} did not finish" if standing.diverged_trials else ""
         parts.append(f"{words.single_line(standing.contender)}: {found}{lost}")
-    return (
-        f"Scatter chart of the final loss against the learning rate. {'; '.join(parts)}." if parts else "Empty chart."
-    )
+    return described("Scatter chart of the final loss against the learning rate", parts)

@@ -11,7 +11,7 @@ import plotly.graph_objects as go  # type: ignore[import-untyped]
 from piste.race import words
 from piste.race.result import Standing, TaskResult
 
-from .figure import BASIN_HEIGHT, Option, Picture, Series, Switch, above_row, blank, rounded
+from .figure import BASIN_HEIGHT, Option, Picture, Series, Switch, above_row, blank, described, rounded
 from .palette import Look
 
 
@@ -129,7 +129,7 @@ def _pareto_alt(scored: Sequence[Standing]) -> str:
         f"{words.duration(standing.cost.mean_step_seconds)} a step and {words.size(standing.cost.state_bytes)} of state"
         for standing in scored
     ]
-    return f"Scatter chart of the score against its price. {'; '.join(parts)}." if parts else "Empty chart."
+    return described("Scatter chart of the score against its price", parts)
 
 
 def breakdown(task: TaskResult, looks: Mapping[str, Look], identifier: str) -> Picture:
@@ -182,4 +182,4 @@ def _breakdown_alt(timed: Sequence[Standing]) -> str:
         f"{words.duration(standing.cost.mean_optimizer_seconds)} in the optimizer"
         for standing in timed
     ]
-    return f"Bar chart of the time of a step. {'; '.join(parts)}." if parts else "Empty chart."
+    return described("Bar chart of the time of a step", parts)

@@ -16,7 +16,7 @@ from piste.race.record import CONFIRM, RunRecord
 from piste.race.result import TaskResult
 from piste.race.targets import EVALUATIONS, SECONDS, STEPS, passes_a_step, spent
 
-from .figure import Option, Picture, Series, Switch, blank, rounded, time_unit, titled
+from .figure import Option, Picture, Series, Switch, blank, described, rounded, time_unit, titled
 from .measures import Measure, is_logarithmic, measures, value_axis
 from .palette import Look
 
@@ -219,4 +219,4 @@ def _curves_alt(groups: dict[str, list[RunRecord]]) -> str:
         finals = [run.curve.valid_loss[-1] for run in group if run.finished and run.curve.valid_loss]
         end = f"ends at {words.number(statistics.median(finals))}" if finals else "did not finish"
         ends.append(f"{words.single_line(name)} {end}")
-    return f"Line chart of the validation loss during training. {'; '.join(ends)}." if ends else "Empty chart."
+    return described("Line chart of the validation loss during training", ends)

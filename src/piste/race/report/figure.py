@@ -7,6 +7,7 @@ values of its light or dark theme. Every text that comes from a user goes throug
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -78,6 +79,11 @@ class Picture:
             }
         )
         return content
+
+
+def described(what: str, parts: Sequence[str]) -> str:
+    """What a chart shows, for those who cannot see it: what it is, then each of its lines or points."""
+    return f"{what}. {'; '.join(parts)}." if parts else "Empty chart."
 
 
 def blank(height: int) -> go.Figure:
