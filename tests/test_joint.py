@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -97,6 +97,13 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+class Cooling(piste.SGD):
+    """Its groups carry a number of their own from step to step."""
+
+    def advance(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        return {"momentum": 0.9 * group["momentum"]}
+
+
 WITHIN_A_WEIGHT: dict[str, Make] = {
     "adamw": piste.AdamW,
     "sgd": partial(piste.SGD, lr=0.1, momentum=0.9),
@@ -108,6 +115,7 @@ WITHIN_A_WEIGHT: dict[str, Make] = {
     "muon": piste.Muon,
     "soap": piste.SOAP,
     "shampoo": piste.Shampoo,
+    "carries": partial(Cooling, lr=0.1, momentum=0.9),
 }
 GLOBAL: dict[str, Make] = {
     "prodigy": piste.Prodigy,
@@ -187,11 +195,13 @@ def test_hooks_and_schedules_see_their_steps() -> None:
     schedules = [torch.optim.lr_scheduler.ExponentialLR(each, 0.9) for each in made]
     joint = piste.JointStep(made)
     give_gradients(weights, 0)
+    untold = [each.last_step for each in made]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # torch warns of a schedule that steps before its optimizer
         joint.step()
         for schedule in schedules:
             schedule.step()
+    assert not any(each.last_step is before for each, before in zip(made, untold, strict=True))
     called: list[torch.optim.Optimizer] = []
     made[1].register_step_post_hook(lambda optimizer, *_: called.append(optimizer))
     joint.step()
