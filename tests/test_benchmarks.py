@@ -82,6 +82,7 @@ def test_garbage_of_an_earlier_measurement_is_not_counted() -> None:
 def test_ratios_are_of_rounds() -> None:
     """A disturbance that doubles both times of a round leaves its ratio alone."""
     assert measure.ratio([2.0, 4.0, 2.0], [1.0, 2.0, 1.0]) == (2.0, 2.0, 2.0)
+    assert measure.ratio([3.0], [2.0]) == (1.5, 1.5, 1.5)  # one round, as with --rounds 1
 
 
 def test_each_round_starts_with_another_job() -> None:
