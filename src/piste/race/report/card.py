@@ -49,8 +49,10 @@ class Place:
 
 
 def mood_of(standings: list[Standing], choice: Standing | None) -> tuple[str, str, str]:
-    """Mood (``"clear"``, ``"tie"``, ``"unsure"`` or ``"none"``), badge and advice."""
+    """Mood (``"clear"``, ``"tie"``, ``"unsure"``, ``"open"`` or ``"none"``), badge and advice."""
     group = [standing for standing in standings if standing.tied]
+    if choice is None and any(standing.is_open for standing in standings):
+        return "open", "not yet", "No answer yet"
     if choice is None:
         return "none", "no result", "Nothing to take"
     if len(choice.scores) == 1:
@@ -176,7 +178,7 @@ def place_of(
 ) -> Place:
     """A line of the ranking."""
     if not standing.scores:
-        remark = "no result"
+        remark = words.no_result(is_open=standing.is_open)
     elif standing is choice:
         remark = "take" if len(standing.scores) > 1 else "best"
     elif standing.tied and len(standing.scores) > 1:
