@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from piste.checks import near
+from piste.checks import kind_of, near
 from piste.codecs import Codec, fresh
 from piste.sharding import matching
 from piste.storage import State, allocate, codec_for, companion, in_codes, out_of_codes, shape_of, weight_codec
@@ -26,6 +26,8 @@ StatesOf = Callable[[Mapping[str, Any]], Mapping[str, State]]
 
 def before_loading(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """The dictionary to load, after torch's hooks and checked to be one of an optimizer."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict is {kind_of(state_dict)}; legal: what an optimizer's state_dict() returns")
     saved = dict(state_dict)
     for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         saved = hook(optimizer, saved) or saved
