@@ -583,7 +583,7 @@ def test_with_decay_takes_a_class_that_can_do_it() -> None:
         (lambda model: piste.race_optimizer(3), "model_or_params is int; legal: a model"),
         (lambda model: piste.estimate_memory(3, "adamw"), "model is a int; legal: an instance of nn.Module"),
         (lambda model: piste.AdamW(model.parameters()).load_state_dict(None), "state_dict is NoneType; legal: what an"),
-        (lambda model: piste.JointStep([3]), "JointStep got a int among optimizers; legal: instances of Optimizer"),
+        (lambda model: piste.JointStep([3]), "JointStep got optimizers with a int; legal: instances of Optimizer"),
     ],
 )
 def test_what_is_of_the_wrong_kind_is_named_with_what_belongs_there(act: Any, words: str) -> None:

@@ -53,9 +53,7 @@ class JointStep:
         self.optimizers = list(optimizers)
         for each in self.optimizers:
             if not isinstance(each, torch.optim.Optimizer):
-                raise TypeError(
-                    f"JointStep got a {type(each).__name__} among optimizers; legal: instances of Optimizer"
-                )
+                raise TypeError(f"JointStep got optimizers with a {type(each).__name__}; legal: instances of Optimizer")
         self._rosters: list[Roster] = []
         self._roster = Roster([])
         kinds = {(type(o), getattr(o, "_engine_name", "")) for o in self.optimizers}

@@ -515,8 +515,8 @@ class Optimizer(torch.optim.Optimizer):
             row = Row(hp[m.group], m.state.get("step", 0) + 1)
             if g.is_complex() and m.variants.graph(row, tuple(m.p.shape)).reduces:
                 raise ValueError(
-                    f"{self._name(m.group, position)} is complex, and {type(self).__name__} as it is set up takes means "
-                    "or norms of whole weights, which have no complex form here; legal: real weights "
+                    f"{self._name(m.group, position)} is complex, and {type(self).__name__} as it is set up takes "
+                    "means or norms of whole weights, which have no complex form here; legal: real weights "
                     "(torch.view_as_real), or an optimizer that goes element by element (AdamW, and use_gc=False)"
                 )
 
