@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import os
+import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -65,6 +68,19 @@ def test_show_tells_all_of_one_preset() -> None:
     assert nesterov == ["nesterov", "False", "True"]
     assert "``" not in result.output
     assert ".. math::" not in result.output
+
+
+@pytest.mark.parametrize("name", ["muon", "prodigy", "shampoo", "sam"])
+def test_show_fills_the_width_of_a_terminal_and_loses_no_word(name: str) -> None:
+    about = piste.WRAPPINGS[name].wrapper if name == "sam" else piste.presets[name].optimizer
+    text = CliRunner(env={"COLUMNS": "80"}).invoke(command, ["show", name]).output
+    words = re.sub(r":[a-z]+:`~?|`|\.\. math::", "", inspect.getdoc(about) or "").split()
+    assert text.split()[-len(words) :] == words
+    start = text.index("Args:")
+    for line, after in pairwise(text[start : text.index("Example:")].splitlines()):
+        goes_on = after.startswith("        ")  # under an argument, because the word had no room in the line before
+        assert not goes_on or len(line.rstrip()) + 1 + len(after.split()[0]) > 80 - 4
+        assert not line.endswith(" ")
 
 
 def test_show_of_an_unknown_name_says_which_is_near() -> None:
