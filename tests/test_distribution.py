@@ -197,6 +197,7 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
     ("NorMuon", {}),
     ("Shampoo", {"eps": 0.05, "start": 2, "every": 2, "block_size": 4}),
     ("SOAP", {"eps": 0.05, "every": 2, "max_size": 6}),
+    ("PSGDKron", {"flat_start": 2, "probability_decay": 1.0, "least_probability": 0.5}),
     ("AdamW", {}),
     ("Adafactor", {}),
     ("Lamb", {}),
@@ -273,6 +274,7 @@ SAVED: dict[str, tuple[str, dict[str, Any]]] = {
     # of eight examples lack rank, and a ridge of 1e-12 would make a thousand of what rounding leaves there
     "shampoo": ("Shampoo", {"start": 2, "every": 2, "block_size": 64, "eps": 1e-2}),
     "soap": ("SOAP", {"every": 2}),
+    "psgd": ("PSGDKron", {"flat_start": 1, "probability_decay": 1.0, "least_probability": 0.5}),
 }
 
 
