@@ -111,14 +111,16 @@ def _speed(choice: Standing, task: TaskResult, runs: Sequence[RunRecord]) -> lis
         return []
     level, speed = found
     name = f"steps to validation {task.metric_name} {words.number(level)}"
-    return [Fact(name, _speed_words(speed), f"than {other} {_speed_bounds(speed)}".strip())]
+    how_many, than = _speed_words(speed)
+    return [Fact(name, how_many, f"{than} {other} {_speed_bounds(speed)}".strip())]
 
 
-def _speed_words(speed: SpeedUp) -> str:
+def _speed_words(speed: SpeedUp) -> tuple[str, str]:
+    """How many steps, and the word before the name of whom it is compared with."""
     if abs(math.log(speed.factor)) < 0.01:
-        return "as many"
+        return "as many", "as"
     times, which = (speed.factor, "fewer") if speed.factor > 1 else (1 / speed.factor, "more")
-    return f"{words.number(times, 2)} times {which}"
+    return f"{words.number(times, 2)} times {which}", "than"
 
 
 def _speed_bounds(speed: SpeedUp) -> str:
