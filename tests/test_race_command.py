@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import inspect
+import io
 import os
 import re
 import subprocess
@@ -14,9 +15,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from report_studies import plain_study
+from rich.console import Console
 
 import piste
 from piste.race import command as race_command
+from piste.race.catalogue import show_list
 from piste.race.command import command
 from piste.race.study import resolve_device
 from piste.race.task import load_task
@@ -228,3 +231,12 @@ def test_python_m_piste_is_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "piste", "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "race" in done.stdout
+
+
+def test_a_list_on_a_narrow_terminal_goes_without_a_column_and_breaks_no_line() -> None:
+    console = Console(width=80, force_terminal=True, color_system=None, file=io.StringIO())
+    show_list(console, ["adamw", "rangeradabelief_nogc"], [])
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, lines)) <= 80
+    assert lines[0].split() == ["name", "fp32", "bf16", "8bit", "4bit", "schedule", "lr", "prior"]
+    assert lines[1].endswith("0.0002 … 0.02")

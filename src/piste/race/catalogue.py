@@ -20,6 +20,7 @@ __all__ = ["find", "show", "show_list", "show_tasks"]
 
 _WRAPPER_HEADINGS = ("name", "class", "more state", "passes")
 _HEADINGS = ("name", "class", *piste.STATE_FORMATS, "passes", "schedule", "lr prior")
+_LEAST_NEEDED = ("class", "passes", "bf16", "4bit")
 #: reStructuredText that a terminal has no use for: roles and double backquotes round a name, the directive for formulas
 _ROLES = re.compile(r":[a-z]+:`~?([^`]+)`")
 _LITERALS = re.compile(r"``([^`]+)``")
@@ -70,8 +71,16 @@ def _table(console: Console, rows: list[tuple[str, ...]], names: list[str]) -> N
 
 
 def _rows(console: Console, rows: list[tuple[str, ...]], below: list[list[Text]]) -> None:
-    """A heading and rows in columns, each row with what belongs below it."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    """A heading and rows in columns, each row with what belongs below it.
+
+    A terminal that is too narrow goes without the columns that are needed least; a pipe gets all.
+    """
+    columns = list(zip(*rows, strict=True))
+    for heading in _LEAST_NEEDED if console.is_terminal else ():
+        if sum(max(map(len, column)) + 2 for column in columns) - 2 > console.width:
+            columns = [column for column in columns if column[0] != heading]
+    rows = list(zip(*columns, strict=True))
+    widths = [max(map(len, column)) for column in columns]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     console.print(lines[0], style="dim", markup=False, highlight=False, soft_wrap=True)
     for line, texts in zip(lines[1:], below, strict=True):
