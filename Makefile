@@ -71,6 +71,7 @@ bench: environment  ## speed and memory against torch's optimizers and other lib
 	$(VENV)/bin/python -m benchmarks.matrices $(ARGS_MATRICES)
 	$(VENV)/bin/python -m benchmarks.overhead $(ARGS_OVERHEAD)
 	$(VENV)/bin/python -m benchmarks.packing $(ARGS_PACKING)
+	$(VENV)/bin/python -m benchmarks.records $(ARGS_RECORDS)
 
 precision: environment  ## the measurements behind docs/precision.md (an hour)
 	$(VENV)/bin/python -m scripts.precision maps

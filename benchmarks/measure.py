@@ -75,7 +75,8 @@ def interleaved(jobs: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
 def ratio(numerator: list[float], denominator: list[float]) -> Ratio:
     """One job's seconds as a multiple of another's, round by round."""
     ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
-    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    # one round has no quartiles: all three are what it found
+    low, median, high = statistics.quantiles(ratios if len(ratios) > 1 else 2 * ratios, n=4, method="inclusive")
     return Ratio(median, low, high)
 
 

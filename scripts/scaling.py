@@ -18,6 +18,7 @@ from piste.distribution import Job, divided
 from piste.kronecker import Kronecker, kronecker
 from piste.orthogonal import orthogonalizer
 from piste.renewals import rebasing, rooting
+from piste.whitening import whitening
 
 __all__ = ["FAMILIES", "MODELS", "Cost", "Family", "cost", "page", "transformer"]
 
@@ -29,6 +30,8 @@ Shape = Sequence[int]
 
 #: how Shampoo (Meta's form) and SOAP cut weights up by default
 SHAMPOO, SOAP = kronecker(1024, 1024, backwards=True), kronecker(None, longest=10_000)
+#: and which factors PSGDKron gives them, in how many of its steps it fits those once it has trained for long
+PSGD, FITTED = whitening(8192, "none", merge=True), 0.03
 
 
 class Weight(NamedTuple):
@@ -121,6 +124,18 @@ def soap(every: int = 10, how: Kronecker = SOAP) -> Family:
     )
 
 
+def psgd(fitted: float = FITTED) -> Family:
+    """Momentum whitened by factors, which are fitted to it in part of the steps."""
+    return Family(
+        "PSGDKron",
+        state=_each(4.0),
+        matrices=lambda shape: 4.0 * sum(map(prod, PSGD.sizes(PSGD.axes(shape)))),
+        work=lambda w: flops(PSGD.whitened, w.shape) + fitted * flops(PSGD.fitted, w.shape),
+        brought=1,  # the momentum
+        sent=1,
+    )
+
+
 ADAMW = Family("AdamW", _each(8.0))
 FAMILIES = (
     Family("SGD with momentum, Lion", _each(4.0)),
@@ -131,6 +146,7 @@ FAMILIES = (
     shampoo(10),
     shampoo(100),
     soap(10),
+    psgd(),
 )
 
 

@@ -269,7 +269,14 @@ def troubled_study(name: str = HOSTILE) -> StudyResult:
         "task " + name, f"loss {name}", False, standings, f"Take {good}. {name}", caveats=[f"caveat {name}"]
     )
     bad = standing(
-        "lone", [0.0], [0.0], Cost.unknown(), best_hyperparameters={}, scores=[], tied=False, seeds=0, **nothing
+        *("lone", [0.0], [0.0], Cost.unknown()),
+        best_hyperparameters={},
+        scores=[],
+        tied=False,
+        seeds=0,
+        trials=3,
+        diverged_trials=3,
+        **nothing,
     )
     lost = TaskResult("all lost", "accuracy", True, [bad], "No contender finished a run.")
     none = TaskResult("nobody came", "loss", False, [], "No contender raced.")

@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import __main__ as bench
-from benchmarks import gpu, matrices, measure, race
+from benchmarks import gpu, matrices, measure, race, records
 from benchmarks.algorithms import ALGORITHMS, LISTS
 from benchmarks.cases import CASES, MEMORY, SHAPES, parameters
 
@@ -82,6 +82,12 @@ def test_garbage_of_an_earlier_measurement_is_not_counted() -> None:
 def test_ratios_are_of_rounds() -> None:
     """A disturbance that doubles both times of a round leaves its ratio alone."""
     assert measure.ratio([2.0, 4.0, 2.0], [1.0, 2.0, 1.0]) == (2.0, 2.0, 2.0)
+    assert measure.ratio([3.0], [2.0]) == (1.5, 1.5, 1.5)  # one round, as with --rounds 1
+
+
+def test_the_opening_of_records_runs_small(capsys: pytest.CaptureFixture[str]) -> None:
+    records.main(["--records", "3", "--rounds", "2", "--processor-time"])
+    assert capsys.readouterr().out.startswith("3 records open in ")
 
 
 def test_each_round_starts_with_another_job() -> None:

@@ -48,6 +48,7 @@ MATRIX: list[tuple[str, dict[str, Any]]] = [
     ("Shampoo", {"start": 2, "every": 2, "block_size": 8}),
     ("Shampoo", {"start": 1, "every": 2, "form": "google", "root": "newton", "eps": 1e-2}),
     ("SOAP", {"every": 2, "max_size": 15, "factors": "bf16"}),
+    ("PSGDKron", {"flat_start": 1, "probability_decay": 1.0, "least_probability": 0.5, "max_size": 15}),
 ]
 #: the matrices of a small transformer: per block queries, keys and values, output, and two layers of a perceptron
 BLOCK = ((96, 32), (32, 32), (64, 32), (32, 64))
@@ -88,6 +89,8 @@ COUNTED: dict[str, dict[str, Any]] = {
     "Muon": {"rule": "muon", "precision": "bf16"},  # the iteration of accelerators
     "Shampoo": {"start": 1, "every": 2, "graft": "none", "merge_dims": False},
     "SOAP": {"every": 2},
+    # updates in every second step, even ones
+    "PSGDKron": {"flat_start": 0, "probability_decay": 1e3, "least_probability": 0.5, "clip_rms": None},
 }
 TRANSFORMER = BLOCK * 6
 
@@ -114,6 +117,7 @@ def operations(optimizer: piste.Optimizer, steps: int) -> float:
         torch.ops.aten._linalg_eigh: cubes(EIGEN),
         torch.ops.aten.geqrf: cubes(QR / 2),
         torch.ops.aten.linalg_householder_product: cubes(QR / 2),
+        torch.ops.aten.linalg_solve_triangular: lambda _, shape, **__: shape.numel() * shape[-2],
     }
     with FlopCounterMode(display=False, custom_mapping=known) as counter:
         for _ in range(steps):
@@ -193,6 +197,7 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
     ("NorMuon", {}),
     ("Shampoo", {"eps": 0.05, "start": 2, "every": 2, "block_size": 4}),
     ("SOAP", {"eps": 0.05, "every": 2, "max_size": 6}),
+    ("PSGDKron", {"flat_start": 2, "probability_decay": 1.0, "least_probability": 0.5}),
     ("AdamW", {}),
     ("Adafactor", {}),
     ("Lamb", {}),
@@ -269,6 +274,7 @@ SAVED: dict[str, tuple[str, dict[str, Any]]] = {
     # of eight examples lack rank, and a ridge of 1e-12 would make a thousand of what rounding leaves there
     "shampoo": ("Shampoo", {"start": 2, "every": 2, "block_size": 64, "eps": 1e-2}),
     "soap": ("SOAP", {"every": 2}),
+    "psgd": ("PSGDKron", {"flat_start": 1, "probability_decay": 1.0, "least_probability": 0.5}),
 }
 
 
@@ -451,7 +457,7 @@ def one_process(name: str) -> tuple[float, int, int]:
 
 
 #: a step without a renewal
-PLAIN = {"Muon": 9, "Shampoo": 9, "SOAP": 10}
+PLAIN = {"Muon": 9, "Shampoo": 9, "SOAP": 10, "PSGDKron": 9}
 
 
 @processes
@@ -466,6 +472,8 @@ def test_one_collective_each_way(ranks: list[dict[str, Any]]) -> None:
             "Shampoo shards": ["all_to_all"] * 2,
             "SOAP replicas": ["all_gather"] * 2,
             "SOAP shards": ["all_to_all"] * 4,
+            "PSGDKron replicas": ["all_gather"],
+            "PSGDKron shards": ["all_to_all"] * 2,
         }
 
 
@@ -481,6 +489,7 @@ FORMULAS = {
     "Muon": scaling.muon(),
     "Shampoo": scaling.shampoo(2, kronecker(1024, 1, backwards=True), graft=False),
     "SOAP": scaling.soap(2),
+    "PSGDKron": scaling.psgd(0.5),
 }
 
 

@@ -6,7 +6,9 @@ import copy
 import dataclasses
 import logging
 import pickle
+import re
 from textwrap import dedent
+from typing import Any
 
 import pytest
 import torch
@@ -569,3 +571,32 @@ def test_with_decay_takes_a_class_that_can_do_it() -> None:
     assert piste.presets["sam+adamw"].with_decay(true_wd=False).wrappings == ("sam",)
     with pytest.raises(ValueError, match=r"true_wd=True cannot be had of torch.optim.*Rprop"):
         Preset("rprop", torch.optim.Rprop).with_decay()
+
+
+@pytest.mark.parametrize(
+    ("act", "words"),
+    [
+        (lambda model: piste.AdamW(model), "AdamW got params=Linear; legal: an iterable of tensors, pairs or groups"),
+        (lambda model: piste.AdamW(None), "AdamW got params=NoneType; legal: an iterable"),
+        (lambda model: piste.create("adamw", nn.Linear), "model_or_params is the class Linear; legal: a model"),
+        (lambda model: piste.create("adamw", None), "model_or_params is NoneType; legal: a model"),
+        (lambda model: piste.race_optimizer(3), "model_or_params is int; legal: a model"),
+        (lambda model: piste.estimate_memory(3, "adamw"), "model is a int; legal: an instance of nn.Module"),
+        (lambda model: piste.AdamW(model.parameters()).load_state_dict(None), "state_dict is NoneType; legal: what an"),
+        (lambda model: piste.JointStep([3]), "JointStep got optimizers with a int; legal: instances of Optimizer"),
+    ],
+)
+def test_what_is_of_the_wrong_kind_is_named_with_what_belongs_there(act: Any, words: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(words)):
+        act(nn.Linear(2, 1))
+
+
+def test_a_misspelt_argument_of_a_class_finds_its_name() -> None:
+    with pytest.raises(ValueError, match=r"unknown option 'weigth_decay' \(did you mean 'weight_decay'"):
+        piste.AdamW(nn.Linear(2, 1).parameters(), weigth_decay=0.1)  # type: ignore[call-arg]
+
+
+def test_two_passes_are_not_put_into_two_passes() -> None:
+    inside = piste.Lookahead(piste.SAM(piste.SGD(nn.Linear(2, 1).parameters())))
+    with pytest.raises(ValueError, match="GSAM got an optimizer that is in SAM already"):
+        piste.GSAM(inside)

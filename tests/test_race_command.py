@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import errno
+import inspect
+import io
 import os
+import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 from report_studies import plain_study
+from rich.console import Console
 
 import piste
 from piste.race import command as race_command
+from piste.race.catalogue import show_list
 from piste.race.command import command
 from piste.race.planning import resolve_device
 from piste.race.task import load_task
@@ -65,6 +71,19 @@ def test_show_tells_all_of_one_preset() -> None:
     assert nesterov == ["nesterov", "False", "True"]
     assert "``" not in result.output
     assert ".. math::" not in result.output
+
+
+@pytest.mark.parametrize("name", ["muon", "prodigy", "shampoo", "sam"])
+def test_show_fills_the_width_of_a_terminal_and_loses_no_word(name: str) -> None:
+    about = piste.WRAPPINGS[name].wrapper if name == "sam" else piste.presets[name].optimizer
+    text = CliRunner(env={"COLUMNS": "80"}).invoke(command, ["show", name]).output
+    words = re.sub(r":[a-z]+:`~?|`|\.\. math::", "", inspect.getdoc(about) or "").split()
+    assert text.split()[-len(words) :] == words
+    start = text.index("Args:")
+    for line, after in pairwise(text[start : text.index("Example:")].splitlines()):
+        goes_on = after.startswith("        ")  # under an argument, because the word had no room in the line before
+        assert not goes_on or len(line.rstrip()) + 1 + len(after.split()[0]) > 80 - 4
+        assert not line.endswith(" ")
 
 
 def test_show_of_an_unknown_name_says_which_is_near() -> None:
@@ -212,3 +231,12 @@ def test_python_m_piste_is_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "piste", "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "race" in done.stdout
+
+
+def test_a_list_on_a_narrow_terminal_goes_without_a_column_and_breaks_no_line() -> None:
+    console = Console(width=80, force_terminal=True, color_system=None, file=io.StringIO())
+    show_list(console, ["adamw", "rangeradabelief_nogc"], [])
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, lines)) <= 80
+    assert lines[0].split() == ["name", "fp32", "bf16", "8bit", "4bit", "schedule", "lr", "prior"]
+    assert lines[1].endswith("0.0002 … 0.02")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -10,6 +11,13 @@ import torch
 import piste
 from piste.race import Task
 from piste.race.contenders import ContenderError, make_contenders, make_optimizer
+
+
+@pytest.mark.parametrize("name", ["sam+sam+adamw", "gsam+asam+sgd", "lookahead+sam+adamw"])
+def test_two_passes_inside_of_another_wrapper_are_refused(name: str) -> None:
+    with pytest.raises(ContenderError, match=re.escape(f"{name} cannot race: ")):
+        make_contenders([name], ())
+    assert make_contenders(["sam+lookahead+adamw"], ())
 
 
 def test_each_preset_keeps_its_companion_unless_schedules_are_named() -> None:

@@ -12,6 +12,7 @@ from piste.race.contenders import Contender, make_contenders
 from piste.race.inspection import TaskCard
 from piste.race.protocol import MOST_EXTENSIONS, TUNE_SEED, Plan, next_runs, tuning
 from piste.race.record import CONFIRM, DIVERGED, FAILED, FINISHED, TUNE, Cost, Curve, RunKey, RunRecord
+from piste.race.report.card import mood_of
 from piste.race.standings import study_result
 from piste.race.verdict import recommended
 
@@ -224,9 +225,30 @@ def test_one_whose_trials_all_fail_is_last_and_in_the_table() -> None:
 
 def test_nothing_that_finishes_gives_no_verdict() -> None:
     task = result_of(plan := plan_for(), raced(plan, lambda key: DIVERGED)).results[0]
-    assert task.verdict.startswith("No verdict on line")
+    assert task.verdict.startswith("No verdict on line:")
     assert recommended(task.standings) is None
     assert len(task.standings) == 3
+
+
+def test_before_anyone_is_confirmed_the_verdict_is_open() -> None:
+    """Not "no result": nothing has gone wrong."""
+    plan = plan_for("adamw,ranger")
+    made = raced(plan, valley(plan, adamw=lambda s: 1.0, ranger=lambda s: 2.0))
+    tuned = {id_: run for id_, run in made.items() if run.key.phase == TUNE}
+    for records in ({}, tuned):
+        task = result_of(plan, records).results[0]
+        assert task.verdict == "No verdict on line yet: no contender has been confirmed on every seed."
+        assert mood_of(task.standings, None) == ("open", "not yet", "No answer yet")
+
+
+def test_who_loses_every_trial_is_said_to_and_why() -> None:
+    plan = plan_for("adamw,adam,ranger")
+    ends = valley(plan, adamw=lambda s: 1.0 + s / 9, adam=lambda s: 1.0 + s / 9)
+    result = result_of(plan, raced(plan, lambda key: FAILED if key.optimizer == "ranger" else ends(key)))
+    assert result.results[0].verdict.endswith(" Without a result: ranger+flat_cosine.")
+    assert "Behind them" not in result.results[0].verdict
+    [note] = [note for note in result.notes if "were lost" in note]
+    assert note.startswith("line: all 5 trials of ranger+flat_cosine were lost; failed: ")
 
 
 def test_of_a_tied_group_the_cheapest_is_taken_and_the_others_are_named() -> None:

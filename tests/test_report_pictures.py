@@ -90,6 +90,10 @@ def test_steps_saved_are_counted_to_what_both_reach() -> None:
     assert tiles["steps to validation loss 4.00"].remark == "than sgd [2.0, 2.0]"
     other = {fact.name: fact for fact in facts(TASK.standings[1], TASK, 2, analyse(TASK, []), [*FAST, *SLOW])}
     assert other["steps to validation loss 4.00"].value == "2.0 times more"
+    equal = [*FAST, *(dataclasses.replace(each, key=dataclasses.replace(each.key, contender="sgd")) for each in FAST)]
+    [same] = [f for f in facts(choice, TASK, 2, analyse(TASK, []), equal) if f.name.startswith("steps to ")]
+    assert same.value == "as many"
+    assert same.remark.startswith("as sgd ")
 
 
 def test_an_empty_task_has_an_analysis() -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from piste.checks import near
+from piste.checks import kind_of, near
 from piste.codecs import Codec
 from piste.coding import fresh
 from piste.sharding import matching
@@ -27,6 +27,8 @@ StatesOf = Callable[[Mapping[str, Any]], Mapping[str, State]]
 
 def before_loading(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """The dictionary to load, after torch's hooks and checked to be one of an optimizer."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict is {kind_of(state_dict)}; legal: what an optimizer's state_dict() returns")
     saved = dict(state_dict)
     for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         saved = hook(optimizer, saved) or saved

@@ -13,7 +13,7 @@ from torch import Tensor
 from piste.orthogonal import ITERATIONS, PRECISIONS
 from piste.storage import STATE_FORMATS, WEIGHT_FORMATS
 
-__all__ = ["check_choice", "check_hyperparameters", "near", "refuse_unknown"]
+__all__ = ["check_choice", "check_hyperparameters", "kind_of", "near", "refuse_unknown"]
 
 _Check = Callable[[Any], bool]
 
@@ -22,6 +22,11 @@ def near(name: str, known: Iterable[str]) -> str:
     """`` (did you mean ...?)`` if something known is spelt nearly so, else nothing."""
     found = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
     return f" (did you mean {' or '.join(map(repr, found))}?)" if found else ""
+
+
+def kind_of(value: object) -> str:
+    """What was given where something else belongs: the name of its class, or of the class that it is."""
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 def refuse_unknown(owner: str, given: Iterable[str], known: Iterable[str]) -> None:

@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from piste import optimizers, schedules
-from piste.checks import check_choice, refuse_unknown
+from piste.checks import check_choice, kind_of, refuse_unknown
 from piste.groups import GROUP_OPTIONS, param_groups
 from piste.optimizers.ranger21_schedule import told
 from piste.preset import Preset, decoupled
@@ -55,7 +55,7 @@ def create(name: str | Preset, model_or_params: nn.Module | Iterable[Any], **ove
         (SGD and RMSprop with decoupled decay), and there is decay, the piste class of the same name stands in.
 
     Raises:
-        TypeError: ``name`` is neither text nor a preset.
+        TypeError: ``name`` is neither text nor a preset, or ``model_or_params`` neither a model nor an iterable.
         ValueError: an unknown name or override, with the nearest known ones; ``betas=`` for a preset with
             ``set_betas=False``; a value out of its range.
 
@@ -82,8 +82,12 @@ def create(name: str | Preset, model_or_params: nn.Module | Iterable[Any], **ove
             grouping["lr"] = settings.get("lr")
         params = _grouped(preset.optimizer, model_or_params, decay, grouping, scaled="scale" in settings)
     else:
-        if isinstance(model_or_params, torch.Tensor):
-            raise TypeError("model_or_params is one tensor; legal: a model, or an iterable of tensors, pairs or groups")
+        if isinstance(model_or_params, torch.Tensor) or not isinstance(model_or_params, Iterable):
+            given = "one tensor" if isinstance(model_or_params, torch.Tensor) else kind_of(model_or_params)
+            raise TypeError(
+                f"model_or_params is {given}; legal: a model (an instance of nn.Module), or an iterable of tensors, "
+                "pairs or groups"
+            )
         params = list(model_or_params)
         _warn_of_lost_distinction(preset, params, decay)
     decays = any(weight_decay != 0 for weight_decay in _decays(params, decay))

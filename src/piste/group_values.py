@@ -12,8 +12,11 @@ __all__ = ["Flags", "Number", "listed", "split"]
 
 def listed(owner: str, params: Any) -> list[dict[str, Any]]:
     """Parameters in any accepted form as groups, none of them empty or repeated."""
-    if isinstance(params, Tensor):
-        raise TypeError(f"{owner} got params={type(params).__name__}; legal: an iterable of tensors, pairs or groups")
+    if isinstance(params, Tensor) or not isinstance(params, Iterable):
+        raise TypeError(
+            f"{owner} got params={type(params).__name__}; legal: an iterable of tensors, pairs or groups, such as "
+            "model.parameters(), model.named_parameters() or piste.param_groups(model)"
+        )
     entries = list(params)
     if not entries:
         raise ValueError(f"{owner} got an empty parameter list in params; legal: at least one tensor")

@@ -33,6 +33,9 @@ class JointStep:
         optimizers: of any kind; together go those of one class and engine. To leave one out from some step on, make
             another of these: it costs what sorting the weights costs.
 
+    Raises:
+        TypeError: one of them is no optimizer.
+
     Example:
         >>> import torch, piste
         >>> weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
@@ -47,6 +50,9 @@ class JointStep:
 
     def __init__(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         self.optimizers = list(optimizers)
+        for each in self.optimizers:
+            if not isinstance(each, torch.optim.Optimizer):
+                raise TypeError(f"JointStep got optimizers with a {type(each).__name__}; legal: instances of Optimizer")
         self._rosters: list[Roster] = []
         self._roster = Roster([])
         kinds = {(type(o), getattr(o, "_engine_name", "")) for o in self.optimizers}

@@ -85,6 +85,7 @@ def estimate_memory(
         **overrides: as for :func:`piste.create`.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: as :func:`piste.create`; or the preset's class is none of piste, or a wrapper needs something of the
             data (ESAM, SAF, MESA).
 
@@ -107,6 +108,8 @@ def estimate_memory(
                 f"optimizer={optimizer!r} needs {WRAPPINGS[wrapping].needs}, of which a model's shapes tell nothing; "
                 "legal: what is inside, and wrappers that need nothing of the data"
             )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; legal: an instance of nn.Module")
     twin = _without_memory(model)
     made = create(optimizer, twin, state=state, weights=weights, **overrides)
     inner = layers(made)[-1]

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from inspect import signature
 from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
@@ -91,7 +92,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Params, defaults: dict[str, Any], options: Mapping[str, Any]) -> None:
         name = type(self).__name__
-        refuse_unknown(name, options, [*GROUP_OPTIONS, *ENGINE_OPTIONS])
+        if not options.keys() <= GROUP_OPTIONS.keys() | ENGINE_OPTIONS.keys():  # then those of the class, too
+            refuse_unknown(name, options, [*_own_arguments(type(self)), *GROUP_OPTIONS, *ENGINE_OPTIONS])
         self._options = {**ENGINE_OPTIONS, **{k: v for k, v in options.items() if k in ENGINE_OPTIONS}}
         for option, legal in LEGAL_OPTIONS.items():
             check_choice(option, self._options[option], legal)
@@ -532,8 +534,9 @@ class Optimizer(torch.optim.Optimizer):
             row = Row(hp[m.group], m.state.get("step", 0) + 1)
             if g.is_complex() and m.variants.graph(row, tuple(m.p.shape)).reduces:
                 raise ValueError(
-                    f"{self._name(m.group, position)} is complex, and {type(self).__name__} as set up takes means or "
-                    "norms of a weight, which has no complex form here (a class without them, use_gc=False)"
+                    f"{self._name(m.group, position)} is complex, and {type(self).__name__} as it is set up takes "
+                    "means or norms of whole weights, which have no complex form here; legal: real weights "
+                    "(torch.view_as_real), or an optimizer that goes element by element (AdamW, and use_gc=False)"
                 )
 
     def _program(
@@ -553,3 +556,8 @@ class Optimizer(torch.optim.Optimizer):
     def _states_of(self, group: Mapping[str, Any]) -> Mapping[str, State]:
         statics, _ = split({**self._hyper_defaults, **group}, self._hyper_defaults, self.shaping)
         return self.pipeline(Flags(statics)).states
+
+
+def _own_arguments(cls: type[Optimizer]) -> list[str]:
+    """What a class itself takes, beside what all of them take."""
+    return [name for name in signature(cls).parameters if name not in ("params", "options")]

@@ -18,12 +18,41 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
+from piste.costs import costing
 from piste.matrices import full_precision
 from piste.products import symmetric_products, triangular_products
 
 __all__ = ["Whitening", "whitening"]
 
 log = logging.getLogger("piste")
+
+
+def _whitening_cost(how: Whitening, shape: Sequence[int], numbers: Sequence[float]) -> float:
+    """Along each axis with a matrix two products, or Q^T Q and one; with a diagonal a square and a product."""
+    total, every = 0.0, prod(shape)
+    for n, *columns in how.sizes(how.axes(shape)):
+        if not columns:
+            total += 2.0 * every
+        elif _squares_first(n, every // n):
+            total += 2.0 * n**3 + 2.0 * n * every
+        else:
+            total += 4.0 * n * every
+    return total
+
+
+def _fitting_cost(how: Whitening, shape: Sequence[int], numbers: Sequence[float]) -> float:
+    """Along each axis with a matrix a product, a triangular system (half of one), two outer products, then Q's own.
+
+    The norm of a sum of outer products takes two products with a vector. Diagonals take some eight operations a number.
+    """
+    every = prod(shape)
+    sizes = how.sizes(how.axes(shape))
+    return sum(7.0 * n * every + 2.0 * n**3 + 4.0 * n**2 if columns else 8.0 * every for n, *columns in sizes)
+
+
+def _squares_first(n: int, rows: int) -> bool:
+    """Are rows so long that Q^T Q and one product take less than two products?"""
+    return 2 * n <= rows
 
 
 @dataclass(frozen=True)
@@ -74,6 +103,7 @@ class Whitening:
             (q if q.ndim == 2 else q.diagonal(dim1=-2, dim2=-1)).fill_(1.0)
         return flat[0]
 
+    @costing(_whitening_cost)
     def whitened(self, stack: Tensor, flat: Tensor) -> Tensor:
         """Each weight's numbers multiplied by ``Q^T Q`` along every axis."""
         axes = self.axes(stack.shape[1:])
@@ -82,6 +112,7 @@ class Whitening:
             x = _from_rows(_whitened(q, _rows(x, axis)), x, axis)
         return x.reshape(stack.shape)
 
+    @costing(_fitting_cost)
     def fitted(self, stack: Tensor, flat: Tensor, rate: float, seed: float, step: float, balance: float) -> Tensor:
         """Factors that whiten a little better: a step down the fitting criterion, in the group of triangular matrices.
 
@@ -138,7 +169,7 @@ def _whitened(q: Tensor, rows: Tensor) -> Tensor:
     """Multiplied by ``Q^T Q``, which is worked out first where rows are so long that it takes less."""
     if q.ndim == 2:
         return q.square()[:, :, None] * rows
-    if 2 * q.shape[-1] <= rows.shape[-1]:
+    if _squares_first(q.shape[-1], rows.shape[-1]):
         return symmetric_products(q.mT, q) @ rows
     return triangular_products(q, triangular_products(q, rows), transposed=True)
 

@@ -206,7 +206,8 @@ def new_record(
 def one_line(error: BaseException) -> str:
     """An error as one line of at most 200 characters, none of which a terminal obeys."""
     text = single_line(str(error).split("\n", 1)[0])
-    return f"{type(error).__name__}: {text}"[:200] if text else type(error).__name__
+    line = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return line if len(line) <= 200 else f"{line[:199]}…"
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

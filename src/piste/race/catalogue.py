@@ -6,7 +6,7 @@ import difflib
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import click
@@ -23,10 +23,14 @@ __all__ = ["find", "list_names", "show", "show_list", "show_name", "show_tasks"]
 
 _WRAPPER_HEADINGS = ("name", "class", "more state", "passes")
 _HEADINGS = ("name", "class", *piste.STATE_FORMATS, "passes", "schedule", "lr prior")
+_LEAST_NEEDED = ("class", "passes", "bf16", "4bit")
 #: reStructuredText that a terminal has no use for: roles and double backquotes round a name, the directive for formulas
 _ROLES = re.compile(r":[a-z]+:`~?([^`]+)`")
 _LITERALS = re.compile(r"``([^`]+)``")
-_FORMULA = re.compile(r"^\.\. math::\n", re.MULTILINE)
+#: what begins a line of its own in a docstring: a list, code, a directive; and an argument with its description
+_STARTS = re.compile(r"\* |>>>|\.\.\.|\.\. ")
+_ENTRY = re.compile(r"\*{0,2}[\w, ]+: ")
+_HEADING = re.compile(r"\w+:")
 
 
 @click.command(name="list", short_help="List the names that piste.create takes.")
@@ -107,8 +111,16 @@ def _table(console: Console, rows: list[tuple[str, ...]], names: list[str]) -> N
 
 
 def _rows(console: Console, rows: list[tuple[str, ...]], below: list[list[Text]]) -> None:
-    """A heading and rows in columns, each row with what belongs below it."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    """A heading and rows in columns, each row with what belongs below it.
+
+    A terminal that is too narrow goes without the columns that are needed least; a pipe gets all.
+    """
+    columns = list(zip(*rows, strict=True))
+    for heading in _LEAST_NEEDED if console.is_terminal else ():
+        if sum(max(map(len, column)) + 2 for column in columns) - 2 > console.width:
+            columns = [column for column in columns if column[0] != heading]
+    rows = list(zip(*columns, strict=True))
+    widths = [max(map(len, column)) for column in columns]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     console.print(lines[0], style="dim", markup=False, highlight=False, soft_wrap=True)
     for line, texts in zip(lines[1:], below, strict=True):
@@ -184,7 +196,7 @@ def _show_wrapper(console: Console, name: str) -> None:
     defaults = {k: v for k, v in wrapping.arguments.items() if v is not inspect.Parameter.empty}
     console.print(_arguments(wrapping.arguments, defaults, wrapping.settings))
     console.print()
-    console.print(Text(_plain(inspect.getdoc(wrapping.wrapper) or "")))
+    _show_text(console, inspect.getdoc(wrapping.wrapper) or "")
 
 
 def _show_preset(console: Console, name: str) -> None:
@@ -198,7 +210,7 @@ def _show_preset(console: Console, name: str) -> None:
     own = _own_arguments(preset.optimizer)
     console.print(_arguments(own, own, preset.hyperparameters))
     console.print()
-    console.print(Text(_plain(inspect.getdoc(preset.optimizer) or "")))
+    _show_text(console, inspect.getdoc(preset.optimizer) or "")
 
 
 def _grid(facts: Mapping[str, str]) -> Table:
@@ -242,6 +254,36 @@ def _own_arguments(optimizer: type[Any]) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
 
 
-def _plain(text: str) -> str:
-    """A docstring for the terminal; formulas stay in LaTeX, which says exactly what is meant."""
-    return _LITERALS.sub(r"\1", _ROLES.sub(r"\1", _FORMULA.sub("", text)))
+def _show_text(console: Console, docstring: str) -> None:
+    """A docstring as wide as the terminal; formulas stay in LaTeX, which says exactly what is meant."""
+    for indent, line in _flowing(docstring):
+        plain = _LITERALS.sub(r"\1", _ROLES.sub(r"\1", line))
+        hanging = 4 if _ENTRY.match(line) and indent else 2 if line.startswith("* ") else 0
+        for number, part in enumerate(Text(plain).wrap(console, max(20, console.width - indent - hanging)) or [Text()]):
+            part.rstrip()
+            console.print(Text(" " * (indent + (hanging if number else 0))) + part)
+
+
+def _flowing(docstring: str) -> Iterator[tuple[int, str]]:
+    """Paragraphs and entries of a docstring in one line each, with their indents; code and formulas as they stand."""
+    held: tuple[int, str] | None = None
+    fixed: int | None = None  # the indent of a directive, below which lines stay as they are
+    for raw in [*docstring.splitlines(), ""]:
+        line, indent = raw.strip(), len(raw) - len(raw.lstrip())
+        if fixed is not None and line and indent <= fixed:
+            fixed = None
+        goes_on = held is not None and line and not _STARTS.match(line) and indent >= held[0] and fixed is None
+        if goes_on and held is not None and (indent > held[0] or not (_ENTRY.match(line) and held[0])):
+            held = held[0], f"{held[1]} {line}"
+            continue
+        if held is not None:
+            yield held
+            held = None
+        if line.startswith(".. math::"):
+            fixed = indent
+        elif not line:
+            yield 0, ""
+        elif fixed is not None or line.startswith((">>>", "...")) or _HEADING.fullmatch(line):
+            yield indent, line
+        else:
+            held = indent, line

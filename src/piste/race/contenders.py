@@ -230,6 +230,7 @@ def _names(pattern: str) -> list[str]:
             f"no optimizer {inner!r}{_near(inner.lower(), sorted(piste.presets))}; piste list shows them all"
         )
     _refuse_needs(found)
+    _refuse_buried_passes(found)
     return found
 
 
@@ -240,6 +241,16 @@ def _refuse_needs(names: Sequence[str]) -> None:
             needs = piste.WRAPPINGS[wrapping].needs
             if needs:
                 raise ContenderError(f"{name} cannot race: {wrapping} needs {needs}, and a task gives one loss a batch")
+
+
+def _refuse_buried_passes(names: Sequence[str]) -> None:
+    """A second pass is asked of the outermost wrapper alone, as in every training loop."""
+    for name in names:
+        for inside in piste.presets[name].wrappings[1:]:
+            if issubclass(piste.WRAPPINGS[inside].wrapper, piste.SAM):
+                raise ContenderError(
+                    f"{name} cannot race: {inside} makes two passes, so it stands first, and alone does so"
+                )
 
 
 def _schedules(optimizer: str, schedules: Sequence[str], script: bool) -> Sequence[str]:

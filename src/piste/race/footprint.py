@@ -6,8 +6,9 @@ import importlib
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import click
@@ -21,8 +22,9 @@ from torch import nn
 import piste
 from piste.race.contenders import make_contenders
 from piste.race.options import Size, debug_option, explained, listed
+from piste.race.tables import fitting
 from piste.race.task import TaskError, load_task
-from piste.race.words import duration, single_line, size
+from piste.race.words import duration, listing, single_line, size
 
 __all__ = ["Row", "load_model", "measured_bandwidth", "memory", "rows", "show"]
 
@@ -168,18 +170,11 @@ def show(console: Console, name: str, found: Sequence[Row], bandwidth: float, gi
                 f"gradients {size(known.gradients)}",
             )
         )
-    of_matrices = any(row.cost is not None and (row.cost.matrices or row.cost.workspace) for row in found)
-    more = ("matrices", "buffers") if of_matrices else ()
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0) if of_matrices else (0, 1))
-    for heading in ("optimizer", "state", "bytes", "per number", *more, "peak", "moved", "time"):
-        table.add_column(heading, justify="left" if heading in ("optimizer", "state") else "right", no_wrap=True)
-    if fit is not None:
-        table.add_column("fits", no_wrap=True)
-    before = ""
-    for row in found:
-        label = row.optimizer if row.optimizer != before else ""
-        before = row.optimizer
-        table.add_row(label, row.precision, *_cells(row, bandwidth, fit, of_matrices))
+    columns = [column for column in _COLUMNS if column != "fits" or fit is not None]
+    if not any(row.cost is not None and (row.cost.matrices or row.cost.workspace) for row in found):
+        columns = [column for column in columns if column not in ("matrices", "buffers")]
+    cells = [_cells(row, bandwidth, fit) for row in found]
+    table, left_out = fitting(console, columns, _LEAST_NEEDED, partial(_table, found, cells))
     console.print(table)
     refused: dict[tuple[str, str], list[str]] = {}
     for row in found:
@@ -188,30 +183,60 @@ def show(console: Console, name: str, found: Sequence[Row], bandwidth: float, gi
     for (optimizer, why), precisions in refused.items():
         console.print(Text(f"{optimizer} has no {', '.join(precisions)}: {why}", style="dim"))
     speed = f"{bandwidth / 1e9:,.4g} GB/s, {'as given' if given else 'measured here'}"
-    limit = "" if fit is None else f"; fits: peak within {size(fit)}"
-    console.print(
-        Text(
-            f"bytes: optimizer state; {_OF_MATRICES if of_matrices else ''}"
-            "peak: weights, gradients, state and buffers of a step, without activations; "
-            f"moved: read and written by a step; time: that at {speed}{limit}",
-            style="dim",
+    limit = "" if fit is None else f"peak within {size(fit)}"
+    known_as = {**_COLUMNS, "time": f"what a step moves, at {speed}", "fits": limit}
+    shown = [column for column in columns if column not in left_out and known_as[column]]
+    legend = "; ".join(f"{column}: {known_as[column]}" for column in shown)
+    more = f"; a wider terminal shows {listing(left_out, 9)} too" if left_out else ""
+    console.print(Text(f"{legend}{more}", style="dim"))
+
+
+def _table(found: Sequence[Row], cells: Sequence[Mapping[str, str | Text]], columns: Sequence[str]) -> Table:
+    """Every number whole, an optimizer named once."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("optimizer", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for column in columns:
+        least = max(len(str(row[column])) for row in cells)
+        table.add_column(column, justify="left" if column == "fits" else "right", no_wrap=True, min_width=least)
+    before = ""
+    for row, numbers in zip(found, cells, strict=True):
+        table.add_row(
+            row.optimizer if row.optimizer != before else "", row.precision, *(numbers[column] for column in columns)
         )
-    )
+        before = row.optimizer
+    return table
 
 
-_OF_MATRICES = (
-    "matrices: what of it is factors, roots and bases; buffers: held for the length of a step, refresh included; "
-)
+#: what columns say; in the order in which they stand
+_COLUMNS: Mapping[str, str] = {
+    "bytes": "optimizer state",
+    "per number": "",
+    "matrices": "what of it is factors, roots and bases",
+    "buffers": "held for the length of a step, refresh included",
+    "peak": "weights, gradients, state and buffers of a step, without activations",
+    "moved": "read and written by a step",
+    "time": "",
+    "fits": "",
+}
+_LEAST_NEEDED = ("moved", "buffers", "per number", "matrices")
 
 
-def _cells(row: Row, bandwidth: float, fit: float | None, of_matrices: bool) -> list[str | Text]:
+def _cells(row: Row, bandwidth: float, fit: float | None) -> dict[str, str | Text]:
     if row.cost is None:
-        return ["-"]
+        return {**dict.fromkeys(_COLUMNS, ""), "bytes": "-"}
     cost = row.cost
-    cells: list[str | Text] = [size(cost.state), f"{cost.state / max(1, cost.parameters):.3g}"]
-    cells += [size(cost.matrices), size(cost.extra)] if of_matrices else []
-    cells += [size(cost.peak), size(cost.moved), duration(cost.moved / bandwidth)]
+    cells: dict[str, str | Text] = {
+        "bytes": size(cost.state),
+        "per number": f"{cost.state / max(1, cost.parameters):.3g}",
+        "matrices": size(cost.matrices),
+        "buffers": size(cost.extra),
+        "peak": size(cost.peak),
+        "moved": size(cost.moved),
+        "time": duration(cost.moved / bandwidth),
+        "fits": "",
+    }
     if fit is not None:
         fits = cost.peak <= fit
-        cells.append(Text("yes", style="green") if fits else Text(f"{size(cost.peak - fit)} over", style="red"))
+        cells["fits"] = Text("yes", style="green") if fits else Text(f"{size(cost.peak - fit)} over", style="red")
     return cells

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from piste.race import script
@@ -27,6 +28,7 @@ def remarks(plan: Plan, known: Sequence[Lane], records: Records, used: Sequence[
         searches = [(each.contender, each.search) for each in known if each.card is card]
         for contender, search in searches:
             found += _swept(plan, card, contender, search, records)
+        found += _lost(card, searches, records)
         found += _edges(card, searches)
     return found + script.notes(used)
 
@@ -51,6 +53,15 @@ def _best_with(
     own = [trial for trial in trials if contender.value(dimension.name, trial.key.hyperparameters) == value]
     best = best_trial(card, own)
     return f"{value:g}: " + ("all lost" if best is None else short(best.curve.valid_metric[-1], 4))
+
+
+def _lost(card: TaskCard, searches: Sequence[tuple[Contender, Tuning]], records: Records) -> Iterator[str]:
+    """Who has no result because no trial came to its end, and what became of most of them."""
+    for contender, search in searches:
+        trials = [records[key.id] for key in search.runs if key.id in records]
+        if trials and not search.missing and not any(trial.finished for trial in trials):
+            (most, _), *_ = Counter(f"{trial.status}: {trial.message}" for trial in trials).most_common(1)
+            yield f"{card.name}: all {len(trials)} trials of {contender.name} were lost; {most.rstrip('.')}."
 
 
 def _edges(card: TaskCard, searches: Sequence[tuple[Contender, Tuning]]) -> Iterator[str]:

@@ -53,6 +53,11 @@ class Standing:
     cost: Cost
     failures: list[str]
 
+    @property
+    def is_open(self) -> bool:
+        """Whether there is no score and one may still come: not all of its trials were lost."""
+        return not self.scores and not 0 < self.trials <= self.diverged_trials
+
 
 @dataclass(frozen=True)
 class TaskResult:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console, JustifyMethod, RenderableType
@@ -19,6 +20,7 @@ from piste.race.progress import duration
 from piste.race.protocol import Plan
 from piste.race.record import TIME, Cost, RunRecord
 from piste.race.result import Standing, StudyResult, TaskResult
+from piste.race.tables import fitting
 from piste.race.verdict import recommended
 from piste.race.wishes import Wish
 from piste.race.words import count, listing, single_line, size
@@ -165,7 +167,7 @@ def plan_lines(state: State) -> list[str]:
         size_of = f"{card.parameters:,} weights, {steps} steps a run" if steps else "as long as the script says"
         lines.append(f"task {card.name}{about}: {size_of}")
     lines.append(f"contenders: {', '.join(c.name for c in plan.contenders)}")
-    each = f"{_trials(plan)} and {plan.seeds} fresh seeds for each contender on each task"
+    each = f"{_trials(plan)} and {count(plan.seeds, 'fresh seed')} for each contender on each task"
     lines.append(f"plan: {each}, {state.total} runs or a few more, on {plan.device}")
     if plan.timing:
         lines.append(f"then {count(plan.timing, 'round')} of timing passes, one at a time")
@@ -209,14 +211,7 @@ def _standings(task: TaskResult, console: Console) -> Table:
         for standing, name in zip(task.standings, names, strict=True)
     ]
     columns = [column for column in (rows[0] if rows else ()) if any(row[column] for row in rows)]
-    table = _table(task, rows, columns)
-    boundless = console.options.update_width(10_000)
-    for unneeded in _LEAST_NEEDED:
-        if console.measure(table, options=boundless).maximum <= console.width:
-            break
-        columns = [column for column in columns if column != unneeded]
-        table = _table(task, rows, columns)
-    return table
+    return fitting(console, columns, _LEAST_NEEDED, partial(_table, task, rows))[0]
 
 
 def _table(task: TaskResult, rows: Sequence[Mapping[str, str | Text]], columns: Sequence[str]) -> Table:

@@ -46,7 +46,8 @@ def verdict(task: str, metric: str, higher_is_better: bool, standings: Sequence[
     """
     leader = standings[0] if standings and standings[0].scores else None
     if leader is None:
-        return f"No verdict on {task}: no contender has been confirmed on every seed."
+        yet = " yet" if any(standing.is_open for standing in standings) else ""
+        return f"No verdict on {task}{yet}: no contender has been confirmed on every seed."
     best = recommended(standings)
     at = f"{metric} {_number(leader.mean)}"
     if len(leader.scores) < 2:
@@ -175,8 +176,10 @@ def _unresolved(standings: Sequence[Standing]) -> str:
 
 
 def _behind(standings: Sequence[Standing]) -> str:
-    names = [standing.contender for standing in standings if not standing.tied]
-    return f" Behind them: {listing(names, NAMED)}." if names else ""
+    names = [standing.contender for standing in standings if not standing.tied and standing.scores]
+    lost = [standing.contender for standing in standings if not standing.scores]
+    behind = f" Behind them: {listing(names, NAMED)}." if names else ""
+    return behind + (f" Without a result: {listing(lost, NAMED)}." if lost else "")
 
 
 def _cost_words(standing: Standing) -> str:

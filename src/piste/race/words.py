@@ -114,6 +114,11 @@ def listing(names: list[str], longest: int = 3) -> str:
     return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
+def no_result(*, is_open: bool) -> str:
+    """Of a contender without a score: whether it may still come."""
+    return "not yet" if is_open else "no result"
+
+
 def single_line(text: str) -> str:
     """``text`` without line breaks and other control characters, which no label can show."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())

@@ -75,7 +75,7 @@ class SAM(Wrapper):
 
     Raises:
         TypeError: ``optimizer`` is no optimizer.
-        ValueError: a value is out of range.
+        ValueError: a value is out of range, or ``optimizer`` makes two passes already.
         RuntimeError: by steps whose gradients are missing or were used before; weights are where they were then.
 
     Example:
@@ -119,6 +119,14 @@ class SAM(Wrapper):
                 f"{owner} got optimizer={type(optimizer).__name__}; legal: an instance of torch.optim.Optimizer, as in "
                 f"piste.{owner}(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05)"
             )
+        inside = optimizer
+        while isinstance(inside, Wrapper):
+            if isinstance(inside, SAM):
+                raise ValueError(
+                    f"{owner} got an optimizer that is in {type(inside).__name__} already and makes two passes; legal: "
+                    "one that makes one"
+                )
+            inside = inside.optimizer
         kind = {False: "sam", True: "asam"}.get(adaptive, adaptive) if isinstance(adaptive, bool) else adaptive
         check_choice("adaptive", kind, ASCENTS)
         check_hyperparameters("SAM", {"rho": rho, "eta": eta, "interval": interval}, ("rho", "eta", "interval"))

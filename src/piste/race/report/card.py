@@ -50,8 +50,10 @@ class Place:
 
 
 def mood_of(standings: list[Standing], choice: Standing | None) -> tuple[str, str, str]:
-    """Mood (``"clear"``, ``"tie"``, ``"unsure"`` or ``"none"``), badge and advice."""
+    """Mood (``"clear"``, ``"tie"``, ``"unsure"``, ``"open"`` or ``"none"``), badge and advice."""
     group = [standing for standing in standings if standing.tied]
+    if choice is None and any(standing.is_open for standing in standings):
+        return "open", "not yet", "No answer yet"
     if choice is None:
         return "none", "no result", "Nothing to take"
     if len(choice.scores) == 1:
@@ -110,14 +112,16 @@ def _speed(choice: Standing, task: TaskResult, runs: Sequence[RunRecord]) -> lis
         return []
     level, speed = found
     name = f"steps to validation {task.metric_name} {words.number(level)}"
-    return [Fact(name, _speed_words(speed), f"than {other} {_speed_bounds(speed)}".strip())]
+    how_many, than = _speed_words(speed)
+    return [Fact(name, how_many, f"{than} {other} {_speed_bounds(speed)}".strip())]
 
 
-def _speed_words(speed: SpeedUp) -> str:
+def _speed_words(speed: SpeedUp) -> tuple[str, str]:
+    """How many steps, and the word before the name of whom it is compared with."""
     if abs(math.log(speed.factor)) < 0.01:
-        return "as many"
+        return "as many", "as"
     times, which = (speed.factor, "fewer") if speed.factor > 1 else (1 / speed.factor, "more")
-    return f"{words.number(times, 2)} times {which}"
+    return f"{words.number(times, 2)} times {which}", "than"
 
 
 def _speed_bounds(speed: SpeedUp) -> str:
@@ -177,7 +181,7 @@ def place_of(
 ) -> Place:
     """A line of the ranking."""
     if not standing.scores:
-        remark = "no result"
+        remark = words.no_result(is_open=standing.is_open)
     elif standing is choice:
         remark = "take" if len(standing.scores) > 1 else "best"
     elif standing.tied and len(standing.scores) > 1:

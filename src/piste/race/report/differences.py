@@ -85,7 +85,7 @@ def _difference_trace(standing: Standing, row: int, look: Look, *, leader: bool)
 def _difference_label(standing: Standing, *, leader: bool) -> str:
     name = words.label(standing.contender)
     if not math.isfinite(standing.difference):
-        return f"{name} · no result"
+        return f"{name} · {words.no_result(is_open=standing.is_open)}"
     if leader:
         return f"<b>{name}</b> · leader"
     if len(standing.scores) == 1:

@@ -29,7 +29,8 @@ class Section:
         task: the task's name.
         metric: what was scored.
         direction: ``"lower is better"`` or ``"higher is better"``.
-        mood: ``"clear"``, ``"tie"``, ``"unsure"`` (one seed) or ``"none"`` (no contender was scored).
+        mood: ``"clear"``, ``"tie"``, ``"unsure"`` (one seed), ``"open"`` (not yet) or ``"none"`` (no score will
+            come).
         badge: the mood in words.
         advice: the words before the name of the contender to take.
         taken: the contender to take, or ``""``.

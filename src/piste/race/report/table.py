@@ -82,7 +82,7 @@ def row_of(
 
 def _tied_word(standing: Standing, *, leader: bool) -> str:
     if not standing.scores:
-        return "no result"
+        return words.no_result(is_open=standing.is_open)
     if leader:
         return "leader"
     if len(standing.scores) == 1:
