@@ -10,7 +10,13 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 
-def main(arguments: Sequence[str], folder: Path, output: Path, variables: dict[str, str]) -> None:
+def main(
+    arguments: Sequence[str],
+    folder: Path,
+    output: Path,
+    variables: dict[str, str],
+    before: str,
+) -> None:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(variables)
@@ -23,6 +29,7 @@ def main(arguments: Sequence[str], folder: Path, output: Path, variables: dict[s
     from piste.cli import main as piste
 
     try:
+        exec(before, {})
         piste()
     finally:
         atexit._run_exitfuncs()  # a process of multiprocessing ends without them

@@ -30,11 +30,19 @@ class Command:
         arguments: after the command's name.
         folder: where it runs.
         output: file for all that it prints; None throws it away.
+        before: statements for its process, before all else.
     """
 
-    def __init__(self, arguments: Sequence[str], folder: Path, output: Path | None = None) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        folder: Path,
+        output: Path | None = None,
+        before: str = "",
+    ) -> None:
         target = Path(os.devnull) if output is None else output
-        self.process = _CONTEXT.Process(target=main, args=(list(arguments), folder, target, dict(os.environ)))
+        given = (list(arguments), folder, target, dict(os.environ), before)
+        self.process = _CONTEXT.Process(target=main, args=given)
         self.process.start()
         assert self.process.pid is not None
         self.pid = self.process.pid
