@@ -21,8 +21,13 @@ STEPS = 5
 
 @pytest.fixture(autouse=True)
 def _an_accelerator_of_its_own() -> Iterator[None]:
-    """Accelerators share a state; each test begins and ends without one."""
+    """Accelerators, also those of Trainers in other files, share a state; each test begins and ends without one."""
+    _forget()
     yield
+    _forget()
+
+
+def _forget() -> None:
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
 
