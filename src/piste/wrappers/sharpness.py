@@ -21,7 +21,7 @@ from piste.parts.sharpness import ASCENTS
 from piste.roster import real
 from piste.storage import State, companion
 from piste.wrappers.arithmetic import formats_of
-from piste.wrappers.base import Wrapper
+from piste.wrappers.base import Wrapper, layers
 from piste.wrappers.climb import Climb, aligned, gradient_of, guard, is_new, refuse_lightning
 
 __all__ = ["SAM"]
@@ -119,14 +119,12 @@ class SAM(Wrapper):
                 f"{owner} got optimizer={type(optimizer).__name__}; legal: an instance of torch.optim.Optimizer, as in "
                 f"piste.{owner}(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05)"
             )
-        inside = optimizer
-        while isinstance(inside, Wrapper):
-            if isinstance(inside, SAM):
+        for each in layers(optimizer):
+            if isinstance(each, SAM):
                 raise ValueError(
-                    f"{owner} got an optimizer that is in {type(inside).__name__} already and makes two passes; legal: "
+                    f"{owner} got an optimizer that is in {type(each).__name__} already and makes two passes; legal: "
                     "one that makes one"
                 )
-            inside = inside.optimizer
         kind = {False: "sam", True: "asam"}.get(adaptive, adaptive) if isinstance(adaptive, bool) else adaptive
         check_choice("adaptive", kind, ASCENTS)
         check_hyperparameters("SAM", {"rho": rho, "eta": eta, "interval": interval}, ("rho", "eta", "interval"))
