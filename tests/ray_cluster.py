@@ -99,8 +99,8 @@ def main() -> None:
 
 
 def free_port() -> int:
-    """Below those that the system gives to whoever asks for any, and above those that Ray's workers take."""
-    for number in random.Random(os.getpid()).sample(range(20_000, 32_000), 100):
+    """Below those that the system gives to whoever asks for any, and above those that Ray takes."""
+    for number in random.Random(os.getpid()).sample(range(24_000, 32_000), 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", number))
             return number

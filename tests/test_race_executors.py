@@ -283,6 +283,29 @@ def test_what_a_place_lacks_is_said(
     assert words in " ".join(done.output.replace("│", " ").split())
 
 
+@pytest.mark.parametrize("failures", [2, 3])
+def test_a_ray_server_is_asked_again(monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
+    """Where it could not start the process that would serve us."""
+    ray = pytest.importorskip("ray")
+    from piste.race.executors.ray import _connect
+
+    asked: list[str] = []
+
+    def init(address: str, **options: object) -> None:
+        asked.append(address)
+        if len(asked) <= failures:
+            raise ConnectionAbortedError("Initialization failure from server:\nTraceback:\nRuntimeError: no process\n")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setenv("RAY_ADDRESS", "somewhere")
+    if failures == 2:
+        _connect("auto")
+    else:
+        with pytest.raises(ExecutorError, match=r"somewhere cannot be reached \(RuntimeError: no process\)"):
+            _connect("auto")
+    assert asked == ["somewhere"] * 3
+
+
 def test_slurm_without_sbatch_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("submitit")
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -287,13 +287,26 @@ def _connect(address: str) -> None:
             # Ray itself would try for minutes.
             socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
         with _signals_kept():
-            ray.init(address=where or "auto", log_to_driver=False, logging_level=logging.ERROR)
+            _begin(where or "auto")
     except (OSError, RuntimeError, ValueError, ImportError) as error:
         what = f"the Ray cluster {where} cannot be reached" if where else "no Ray cluster runs here"
+        # What comes from a server is a traceback, whose last line tells.
+        reason = _last_line(error) if isinstance(error, ConnectionAbortedError) else single_line(str(error).strip())
         raise ExecutorError(
-            f"{what} ({single_line(str(error).strip())[:200]}); start one with ray start --head, or name one: "
+            f"{what} ({reason[:200]}); start one with ray start --head, or name one: "
             "--on ray://HOST:PORT, or RAY_ADDRESS=HOST:PORT with --on ray"
         ) from error
+
+
+def _begin(address: str) -> None:
+    """Once more where the server of ``ray://`` could not start a process for us, as happens on busy machines."""
+    for tries in range(1, _MOST_FALSE_STARTS + 1):
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            return
+        except ConnectionAbortedError:
+            if tries == _MOST_FALSE_STARTS:
+                raise
 
 
 def _last_started() -> str:
