@@ -163,11 +163,26 @@ def test_a_job_outlives_what_has_forked_its_worker(tmp_path: Path) -> None:
             list(executor.events(0.05))
         (tmp_path / "go").touch()
         before = executor.lanes[0].process.pid
-        status = Path(f"/proc/{before}/stat").read_text().rpartition(")")[2].split()
-        os.kill(int(status[1]), signal.SIGKILL)
+        os.kill(parent_of(before), signal.SIGKILL)
         assert isinstance(outcome(executor, job), TaskCard)
         assert executor.lanes[0].process.pid != before
     until(lambda: not is_alive(before), "the worker is left")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers are not forked")
+def test_a_worker_whose_forker_is_killed_while_it_starts_is_replaced(tmp_path: Path) -> None:
+    log = tmp_path / "worker-0.log"
+    os.mkfifo(log)  # which nobody reads, so that the worker stands still before it is ready
+    with Local(1, tmp_path) as executor:
+        process = executor.lanes[0].process
+        os.kill(parent_of(process.pid), signal.SIGKILL)
+        until(lambda: process.exitcode is not None, "nothing tells of the death")
+        log.unlink()
+        outcome_of(executor, write(tmp_path))
+
+
+def parent_of(process: int | None) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 # Room

@@ -15,7 +15,7 @@ _SCALED_BY_WEIGHTS = 10  # rho of adaptive forms is about so many times larger
 def _round(setup: Setup, **settings: Any) -> str:
     """The call of piste's wrapper round what is inside, with the present settings and some changed."""
     name = type(setup.sam).__name__ if not setup.sam_is_foreign else "SAM"
-    inside = "base_optimizer" if setup.sam_is_foreign else "optimizer"
+    inside = "base_optimizer" if hasattr(setup.sam, "base_optimizer") else "optimizer"
     shown = {"rho": _rho(setup)} | settings
     given = ", ".join(f"{k}={v}" for k, v in shown.items() if v is not None)
     return f"optimizer = piste.{name}(optimizer.{inside}, {given})"

@@ -183,7 +183,8 @@ class Local:
     def _count_false_start(self, code: int | None, reason: str) -> None:
         self.false_starts += 1
         # Of one that ended by itself, another would fare no better.
-        if code is None or code >= 0 or self.false_starts == _MOST_STARTS:
+        by_itself = code is None or (code >= 0 and code != _LOST)
+        if by_itself or self.false_starts == _MOST_STARTS:
             raise ExecutorError(f"a worker process cannot start: {reason}")
 
     def _is_bloated(self, lane: _Lane) -> bool:
